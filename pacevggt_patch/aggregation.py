@@ -1,0 +1,68 @@
+"""The pruned aggregator forward: DINO, scores, assignment, merging, alternating attention on the tokens left."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import backbone
+from .assignment import assign
+from .config import PaceConfig
+from .merging import kept_tokens, merge_tokens
+from .restoration import FeatureGuidedRestoration
+from .scorer import TokenScorer, token_scores
+from .summary import StageTimer
+from .tokens import RestoredTokens
+
+
+def aggregate(
+    aggregator: nn.Module,
+    images: Tensor,
+    config: PaceConfig,
+    layers: tuple[int, ...],
+    scorer: TokenScorer | None,
+    restoration: FeatureGuidedRestoration | None,
+    timer: StageTimer,
+) -> RestoredTokens:
+    """Alternating attention over a clip, on the kept tokens only.
+
+    Args:
+        aggregator: the host's aggregator.
+        images: [B, S, 3, H, W] in [0, 1].
+        layers: AA layers whose outputs are returned.
+        scorer, restoration: trained modules, or None for the training-free path.
+
+    Raises:
+        PaceError: images that the host can't take.
+    """
+    grid = backbone.check_images(aggregator, images, config.check_finite)
+    batch, frames = images.shape[:2]
+    patches = grid[0] * grid[1]
+    keep, merge = config.kept_tokens(patches), config.merged_tokens(frames, patches)
+
+    with timer.stage("DINO", frames * patches, frames * patches):
+        features = backbone.patch_tokens(aggregator, images)  # [B, S, P, C]
+    positions = backbone.rope_positions(aggregator, grid, images.device)  # [P, 2]
+
+    if keep == patches:
+        kept = torch.arange(patches, device=images.device).expand(batch, frames, -1)
+        tokens = features
+    else:
+        with timer.stage("scores", frames * patches, frames * patches):
+            scores = token_scores(features, grid, keep, scorer)
+        with timer.stage("keep and merge", frames * patches, frames * keep):
+            assignment = assign(scores, keep, merge)
+            tokens = merge_tokens(features, assignment) if merge else kept_tokens(features, assignment)
+            kept = assignment.kept
+
+    special = backbone.special_tokens(aggregator, batch, frames)  # [B, S, n, C]
+    tokens = torch.cat([special, tokens], dim=2)  # [B, S, n + K, C]
+    if positions is not None:
+        at_special = positions.new_zeros(batch, frames, special.shape[2], 2)
+        positions = torch.cat([at_special, positions[kept]], dim=2)  # [B, S, n + K, 2]
+    length = frames * tokens.shape[2]
+    with timer.stage("alternating attention", length, length), backbone.static_rope(aggregator, grid):
+        compact = backbone.alternating_attention(aggregator, tokens, positions, layers)
+    return RestoredTokens(
+        compact, backbone.depth(aggregator), features, kept, grid, special.shape[2], restoration
+    )

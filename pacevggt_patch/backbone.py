@@ -1,0 +1,324 @@
+"""The one room that knows how a VGGT looks inside.
+
+Everything is duck-typed: forks and vendored copies of vggt carry other module names, so a host is recognised by
+what it has, never by its class. All other modules reach the host through the functions below.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .config import PaceError, UnsupportedModelError
+
+AGGREGATOR_PARTS = (
+    "patch_embed",
+    "frame_blocks",
+    "global_blocks",
+    "camera_token",
+    "register_token",
+    "patch_start_idx",
+    "patch_size",
+    "_resnet_mean",
+    "_resnet_std",
+)
+FINGERPRINT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """The dimensions of a VGGT that pace weights depend on.
+
+    Attributes:
+        embed_dim: channels C of a patch token; cached layers carry 2C (frame and global output concatenated).
+        depth: pairs of frame and global blocks.
+        num_heads: attention heads of a block.
+        patch_size: pixels a side of a patch.
+        special_tokens: camera and register tokens of a frame, in front of its patch tokens.
+        cached_layers: AA layers whose output the dense heads read.
+    """
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+    patch_size: int
+    special_tokens: int
+    cached_layers: tuple[int, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"cached_layers": list(self.cached_layers)}
+
+    def __str__(self) -> str:
+        layers = "/".join(map(str, self.cached_layers))
+        return (
+            f"C={self.embed_dim}, {self.depth}+{self.depth} blocks, {self.num_heads} heads, patch {self.patch_size}, "
+            f"{self.special_tokens} special tokens, cached layers {layers}"
+        )
+
+
+@dataclass(frozen=True)
+class Host:
+    """The parts of one model instance that the patch touches."""
+
+    aggregator: nn.Module
+    camera_head: nn.Module | None
+    dense_heads: dict[
+        str, nn.Module
+    ]  # by module name: depth_head, point_head, track_head.feature_extractor, ...
+
+
+def find_host(model: nn.Module) -> Host:
+    """Find the aggregator and the heads of a VGGT.
+
+    Raises:
+        UnsupportedModelError: names what does not fit and what to do.
+    """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"expected a VGGT model (torch.nn.Module), got {type(model).__name__}")
+    kind = type(model).__name__
+    for wrapper in ("module", "_orig_mod"):
+        inner = model._modules.get(wrapper)
+        if inner is not None and hasattr(inner, "aggregator"):
+            raise UnsupportedModelError(f"{kind} wraps the model: pass model.{wrapper}, before wrapping it")
+    aggregator = model._modules.get("aggregator")
+    if aggregator is None:
+        hint = ": pass the VGGT that holds it" if hasattr(model, "frame_blocks") else ""
+        raise UnsupportedModelError(f"{kind} has no submodule 'aggregator', so it is not a VGGT{hint}")
+    missing = [name for name in AGGREGATOR_PARTS if not hasattr(aggregator, name)]
+    if missing:
+        raise UnsupportedModelError(
+            f"{kind}.aggregator lacks {', '.join(missing)}: only VGGT's alternating-attention aggregator is supported"
+        )
+    _check_aggregator(kind, aggregator)
+    dense_heads = {
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(module, "intermediate_layer_idx") and not name.startswith("aggregator.")
+    }
+    for name, head in dense_heads.items():
+        too_deep = [i for i in head.intermediate_layer_idx if not -depth(aggregator) <= i < depth(aggregator)]
+        if too_deep:
+            raise UnsupportedModelError(
+                f"{kind}.{name} reads layers {too_deep}, but the aggregator has {depth(aggregator)}"
+            )
+    return Host(aggregator, model._modules.get("camera_head"), dense_heads)
+
+
+def _check_aggregator(kind: str, aggregator: Any) -> None:
+    order = getattr(aggregator, "aa_order", ["frame", "global"])
+    if sorted(order) != ["frame", "global"]:
+        raise UnsupportedModelError(
+            f"{kind}.aggregator.aa_order is {order}: expected one 'frame' and one 'global'"
+        )
+    if len(aggregator.frame_blocks) != len(aggregator.global_blocks):
+        raise UnsupportedModelError(
+            f"{kind}.aggregator has {len(aggregator.frame_blocks)} frame and {len(aggregator.global_blocks)} global "
+            "blocks: expected as many of each"
+        )
+    special = aggregator.camera_token.shape[2] + aggregator.register_token.shape[2]
+    if special != aggregator.patch_start_idx:
+        raise UnsupportedModelError(
+            f"{kind}.aggregator has {special} camera and register tokens, but patch_start_idx is "
+            f"{aggregator.patch_start_idx}: other special tokens are not supported"
+        )
+
+
+def depth(aggregator: Any) -> int:
+    """Pairs of frame and global blocks."""
+    return len(aggregator.frame_blocks)
+
+
+def returned_layers(host: Host) -> tuple[int, ...]:
+    """The layers for which the host's aggregator returns a tensor: its cached layers, or all of them.
+
+    Newer hosts return None outside `cached_layer_indices`; older ones return every layer, and callers may read any.
+    """
+    layers = getattr(host.aggregator, "cached_layer_indices", None)
+    if layers is None:
+        return tuple(range(depth(host.aggregator)))
+    return tuple(sorted(layers))
+
+
+def spec(host: Host) -> BackboneSpec:
+    """The dimensions of the host that pace weights depend on."""
+    aggregator: Any = host.aggregator
+    n = depth(aggregator)
+    read = {i % n for head in host.dense_heads.values() for i in head.intermediate_layer_idx}
+    return BackboneSpec(
+        embed_dim=aggregator.camera_token.shape[-1],
+        depth=n,
+        num_heads=int(getattr(aggregator.global_blocks[0].attn, "num_heads", 0)),
+        patch_size=int(aggregator.patch_size),
+        special_tokens=int(aggregator.patch_start_idx),
+        cached_layers=tuple(sorted(read)) or returned_layers(host),
+    )
+
+
+def fingerprints(host: Host) -> dict[str, str]:
+    """SHA-256 over a few backbone tensors, one for each dtype the backbone can be cast to.
+
+    Casting to a narrower dtype changes the bits, so a float32 backbone has a fingerprint per dtype, and a backbone
+    that is already bfloat16 or float16 has only its own: two models are the same backbone if any dtype they share
+    agrees (see `weights.PaceWeights.check`).
+    """
+    aggregator: Any = host.aggregator
+    modules = [aggregator.frame_blocks[0], aggregator.global_blocks[depth(aggregator) - 1]]
+    tensors = [aggregator.camera_token, aggregator.register_token]
+    tensors += [p for module in modules for p in module.parameters()]
+    native = aggregator.camera_token.dtype
+    wanted = (
+        FINGERPRINT_DTYPES
+        if native in (torch.float32, torch.float64)
+        else {str(native).split(".")[1]: native}
+    )
+    result = {}
+    for name, dtype in wanted.items():
+        digest = hashlib.sha256()
+        for tensor in tensors:
+            # A few thousand values of each tensor tell two trainings apart; hashing gigabytes would take seconds.
+            values = tensor.detach().reshape(-1)[:4096].to("cpu", dtype)
+            digest.update(str(tuple(tensor.shape)).encode())
+            digest.update(values.contiguous().view(torch.uint8).numpy().tobytes())
+        result[name] = digest.hexdigest()
+    return result
+
+
+def check_images(aggregator: Any, images: Tensor, check_finite: bool | None) -> tuple[int, int]:
+    """The patch grid (rows, columns) of `images` [B, S, 3, H, W], after checking that the host can take them.
+
+    Raises:
+        PaceError: wrong shape, dtype, size, or (where it is checked) NaN or infinity.
+    """
+    patch = int(aggregator.patch_size)
+    if not isinstance(images, Tensor):
+        raise PaceError(f"images must be a tensor [B, S, 3, H, W] in [0, 1], got {type(images).__name__}")
+    shape = tuple(images.shape)
+    if len(shape) != 5 or shape[2] != 3 or 0 in shape:
+        raise PaceError(f"images must be [B, S, 3, H, W] with at least one frame, got {list(shape)}")
+    height, width = shape[-2:]
+    if height % patch or width % patch:
+        raise PaceError(
+            f"image height and width must be multiples of {patch}, got {height}x{width}: resize or crop the images"
+        )
+    if not images.is_floating_point():
+        raise PaceError(
+            f"images must be floating point in [0, 1], got {images.dtype}: divide 8-bit images by 255"
+        )
+    weights = aggregator.camera_token.dtype
+    if images.dtype != weights and not torch.is_autocast_enabled(images.device.type):
+        raise PaceError(
+            f"images are {images.dtype} but the model is {weights}: call images.to({weights}), or run under torch.autocast"
+        )
+    if check_finite or (check_finite is None and images.device.type == "cpu"):
+        if not torch.isfinite(images).all():
+            raise PaceError("images hold NaN or infinity: check how they were loaded")
+    return height // patch, width // patch
+
+
+def patch_tokens(aggregator: Any, images: Tensor, frames_per_chunk: int = 64) -> Tensor:
+    """DINO patch tokens [B, S, P, C] of `images` [B, S, 3, H, W] in [0, 1].
+
+    The tokens are made a chunk of frames at a time, which bounds the memory of the hidden layers.
+    """
+    mean, std = (t.reshape(1, 3, 1, 1) for t in (aggregator._resnet_mean, aggregator._resnet_std))
+    chunks = []
+    for frames in images.flatten(0, 1).split(frames_per_chunk):  # [n, 3, H, W]
+        tokens = aggregator.patch_embed((frames - mean) / std)
+        chunks.append(tokens["x_norm_patchtokens"] if isinstance(tokens, dict) else tokens)  # [n, P, C]
+    tokens = chunks[0] if len(chunks) == 1 else torch.cat(chunks)
+    return tokens.unflatten(0, images.shape[:2])
+
+
+def special_tokens(aggregator: Any, batch: int, frames: int) -> Tensor:
+    """Camera and register tokens [B, S, n, C]: index 0 of the parameters for the first frame, index 1 for the rest."""
+    tokens = torch.cat([aggregator.camera_token, aggregator.register_token], dim=2)  # [1, 2, n, C]
+    first, others = tokens[:, :1], tokens[:, 1:].expand(-1, frames - 1, -1, -1)
+    return torch.cat([first, others], dim=1).expand(batch, -1, -1, -1)
+
+
+def rope_positions(aggregator: Any, grid: tuple[int, int], device: torch.device) -> Tensor | None:
+    """RoPE positions [P, 2] of the patch tokens, (y + 1, x + 1); special tokens sit at 0. None without RoPE."""
+    if getattr(aggregator, "rope", None) is None:
+        return None
+    rows, columns = (torch.arange(n, device=device) for n in grid)
+    return torch.cartesian_prod(rows, columns).view(-1, 2) + 1
+
+
+def alternating_attention(
+    aggregator: Any, tokens: Tensor, positions: Tensor | None, layers: tuple[int, ...]
+) -> dict[int, Tensor]:
+    """Run the frame and global blocks.
+
+    Args:
+        aggregator: the host's aggregator.
+        tokens: [B, S, L, C], special tokens first.
+        positions: RoPE positions [B, S, L, 2], or None.
+        layers: the layers whose output is wanted.
+
+    Returns:
+        layer index -> [B, S, L, 2C], frame and global output concatenated.
+    """
+    shape = tokens.shape  # [B, S, L, C]
+    per_frame, per_clip = (shape[0] * shape[1], shape[2]), (shape[0], shape[1] * shape[2])
+    group = int(getattr(aggregator, "aa_block_size", 1))
+    outputs: dict[int, Tensor] = {}
+    for start in range(0, depth(aggregator), group):
+        intermediates: dict[str, list[Tensor]] = {}
+        for kind in getattr(aggregator, "aa_order", ("frame", "global")):
+            blocks, lead = (
+                (aggregator.frame_blocks, per_frame)
+                if kind == "frame"
+                else (aggregator.global_blocks, per_clip)
+            )
+            tokens = tokens.reshape(*lead, shape[-1])
+            pos = None if positions is None else positions.reshape(*lead, 2)
+            intermediates[kind] = []
+            for block in blocks[start : start + group]:
+                if aggregator.training:  # as stock: gradient checkpointing in training mode
+                    tokens = checkpoint(block, tokens, pos, use_reentrant=False)
+                else:
+                    tokens = block(tokens, pos=pos)
+                intermediates[kind].append(tokens.view(shape))
+        for i in range(group):
+            if start + i in layers:
+                pair = [intermediates["frame"][i], intermediates["global"][i]]
+                outputs[start + i] = torch.cat(pair, dim=-1)
+    return outputs
+
+
+@contextmanager
+def static_rope(aggregator: Any, grid: tuple[int, int]) -> Iterator[None]:
+    """Spare the host's RoPE its look at the largest position, which waits for the device in every block.
+
+    The largest position follows from the grid. Only the table's length is replaced, by the same length for an
+    unpruned grid, so the outputs are the host's own. A RoPE of another make is left alone.
+    """
+    rope = getattr(aggregator, "rope", None)
+    if not (hasattr(rope, "_compute_frequency_components") and hasattr(rope, "_apply_1d_rope")):
+        yield
+        return
+
+    def forward(tokens: Tensor, positions: Tensor) -> Tensor:
+        half = tokens.shape[-1] // 2
+        tables = rope._compute_frequency_components(half, max(grid) + 1, tokens.device, tokens.dtype)
+        vertical, horizontal = tokens.chunk(2, dim=-1)
+        vertical = rope._apply_1d_rope(vertical, positions[..., 0], *tables)
+        horizontal = rope._apply_1d_rope(horizontal, positions[..., 1], *tables)
+        return torch.cat([vertical, horizontal], dim=-1)
+
+    before = rope.__dict__.get("forward")
+    if before is not None:  # somebody else's patch: not ours to bypass
+        yield
+        return
+    rope.forward = forward
+    try:
+        yield
+    finally:
+        del rope.forward

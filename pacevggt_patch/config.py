@@ -1,0 +1,85 @@
+"""The settings of an accelerated model, and the errors this package raises."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from numbers import Real
+
+DEFAULT_KEEP_RATIO = 0.3
+DEFAULT_MERGE_BUDGET = 0.2
+
+
+class PaceError(ValueError):
+    """Base of every error that this package raises on purpose."""
+
+
+class UnsupportedModelError(PaceError):
+    """The model is not a VGGT that the patch knows how to accelerate."""
+
+
+class WeightsError(PaceError):
+    """A pace weight file is missing, broken, or belongs to another backbone."""
+
+
+class ClipError(PaceError):
+    """A clip (images, cameras or depth) can't be read."""
+
+
+@dataclass(frozen=True)
+class PaceConfig:
+    """How many patch tokens enter alternating attention.
+
+    Args:
+        keep_ratio: share of each frame's patch tokens that enters alternating attention, in (0, 1].
+        merge_budget: share of the clip's patch tokens that is merged into kept ones, in [0, 1 - keep_ratio];
+            the rest is pruned. None takes 0.2, or what pruning leaves where that is less.
+        check_finite: look for NaN and infinity in the images before work starts. None checks on the CPU and
+            leaves CUDA alone, where the check would make the host wait for the device.
+
+    Raises:
+        PaceError: a value is out of range or not a number.
+    """
+
+    keep_ratio: float = DEFAULT_KEEP_RATIO
+    merge_budget: float | None = None
+    check_finite: bool | None = None
+
+    def __post_init__(self):
+        keep = _number("keep_ratio", self.keep_ratio)
+        if not 0 < keep <= 1:
+            raise PaceError(
+                f"keep_ratio must be in (0, 1], got {keep:g}: 0.3 keeps 30 % of each frame's patch tokens"
+            )
+        most = 1 - keep
+        merge = (
+            min(DEFAULT_MERGE_BUDGET, most)
+            if self.merge_budget is None
+            else _number("merge_budget", self.merge_budget)
+        )
+        if not 0 <= merge <= most + 1e-9:
+            raise PaceError(
+                f"merge_budget must be in [0, 1 - keep_ratio] = [0, {most:g}], got {merge:g}: "
+                "it is the share of the clip's patch tokens that is merged into kept ones"
+            )
+        if self.check_finite not in (None, True, False):
+            raise PaceError(f"check_finite must be True, False or None, got {self.check_finite!r}")
+        object.__setattr__(self, "keep_ratio", keep)
+        object.__setattr__(self, "merge_budget", merge)
+
+    def kept_tokens(self, patches: int) -> int:
+        """K: patch tokens kept in each frame of `patches` patch tokens."""
+        return min(patches, max(1, round(self.keep_ratio * patches)))
+
+    def merged_tokens(self, frames: int, patches: int) -> int:
+        """M: patch tokens merged in a clip of `frames` frames with `patches` patch tokens each."""
+        assert self.merge_budget is not None  # __post_init__ replaced None
+        return min(
+            frames * (patches - self.kept_tokens(patches)), round(self.merge_budget * frames * patches)
+        )
+
+
+def _number(name: str, value) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value):
+        raise PaceError(f"{name} must be a number, got {value!r}")
+    return float(value)

@@ -1,0 +1,220 @@
+"""Install the pruned forward on one model instance, and take it off again.
+
+Nothing but `forward` in the `__dict__` of the aggregator and the heads is touched: `__call__` finds it there, so hooks
+run, `state_dict` and the class stay as they are, other instances never notice, and deleting it is a full undo.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from os import PathLike
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from . import backbone
+from .aggregation import aggregate
+from .config import DEFAULT_KEEP_RATIO, PaceConfig, PaceError, UnsupportedModelError
+from .heads import restored_argument, run_camera_head, run_dense_head
+from .summary import StageTimer, Summary
+from .weights import PaceWeights, resolve
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass
+class _State:
+    """What the replaced forwards of one model share."""
+
+    config: PaceConfig
+    weights: PaceWeights | None
+    layers: tuple[int, ...]
+    paused: bool = False
+    timer: StageTimer = field(default_factory=StageTimer)
+
+
+class _Forward:
+    """Stands in for the forward of one module instance. A plain object, so deepcopy and pickle follow it."""
+
+    def __init__(self, module: nn.Module, state: _State, name: str):
+        self.module = module
+        self.state = state
+        self.name = name
+
+    @property
+    def stock(self) -> Callable:
+        """The module's own forward."""
+        return partial(type(self.module).forward, self.module)
+
+
+class _AggregatorForward(_Forward):
+    def __call__(self, images: Tensor, *args, **kwargs):
+        state = self.state
+        if state.paused:
+            return self.stock(images, *args, **kwargs)
+        if args or kwargs:
+            raise UnsupportedModelError(
+                "this aggregator was called with more than images, which the accelerated forward does not know: "
+                "use `with paused(model):` for such calls"
+            )
+        scorer = restoration = None
+        if state.weights is not None:
+            state.weights.to(images.device)
+            scorer, restoration = state.weights.scorer, state.weights.restoration
+        state.timer.stages.clear()
+        tokens = aggregate(self.module, images, state.config, state.layers, scorer, restoration, state.timer)
+        return tokens, self.module.patch_start_idx
+
+
+class _DenseHeadForward(_Forward):
+    def __call__(self, *args, **kwargs):
+        tokens = restored_argument(args, kwargs)
+        if tokens is None:
+            return self.stock(*args, **kwargs)
+        frames, kept = tokens.kept.shape[1:]
+        with self.state.timer.stage(self.name, frames * kept, frames * tokens.features.shape[2]):
+            return run_dense_head(self.module, self.stock, tokens, args, kwargs)
+
+
+class _CameraHeadForward(_Forward):
+    def __call__(self, *args, **kwargs):
+        tokens = restored_argument(args, kwargs)
+        if tokens is None:
+            return self.stock(*args, **kwargs)
+        frames = tokens.kept.shape[1]
+        with self.state.timer.stage(self.name, frames, frames):
+            return run_camera_head(self.stock, tokens, args, kwargs)
+
+
+def accelerate(
+    model: Model,
+    keep_ratio: float = DEFAULT_KEEP_RATIO,
+    merge_budget: float | None = None,
+    *,
+    weights: str | PathLike[str] | PaceWeights | None = "auto",
+    check_finite: bool | None = None,
+) -> Model:
+    """Accelerate a VGGT in place: only some of its patch tokens enter alternating attention.
+
+    `model(images)` and the separate calls `model.aggregator(images)`, `model.camera_head(...)`, `model.depth_head(...)`,
+    `model.point_head(...)`, `model.track_head(...)` work as before. Call it again to change the settings, `remove` to
+    have the stock model back. `keep_ratio=1, merge_budget=0` is the stock model, to the bit in float32 on the CPU.
+
+    Args:
+        model: a VGGT, or a fork with the same parts.
+        keep_ratio: share of each frame's patch tokens that enters alternating attention, in (0, 1].
+        merge_budget: share of the clip's patch tokens that is merged into kept ones, in [0, 1 - keep_ratio]; the rest
+            is pruned. None takes 0.2, or what pruning leaves where that is less.
+        weights: "auto" takes the bundled weights of this backbone, and where there are none the training-free path,
+            with a warning; None is training-free; else a path, a Hugging Face Hub id "user/repo[@revision]", or
+            `PaceWeights`.
+        check_finite: look for NaN and infinity in the images before work starts. None checks on the CPU only, since
+            on CUDA the check makes the host wait for the device.
+
+    Returns:
+        `model`.
+
+    Raises:
+        PaceError: a setting is out of range (`UnsupportedModelError`: the model does not fit; `WeightsError`: the
+            weights do not fit or can't be read). The model is as it was before the call.
+    """
+    config = PaceConfig(keep_ratio, merge_budget, check_finite)
+    host = backbone.find_host(model)
+    heads = dict(host.dense_heads)
+    if host.camera_head is not None:
+        heads["camera_head"] = host.camera_head
+    for name, module in {"aggregator": host.aggregator, **heads}.items():
+        forward = module.__dict__.get("forward")
+        if forward is not None and not isinstance(forward, _Forward):
+            raise UnsupportedModelError(
+                f"{name}.forward is already replaced on this instance by {forward!r}: undo that patch first"
+            )
+    chosen = resolve(weights, host)
+    if chosen is not None:
+        chosen.to(host.aggregator.camera_token.device)
+
+    remove(model)
+    state = _State(config, chosen, backbone.returned_layers(host))
+    _install(_AggregatorForward(host.aggregator, state, "aggregator"))
+    for name, head in host.dense_heads.items():
+        _install(_DenseHeadForward(head, state, name))
+    if host.camera_head is not None:
+        _install(_CameraHeadForward(host.camera_head, state, "camera_head"))
+    return model
+
+
+def remove(model: Model) -> Model:
+    """Give the stock model back, bit for bit. A model that is not accelerated is left as it is."""
+    for forward in _forwards(model):
+        del forward.module.forward
+    return model
+
+
+def is_accelerated(model: nn.Module) -> bool:
+    """Whether `accelerate` is in force on this model (paused or not)."""
+    return bool(_forwards(model))
+
+
+@contextmanager
+def paused(model: nn.Module) -> Iterator[None]:
+    """Run the stock forward inside the `with` block.
+
+    Raises:
+        PaceError: the model is not accelerated.
+    """
+    state = _state(model)
+    before, state.paused = state.paused, True
+    try:
+        yield
+    finally:
+        state.paused = before
+
+
+def summary(model: nn.Module, images: Tensor | None = None) -> Summary:
+    """Settings, weights and stages of an accelerated model.
+
+    Args:
+        model: an accelerated model.
+        images: [S, 3, H, W] or [B, S, 3, H, W]; runs the model on them once and times every stage. None reports the
+            tokens of the last forward pass.
+
+    Raises:
+        PaceError: the model is not accelerated.
+    """
+    state = _state(model)
+    if images is not None:
+        state.timer.timing = True
+        try:
+            with torch.inference_mode():
+                model(images)
+        finally:
+            state.timer.timing = False
+    return Summary(
+        backbone=str(backbone.spec(backbone.find_host(model))),
+        config=state.config,
+        weights="none (training-free)" if state.weights is None else str(state.weights),
+        paused=state.paused,
+        patched=[forward.name for forward in _forwards(model)],
+        stages=list(state.timer.stages),
+    )
+
+
+def _install(forward: _Forward) -> None:
+    forward.module.forward = forward
+
+
+def _forwards(model: nn.Module) -> list[_Forward]:
+    """The replaced forwards of this model. They are looked up, not remembered: a deepcopy finds its own."""
+    found = (module.__dict__.get("forward") for module in model.modules())
+    return [forward for forward in found if isinstance(forward, _Forward)]
+
+
+def _state(model: nn.Module) -> _State:
+    forwards = _forwards(model)
+    if not forwards:
+        raise PaceError("this model is not accelerated: call pacevggt_patch.accelerate(model) first")
+    return forwards[0].state

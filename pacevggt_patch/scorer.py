@@ -1,0 +1,115 @@
+"""Scores of patch tokens: which of them must enter alternating attention.
+
+A score has two factors: coverage (how far a token is from everything that is already kept) and, where weights were
+trained, a learned saliency. Coverage alone is the training-free scorer. An importance map without coverage is worse
+than random choice: its top K crowd together, and restoration has nothing to interpolate from.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Spatial distance, in units of the grid's longer side, against cosine distance of DINO features.
+SPATIAL_WEIGHT = 0.5
+# The pairwise distances of a chunk of frames stay below this.
+CHUNK_BYTES = 2**29
+
+
+class TokenScorer(nn.Module):
+    """Learned saliency of patch tokens: a two-layer perceptron on the DINO features.
+
+    Zero-initialised, so that an untrained scorer gives every token the same saliency and leaves coverage alone.
+
+    Args:
+        embed_dim: channels C of a patch token.
+        hidden_dim: width of the hidden layer; C/4 keeps the scorer under 1 % of any VGGT's parameters.
+    """
+
+    def __init__(self, embed_dim: int, hidden_dim: int | None = None):
+        super().__init__()
+        hidden_dim = hidden_dim or max(1, embed_dim // 4)
+        self.norm = nn.LayerNorm(embed_dim)
+        self.hidden = nn.Linear(embed_dim, hidden_dim)
+        self.out = nn.Linear(hidden_dim, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Log-saliency [..., P] (float32) of DINO features [..., P, C] in any dtype."""
+        return self.out(F.gelu(self.hidden(self.norm(features.float())))).squeeze(-1)
+
+
+def token_scores(
+    features: Tensor, grid: tuple[int, int], keep: int, scorer: TokenScorer | None = None
+) -> Tensor:
+    """Score every patch token, each frame for itself.
+
+    Args:
+        features: DINO patch tokens [B, S, P, C].
+        grid: patch rows and columns, rows * columns == P.
+        keep: K, how many tokens of a frame the scores must rank first.
+        scorer: learned saliency; None scores by coverage alone (training-free).
+
+    Returns:
+        Non-negative scores [B, S, P] (float32).
+    """
+    flat = features.flatten(0, 1)  # [B*S, P, C]
+    saliency = torch.ones(flat.shape[:2], device=flat.device) if scorer is None else scorer(flat).exp()
+    frames = max(1, CHUNK_BYTES // (4 * flat.shape[1] ** 2))
+    chunks = zip(flat.split(frames), saliency.split(frames), strict=True)
+    return torch.cat([coverage_scores(f, w, grid, keep) for f, w in chunks]).unflatten(0, features.shape[:2])
+
+
+@torch.no_grad()
+def coverage_scores(features: Tensor, saliency: Tensor, grid: tuple[int, int], keep: int) -> Tensor:
+    """Saliency-weighted farthest point sampling, as scores.
+
+    Tokens are picked one by one, each time the one with the largest saliency * distance to the tokens picked before;
+    the distance is 1 - cosine of the features plus SPATIAL_WEIGHT * distance on the grid. That product only falls as
+    more is picked, so the value at which a token was picked ranks the picks above all others, and the value left at
+    the end says how badly a token is covered by them. The first pick is the frame's least typical token, which
+    differs from frame to frame: the frames of a clip look at different places.
+
+    Args:
+        features: [N, P, C], one row a frame.
+        saliency: positive weights [N, P].
+        grid: patch rows and columns.
+        keep: K, the number of picks.
+
+    Returns:
+        Scores [N, P] (float32): for picked tokens the value at the pick, for all others the value left.
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        unit = F.normalize(features.float(), dim=-1)
+        distance = 1 - unit @ unit.mT  # [N, P, P]
+        centre = F.normalize(unit.mean(1), dim=-1)
+        atypical = 1 - (unit @ centre.unsqueeze(-1)).squeeze(-1)  # [N, P]
+    cells = grid_cells(grid, features.device)
+    distance = (distance + SPATIAL_WEIGHT / max(grid) * torch.cdist(cells, cells)).clamp_(min=0)
+    farthest = 2 + SPATIAL_WEIGHT * math.sqrt(2)  # no distance is larger
+
+    saliency = saliency.float()
+    frame = torch.arange(len(features), device=features.device)
+    pick = (saliency * atypical).argmax(1)  # [N]
+    left = torch.full_like(atypical, farthest)
+    picks, values = [], []
+    for _ in range(keep):
+        picks.append(pick)
+        values.append((saliency * left)[frame, pick])
+        left = torch.minimum(left, distance[frame, pick])
+        left[frame, pick] = -1  # never picked again
+        pick = (saliency * left).argmax(1)
+    picked, value = torch.stack(picks, 1), torch.stack(values, 1)  # [N, K]
+    # The first pick need not have the largest saliency: lift it above the second, which it comes before.
+    value[:, 0] = (saliency * farthest).amax(1)
+    return (saliency * left).scatter(1, picked, value)
+
+
+def grid_cells(grid: tuple[int, int], device: torch.device) -> Tensor:
+    """Row and column of every patch token, [P, 2] (float32), in raster order."""
+    rows, columns = (torch.arange(n, device=device, dtype=torch.float32) for n in grid)
+    return torch.cartesian_prod(rows, columns).view(-1, 2)

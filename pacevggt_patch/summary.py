@@ -1,0 +1,86 @@
+"""What an accelerated model does, stage by stage."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from .config import PaceConfig
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a forward pass.
+
+    Attributes:
+        name: what it does.
+        tokens_in, tokens_out: tokens of one clip that enter and leave it.
+        seconds: wall time, None unless asked for.
+    """
+
+    name: str
+    tokens_in: int
+    tokens_out: int
+    seconds: float | None = None
+
+
+class StageTimer:
+    """Keeps the stages of the last forward pass; takes their times only while `timing`, since that waits for the device."""
+
+    def __init__(self):
+        self.stages: list[Stage] = []
+        self.timing = False
+
+    @contextmanager
+    def stage(self, name: str, tokens_in: int, tokens_out: int) -> Iterator[None]:
+        start = self._now()
+        yield
+        seconds = self._now() - start if self.timing else None
+        self.stages.append(Stage(name, tokens_in, tokens_out, seconds))
+
+    def _now(self) -> float:
+        if self.timing and torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Settings and stages of an accelerated model; `print` it.
+
+    Attributes:
+        backbone: the host's dimensions, in words.
+        config: the settings in force.
+        weights: the weights in force and where they came from, in words.
+        paused: whether the stock forward runs at the moment.
+        patched: names of the submodules whose forward is replaced.
+        stages: of the last forward pass; empty before the first.
+    """
+
+    backbone: str
+    config: PaceConfig
+    weights: str
+    paused: bool
+    patched: list[str]
+    stages: list[Stage] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [
+            f"backbone      {self.backbone}",
+            f"keep ratio    {self.config.keep_ratio:g}",
+            f"merge budget  {self.config.merge_budget:g}",
+            f"weights       {self.weights}",
+            f"patched       {', '.join(self.patched)}"
+            + (" (paused: the stock forward runs)" if self.paused else ""),
+        ]
+        if not self.stages:
+            return "\n".join([*lines, "stages        none yet: run the model, or pass images to summary()"])
+        lines.append(f"{'stage':34s}{'tokens in':>12s}{'tokens out':>12s}{'seconds':>10s}")
+        for stage in self.stages:
+            seconds = "-" if stage.seconds is None else f"{stage.seconds:.3f}"
+            lines.append(f"{stage.name:34s}{stage.tokens_in:>12,d}{stage.tokens_out:>12,d}{seconds:>10s}")
+        return "\n".join(lines)

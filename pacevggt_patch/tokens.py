@@ -1,0 +1,88 @@
+"""What a pruned aggregator returns in place of the stock list of token tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from .restoration import FeatureGuidedRestoration, restore
+
+
+class RestoredTokens(Sequence):
+    """The aggregator's outputs, kept compact and restored to the dense grid when somebody looks.
+
+    Reads like the stock list: `tokens[i]` is the dense [B, S, n + P, 2C] of layer i, or None where the host caches
+    nothing. Each look restores anew, so take a layer once, or ask `frames` for a few frames at a time, as the
+    accelerated heads do: four dense layers of a long clip never exist at once.
+
+    Args:
+        compact: layer -> [B, S, n + K, 2C], special tokens first.
+        length: number of layers of the host.
+        features: DINO patch tokens [B, S, P, C].
+        kept: indices of the kept tokens [B, S, K], ascending.
+        grid: patch rows and columns.
+        special: n, camera and register tokens in front of each frame's patch tokens.
+        restoration: learned residual, or None.
+    """
+
+    def __init__(
+        self,
+        compact: dict[int, Tensor],
+        length: int,
+        features: Tensor,
+        kept: Tensor,
+        grid: tuple[int, int],
+        special: int,
+        restoration: FeatureGuidedRestoration | None = None,
+    ):
+        self.compact = compact
+        self.features = features
+        self.kept = kept
+        self.grid = grid
+        self.special = special
+        self.restoration = restoration
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor | None: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Tensor | None]: ...
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        layer = range(len(self))[index]  # IndexError and negative indices as in a list
+        if layer not in self.compact:
+            return None
+        frames = self.kept.shape[1]
+        chunks = [self.frames(i, i + 8, [layer])[layer] for i in range(0, frames, 8)]
+        return torch.cat(chunks, dim=1)  # type: ignore[arg-type]
+
+    def frames(self, start: int, stop: int, layers: Iterable[int]) -> list[Tensor | None]:
+        """Dense tokens [B, stop - start, n + P, 2C] of some layers and frames, None for all other layers."""
+        wanted = {range(len(self))[i] for i in layers} & self.compact.keys()
+        compact = {i: self.compact[i][:, start:stop] for i in sorted(wanted)}
+        kept = self.kept[:, start:stop]  # [B, s, K]
+        lead, patches = kept.shape[:2], self.features.shape[2]
+        if kept.shape[-1] == patches:
+            dense = compact
+        else:
+            patch_outputs = {
+                i: t[:, :, self.special :].flatten(0, 1) for i, t in compact.items()
+            }  # [B*s, K, 2C]
+            features = self.features[:, start:stop].flatten(0, 1)
+            restored = restore(patch_outputs, features, kept.flatten(0, 1), self.grid, self.restoration)
+            dense = {
+                i: torch.cat([t[:, :, : self.special], restored[i].unflatten(0, lead)], dim=2)
+                for i, t in compact.items()
+            }
+        return [dense.get(i) for i in range(len(self))]
+
+    def camera(self) -> list[Tensor | None]:
+        """The list a camera head reads: the last layer compact, since a camera token is never pruned."""
+        return [None] * (len(self) - 1) + [self.compact[len(self) - 1]]

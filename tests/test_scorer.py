@@ -1,0 +1,91 @@
+"""Scores against a greedy float64 reference, and the learned scorer's contract."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from pacevggt_patch import scorer as module
+from pacevggt_patch.scorer import TokenScorer, coverage_scores, token_scores
+
+
+def features(frames: int, patches: int, channels: int = 16, seed: int = 0) -> torch.Tensor:
+    return torch.randn(frames, patches, channels, generator=torch.Generator().manual_seed(seed))
+
+
+def reference_picks(
+    f: np.ndarray, saliency: np.ndarray, grid: tuple[int, int], keep: int
+) -> tuple[list[int], list]:
+    """Farthest point sampling of one frame, one token at a time, every distance computed anew."""
+    f = f.astype(np.float64) / np.linalg.norm(f.astype(np.float64), axis=1, keepdims=True)
+    mean = f.mean(0) / np.linalg.norm(f.mean(0))
+
+    def distance(i: int, j: int) -> float:
+        (yi, xi), (yj, xj) = divmod(i, grid[1]), divmod(j, grid[1])
+        return max(0.0, 1 - f[i] @ f[j] + module.SPATIAL_WEIGHT * math.hypot(yi - yj, xi - xj) / max(grid))
+
+    picks = [int(np.argmax(saliency * (1 - f @ mean)))]
+    while len(picks) < keep:
+        rest = [i for i in range(len(f)) if i not in picks]
+        picks.append(max(rest, key=lambda i: saliency[i] * min(distance(i, p) for p in picks)))
+    left = [saliency[i] * min(distance(i, p) for p in picks) for i in range(len(f))]
+    return picks, left
+
+
+@pytest.mark.parametrize("grid", [(4, 5), (1, 7), (3, 3), (6, 2)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_picks_equal_greedy_reference(grid, weighted):
+    patches, keep = grid[0] * grid[1], max(1, grid[0] * grid[1] // 3)
+    f = features(6, patches)
+    saliency = (
+        torch.rand(6, patches, generator=torch.Generator().manual_seed(1)) + 0.1
+        if weighted
+        else torch.ones(6, patches)
+    )
+    scores = coverage_scores(f, saliency, grid, keep)
+    for n in range(len(f)):
+        picks, left = reference_picks(f[n].numpy(), saliency[n].double().numpy(), grid, keep)
+        assert sorted(scores[n].topk(keep).indices.tolist()) == sorted(picks)
+        others = [i for i in range(patches) if i not in picks]
+        assert torch.allclose(scores[n][others].double(), torch.tensor(left).double()[others], atol=1e-5)
+
+
+@pytest.mark.parametrize("keep", [1, 2, 19, 20])
+def test_identical_tokens_are_spread_by_position(keep):
+    scores = coverage_scores(torch.ones(2, 20, 8), torch.ones(2, 20), (4, 5), keep)
+    assert torch.isfinite(scores).all() and (scores >= 0).all()
+    first, *others = scores[0].topk(min(keep, 2)).indices.tolist()
+    for second in others:  # the second pick is a corner opposite the first
+        assert abs(first // 5 - second // 5) + abs(first % 5 - second % 5) >= 5
+
+
+def test_chunks_of_frames_do_not_change_scores(monkeypatch):
+    f = features(5, 20).unflatten(0, (1, 5))
+    whole = token_scores(f, (4, 5), 6)
+    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * 20 * 20 * 2)
+    assert torch.equal(token_scores(f, (4, 5), 6), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_untrained_scorer_is_the_training_free_one(dtype):
+    f = features(4, 20).unflatten(0, (2, 2)).to(dtype)
+    assert torch.equal(token_scores(f, (4, 5), 6, TokenScorer(16)), token_scores(f, (4, 5), 6))
+
+
+def test_salient_tokens_are_picked_before_others():
+    scorer = TokenScorer(16)
+    f = features(1, 20).unsqueeze(0)
+    with torch.no_grad():
+        scorer.out.weight.normal_(std=40, generator=torch.Generator().manual_seed(0))
+    saliency = scorer(f)[0, 0]
+    scores = token_scores(f, (4, 5), 1, scorer)[0, 0]
+    assert saliency.std() > 1
+    assert saliency[scores.argmax()] > saliency.quantile(0.7)
+
+
+@pytest.mark.parametrize("embed_dim,backbone", [(192, 15_557_652), (1024, 1_256_537_000)])
+def test_scorer_is_under_one_percent_of_the_backbone(embed_dim, backbone):
+    """VGGT-mini's parameters, and VGGT-1B's without its track head, counted on the stock classes."""
+    with torch.device("meta"):
+        assert sum(p.numel() for p in TokenScorer(embed_dim).parameters()) < 0.01 * backbone
