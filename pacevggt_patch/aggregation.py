@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backbone
-from .assignment import assign
+from .assignment import KEPT, assign
 from .config import PaceConfig
 from .merging import kept_tokens, merge_tokens
 from .restoration import FeatureGuidedRestoration
@@ -46,6 +46,7 @@ def aggregate(
 
     if keep == patches:
         kept = torch.arange(patches, device=images.device).expand(batch, frames, -1)
+        role = torch.full_like(kept, KEPT, dtype=torch.uint8)
         tokens = features
     else:
         with timer.stage("scores", frames * patches, frames * patches):
@@ -53,7 +54,7 @@ def aggregate(
         with timer.stage("keep and merge", frames * patches, frames * keep):
             assignment = assign(scores, keep, merge)
             tokens = merge_tokens(features, assignment) if merge else kept_tokens(features, assignment)
-            kept = assignment.kept
+            kept, role = assignment.kept, assignment.role
 
     special = backbone.special_tokens(aggregator, batch, frames)  # [B, S, n, C]
     tokens = torch.cat([special, tokens], dim=2)  # [B, S, n + K, C]
@@ -64,5 +65,5 @@ def aggregate(
     with timer.stage("alternating attention", length, length), backbone.static_rope(aggregator, grid):
         compact = backbone.alternating_attention(aggregator, tokens, positions, layers)
     return RestoredTokens(
-        compact, backbone.depth(aggregator), features, kept, grid, special.shape[2], restoration
+        compact, backbone.depth(aggregator), features, kept, role, grid, special.shape[2], restoration
     )

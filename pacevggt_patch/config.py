@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from numbers import Real
 
 DEFAULT_KEEP_RATIO = 0.3
-DEFAULT_MERGE_BUDGET = 0.2
 
 
 class PaceError(ValueError):
@@ -33,7 +32,7 @@ class PaceConfig:
     Args:
         keep_ratio: share of each frame's patch tokens that enters alternating attention, in (0, 1].
         merge_budget: share of the clip's patch tokens that is merged into kept ones, in [0, 1 - keep_ratio];
-            the rest is pruned. None takes 0.2, or what pruning leaves where that is less.
+            the rest is pruned. None merges all that is not kept.
         check_finite: look for NaN and infinity in the images before work starts. None checks on the CPU and
             leaves CUDA alone, where the check would make the host wait for the device.
 
@@ -52,11 +51,7 @@ class PaceConfig:
                 f"keep_ratio must be in (0, 1], got {keep:g}: 0.3 keeps 30 % of each frame's patch tokens"
             )
         most = 1 - keep
-        merge = (
-            min(DEFAULT_MERGE_BUDGET, most)
-            if self.merge_budget is None
-            else _number("merge_budget", self.merge_budget)
-        )
+        merge = most if self.merge_budget is None else _number("merge_budget", self.merge_budget)
         if not 0 <= merge <= most + 1e-9:
             raise PaceError(
                 f"merge_budget must be in [0, 1 - keep_ratio] = [0, {most:g}], got {merge:g}: "

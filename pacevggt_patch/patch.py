@@ -108,7 +108,7 @@ def accelerate(
         model: a VGGT, or a fork with the same parts.
         keep_ratio: share of each frame's patch tokens that enters alternating attention, in (0, 1].
         merge_budget: share of the clip's patch tokens that is merged into kept ones, in [0, 1 - keep_ratio]; the rest
-            is pruned. None takes 0.2, or what pruning leaves where that is less.
+            is pruned. None merges all that is not kept, which measured best without training.
         weights: "auto" takes the bundled weights of this backbone, and where there are none the training-free path,
             with a warning; None is training-free; else a path, a Hugging Face Hub id "user/repo[@revision]", or
             `PaceWeights`.

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Spatial distance, in units of the grid's longer side, against cosine distance of DINO features.
-SPATIAL_WEIGHT = 0.5
+SPATIAL_WEIGHT = 2.0
 # The pairwise distances of a chunk of frames stay below this.
-CHUNK_BYTES = 2**29
+CHUNK_BYTES = 2**30
 
 
 class TokenScorer(nn.Module):
@@ -85,11 +85,11 @@ def coverage_scores(features: Tensor, saliency: Tensor, grid: tuple[int, int], k
     """
     with torch.autocast(features.device.type, enabled=False):
         unit = F.normalize(features.float(), dim=-1)
-        distance = 1 - unit @ unit.mT  # [N, P, P]
+        distance = (unit @ unit.mT).neg_().add_(1)  # [N, P, P], in place: it is the largest tensor here
         centre = F.normalize(unit.mean(1), dim=-1)
         atypical = 1 - (unit @ centre.unsqueeze(-1)).squeeze(-1)  # [N, P]
     cells = grid_cells(grid, features.device)
-    distance = (distance + SPATIAL_WEIGHT / max(grid) * torch.cdist(cells, cells)).clamp_(min=0)
+    distance.add_(torch.cdist(cells, cells), alpha=SPATIAL_WEIGHT / max(grid)).clamp_(min=0)
     farthest = 2 + SPATIAL_WEIGHT * math.sqrt(2)  # no distance is larger
 
     saliency = saliency.float()

@@ -23,6 +23,7 @@ class RestoredTokens(Sequence):
         length: number of layers of the host.
         features: DINO patch tokens [B, S, P, C].
         kept: indices of the kept tokens [B, S, K], ascending.
+        role: [B, S, P], what became of each patch token (see `assignment.Assignment`).
         grid: patch rows and columns.
         special: n, camera and register tokens in front of each frame's patch tokens.
         restoration: learned residual, or None.
@@ -34,6 +35,7 @@ class RestoredTokens(Sequence):
         length: int,
         features: Tensor,
         kept: Tensor,
+        role: Tensor,
         grid: tuple[int, int],
         special: int,
         restoration: FeatureGuidedRestoration | None = None,
@@ -41,6 +43,7 @@ class RestoredTokens(Sequence):
         self.compact = compact
         self.features = features
         self.kept = kept
+        self.role = role
         self.grid = grid
         self.special = special
         self.restoration = restoration

@@ -468,7 +468,8 @@ def test_settings_out_of_range(model, settings, message):
 
 def test_budgets_of_a_config():
     config = PaceConfig(0.3)
-    assert (config.kept_tokens(256), config.merged_tokens(24, 256)) == (77, 1229)
+    assert (config.kept_tokens(256), config.merged_tokens(24, 256)) == (77, 24 * (256 - 77))
+    assert PaceConfig(0.3, 0.2).merged_tokens(24, 256) == 1229
     assert PaceConfig(0.9).merge_budget == pytest.approx(0.1)
     assert PaceConfig(1e-9).kept_tokens(256) == 1
     assert PaceConfig(0.3, 0.7).merged_tokens(3, 5) == 3 * (5 - 2)

@@ -1,0 +1,167 @@
+"""The main job on a real model: VGGT-mini on a clip, stock and accelerated, timed, judged and drawn."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .clips import Clip, count_frames, load_clip
+from .config import PaceError
+from .evaluation import decode_pose_encoding, evaluate_predictions, unproject
+from .evaluation.timing import Timing, time_interleaved
+from .mini import build_mini
+from .patch import accelerate, paused, summary
+from .pictures import save_depth_picture, save_points, save_token_picture
+from .report import environment, write_json
+from .summary import Summary
+
+BUNDLED_CLIP = Path(__file__).resolve().parent / "data" / "room"
+MINI_WIDTH = 224  # pixels; VGGT-mini was trained on squares of this size
+MOST_FRAMES = 24
+MOST_POINTS = 500_000
+METRICS = ("auc30", "rotation_deg", "absrel")
+
+
+def run_demo(
+    out: Path,
+    clip_folder: Path | None = None,
+    *,
+    frames: int | None = None,
+    keep_ratio: float = 0.3,
+    merge_budget: float | None = None,
+    weights: str | None = "auto",
+    device: str | None = None,
+    repeats: int = 3,
+) -> dict[str, Any]:
+    """Run VGGT-mini on a clip, stock and accelerated, and write report and pictures to `out`.
+
+    Writes `report.json`, `tokens.png`, `depth.png` and `points.ply`, each whole or not at all.
+
+    Args:
+        out: folder for the results; made if it is not there.
+        clip_folder: a folder of images, or a `clip.json` folder; None takes the bundled clip.
+        frames: how many frames, evenly spaced over the clip; None takes 24, or all where there are fewer.
+        keep_ratio, merge_budget, weights: as in `accelerate`.
+        device: None takes CUDA where there is one.
+        repeats: timed runs of each, interleaved.
+
+    Returns:
+        The report.
+
+    Raises:
+        PaceError: a setting, the clip or the weights do not fit.
+    """
+    from tqdm import tqdm
+
+    device = usable_device(device)
+    clip = load_evenly(clip_folder or BUNDLED_CLIP, frames).to(device)
+    model = build_mini().to(device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # training-free or not stands in the table
+        accelerate(model, keep_ratio, merge_budget, weights=weights)
+    settings = summary(model)
+    # Stock vggt uses a spelling of autocast that torch has deprecated; it would tear the progress bar.
+    warnings.filterwarnings("ignore", message=".*torch.cuda.amp.autocast", category=FutureWarning)
+    out.mkdir(parents=True, exist_ok=True)
+
+    def run_stock() -> dict[str, Any]:
+        with paused(model):
+            return model(clip.images)
+
+    runs = {"stock": run_stock, "accelerated": lambda: model(clip.images)}
+    with torch.inference_mode(), tqdm(total=(repeats + 1) * len(runs), desc=f"{len(clip)} frames", unit="run") as bar:
+        timings = time_interleaved(runs, repeats, device, update=bar.update)
+        tokens, _ = model.aggregator(clip.images[None])
+
+    with tqdm(total=4, desc="report", unit="file") as bar:
+        report = make_report(clip, settings, timings)
+        write_json(out / "report.json", report)
+        bar.update()
+        save_token_picture(out / "tokens.png", clip.images, tokens.role[0], tokens.grid)
+        bar.update()
+        depth = {name: timing.result["depth"][0, ..., 0] for name, timing in timings.items()}  # [S, H, W]
+        save_depth_picture(out / "depth.png", clip.images, depth["stock"], depth["accelerated"])
+        bar.update()
+        save_points(out / "points.ply", *point_cloud(timings["accelerated"].result, clip.images))
+        bar.update()
+    return report
+
+
+def usable_device(name: str | None) -> torch.device:
+    """The named device, or CUDA where there is one, or the CPU.
+
+    Raises:
+        PaceError: torch can't use it.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise PaceError(f"device {name!r} can't be used: {reason}") from error
+    return device
+
+
+def load_evenly(folder: Path, frames: int | None) -> Clip:
+    """A clip for VGGT-mini: square frames, evenly spaced over the folder."""
+    total = count_frames(folder)
+    if frames is None:
+        frames = min(MOST_FRAMES, total)
+    return load_clip(folder, frames=frames, stride=max(1, total // frames), width=MINI_WIDTH, mode="square")
+
+
+def make_report(clip: Clip, settings: Summary, timings: dict[str, Timing]) -> dict[str, Any]:
+    """The content of `report.json`; metrics are null where the clip has no ground truth."""
+    stock, pace = timings["stock"], timings["accelerated"]
+    quality = {name: evaluate_predictions(timing.result, clip) for name, timing in timings.items()}
+    return {
+        "backbone": "vggt-mini",
+        "clip": clip.name,
+        "frames": len(clip),
+        "keep_ratio": settings.config.keep_ratio,
+        "merge_budget": settings.config.merge_budget,
+        "weights": settings.weights,
+        "seconds_stock": stock.median,
+        "seconds_pace": pace.median,
+        "speedup": stock.median / pace.median,
+        "stock": {key: quality["stock"][key] for key in METRICS},
+        "pace": {key: quality["accelerated"][key] for key in METRICS},
+        "environment": environment(clip.images.device),
+    }
+
+
+def point_cloud(output: dict[str, Any], images: Tensor) -> tuple[Tensor, Tensor]:
+    """Points [N, 3] and colours [N, 3] of the more confident half of all pixels, in the first camera's frame."""
+    depth, confidence = output["depth"][0, ..., 0].float(), output["depth_conf"][0]  # [S, H, W]
+    world_to_camera, intrinsics = decode_pose_encoding(output["pose_enc"][0].float(), *images.shape[-2:])
+    points = unproject(depth, intrinsics, world_to_camera)  # [S, H, W, 3]
+    # A sort-based median: quantile() refuses large inputs.
+    sure = (confidence > confidence.flatten().median()).flatten().nonzero()[:, 0]
+    sure = sure[:: max(1, -(-len(sure) // MOST_POINTS))]
+    return points.reshape(-1, 3)[sure], images.permute(0, 2, 3, 1).reshape(-1, 3)[sure]
+
+
+def format_table(report: dict[str, Any]) -> str:
+    """The report as a table for people."""
+
+    def number(value: float | None, digits: int) -> str:
+        return "-" if value is None else f"{value:.{digits}f}"
+
+    stock, pace = report["stock"], report["pace"]
+    rows = [
+        ("seconds", number(report["seconds_stock"], 2), number(report["seconds_pace"], 2)),
+        ("speed-up", "1.0x", f"{report['speedup']:.1f}x"),
+        ("camera AUC@30 (percent, higher is better)", number(stock["auc30"], 1), number(pace["auc30"], 1)),
+        ("rotation error (median, degrees)", number(stock["rotation_deg"], 2), number(pace["rotation_deg"], 2)),
+        ("depth AbsRel (lower is better)", number(stock["absrel"], 4), number(pace["absrel"], 4)),
+    ]
+    title = (
+        f"{report['backbone']} on {report['clip']}, {report['frames']} frames, keep ratio {report['keep_ratio']:g}, "
+        f"merge budget {report['merge_budget']:g}, weights {report['weights']}"
+    )
+    lines = [title, f"{'':42s}{'stock':>10s}{'accelerated':>13s}"]
+    return "\n".join(lines + [f"{name:42s}{a:>10s}{b:>13s}" for name, a, b in rows])

@@ -1,0 +1,25 @@
+"""Quality of predicted cameras, depth and points against ground truth."""
+
+from pacevggt_patch.evaluation.metrics import (
+    absolute_trajectory_error,
+    decode_pose_encoding,
+    depth_errors,
+    evaluate_predictions,
+    pairwise_pose_errors,
+    point_error,
+    pose_auc,
+    similarity_alignment,
+    unproject,
+)
+
+__all__ = [
+    "absolute_trajectory_error",
+    "decode_pose_encoding",
+    "depth_errors",
+    "evaluate_predictions",
+    "pairwise_pose_errors",
+    "point_error",
+    "pose_auc",
+    "similarity_alignment",
+    "unproject",
+]

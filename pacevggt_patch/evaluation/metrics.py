@@ -1,0 +1,379 @@
+"""How good predicted cameras, depth and points are, against a clip's ground truth.
+
+Pure functions on tensors of any device; every result is a Python float, computed in float64, or None where
+the input does not determine it (a single frame has no pairs, a frame without valid pixels no depth error).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from pacevggt_patch.clips.clip import Clip
+from pacevggt_patch.config import PaceError
+
+AUC_THRESHOLDS = (5, 15, 30)
+MAX_POINTS = 200_000
+
+
+class PairErrors(NamedTuple):
+    """Errors of the relative poses of all frame pairs i < j, in degrees: `[S * (S - 1) / 2]` float64 each."""
+
+    rotation: torch.Tensor
+    translation: torch.Tensor
+
+
+class DepthErrors(NamedTuple):
+    """Depth errors over the valid pixels of a clip, after one scale for the whole clip."""
+
+    absrel: float
+    delta125: float
+
+
+class Similarity(NamedTuple):
+    """`y = scale * rotation @ x + translation`."""
+
+    scale: torch.Tensor  # []
+    rotation: torch.Tensor  # [3, 3]
+    translation: torch.Tensor  # [3]
+
+
+def decode_pose_encoding(
+    pose_encoding: torch.Tensor, height: int, width: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cameras of VGGT's pose encoding "absT_quaR_FoV".
+
+    Args:
+        pose_encoding: `[..., 9]`: translation (3), quaternion x, y, z, w (4, of any length but 0), vertical
+            and horizontal field of view in radians.
+        height: Height of the images, in pixels.
+        width: Width of the images, in pixels.
+
+    Returns:
+        World-to-camera `[..., 3, 4]` (OpenCV axes) and intrinsics `[..., 3, 3]` in pixels, with the principal
+        point in the middle of the image, both of the dtype of the encoding.
+    """
+    translation, quaternion, field_of_view = pose_encoding.split([3, 4, 2], dim=-1)
+    world_to_camera = torch.cat([rotation_matrix(quaternion), translation[..., None]], dim=-1)
+    half_size = torch.tensor([height / 2, width / 2]).to(pose_encoding)
+    focal_y, focal_x = (half_size / torch.tan(field_of_view / 2)).unbind(-1)
+    intrinsics = torch.zeros(*pose_encoding.shape[:-1], 3, 3).to(pose_encoding)
+    intrinsics[..., 0, 0], intrinsics[..., 1, 1] = focal_x, focal_y
+    intrinsics[..., 0, 2], intrinsics[..., 1, 2] = width / 2, height / 2
+    intrinsics[..., 2, 2] = 1
+    return world_to_camera, intrinsics
+
+
+def rotation_matrix(quaternion: torch.Tensor) -> torch.Tensor:
+    """`[..., 3, 3]` rotations of quaternions `[..., 4]`, scalar last."""
+    quaternion = F.normalize(quaternion, dim=-1)
+    vector, scalar = quaternion[..., :3], quaternion[..., 3, None, None]
+    x, y, z = vector.unbind(-1)
+    zero = torch.zeros_like(x)
+    cross = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], dim=-1).unflatten(-1, (3, 3))
+    # Rodrigues' formula in half angles: R = I + 2 w [v]x + 2 [v]x^2.
+    return torch.eye(3).to(quaternion) + 2 * scalar * cross + 2 * cross @ cross
+
+
+def pairwise_pose_errors(predicted: torch.Tensor, truth: torch.Tensor) -> PairErrors:
+    """Errors of the relative poses between all pairs of frames, as VGGT's camera evaluation defines them.
+
+    Of each pair i < j the pose of camera j relative to camera i, `T_i T_j^-1`, is compared: the angle between
+    the two rotations, and the angle between the lines along the two translations. The latter knows no sign,
+    so it is at most 90 degrees; where a translation is zero it has no direction, and the error is 90. Both do
+    not depend on the world frame, the translation error not on scale either.
+
+    Args:
+        predicted: World-to-camera `[S, 3, 4]`.
+        truth: World-to-camera `[S, 3, 4]`.
+
+    Raises:
+        ValueError: The shapes are not both `[S, 3, 4]`.
+    """
+    check_poses(predicted, truth)
+    first, second = torch.triu_indices(len(truth), len(truth), offset=1)
+    rotation, translation = relative_poses(predicted.cpu().double(), first, second)
+    true_rotation, true_translation = relative_poses(truth.cpu().double(), first, second)
+    return PairErrors(
+        rotation_angle(rotation.transpose(1, 2) @ true_rotation),
+        line_angle(translation, true_translation),
+    )
+
+
+def check_poses(predicted: torch.Tensor, truth: torch.Tensor) -> None:
+    """Raise `ValueError` unless both are `[S, 3, 4]`."""
+    if predicted.shape != truth.shape or truth.shape[1:] != (3, 4):
+        raise ValueError(f"poses must be [S, 3, 4] both, got {list(predicted.shape)} and {list(truth.shape)}")
+
+
+def relative_poses(
+    world_to_camera: torch.Tensor, first: torch.Tensor, second: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotations `[N, 3, 3]` and translations `[N, 3]` from the cameras `second` to the cameras `first`."""
+    rotation, translation = world_to_camera[:, :, :3], world_to_camera[:, :, 3]
+    relative = rotation[first] @ rotation[second].transpose(1, 2)
+    return relative, translation[first] - (relative @ translation[second, :, None])[:, :, 0]
+
+
+def rotation_angle(rotation: torch.Tensor) -> torch.Tensor:
+    """`[N]` angles of rotations `[N, 3, 3]`, in degrees."""
+    # The arc tangent of sine and cosine: the arc cosine alone loses half the digits near 0 and 180 degrees.
+    twice_sine_axis = torch.stack(
+        [
+            rotation[:, 2, 1] - rotation[:, 1, 2],
+            rotation[:, 0, 2] - rotation[:, 2, 0],
+            rotation[:, 1, 0] - rotation[:, 0, 1],
+        ],
+        dim=1,
+    )
+    twice_cosine = rotation.diagonal(dim1=1, dim2=2).sum(dim=1) - 1
+    return torch.rad2deg(torch.atan2(twice_sine_axis.norm(dim=1), twice_cosine))
+
+
+def line_angle(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """`[N]` angles between the lines along vectors `[N, 3]`, 0 to 90 degrees; 90 where a vector is zero."""
+    sine, cosine = torch.linalg.cross(first, second).norm(dim=1), (first * second).sum(dim=1).abs()
+    angle = torch.rad2deg(torch.atan2(sine, cosine))
+    return torch.where((first.norm(dim=1) > 0) & (second.norm(dim=1) > 0), angle, 90.0)
+
+
+def pose_auc(errors: torch.Tensor, threshold: int) -> float | None:
+    """Area under the curve of accuracy over error threshold, in percent (AUC@threshold).
+
+    As VGGT reports it: errors are counted in bins of one degree up to the threshold, the last one closed, and
+    the accuracies at 1, 2, ..., `threshold` degrees are averaged.
+
+    Args:
+        errors: `[N]` errors in degrees, of each pair the larger of its rotation and translation error. An
+            error that is not a number counts as wrong.
+        threshold: Upper end of the curve, in degrees.
+
+    Returns:
+        0 to 100, or None if there are no errors.
+    """
+    if errors.numel() == 0:
+        return None
+    histogram, _ = np.histogram(errors.cpu().double().numpy(), bins=np.arange(threshold + 1))
+    return float(histogram.cumsum().mean() / errors.numel() * 100)
+
+
+def median(values: torch.Tensor) -> float | None:
+    """Median of all values (the mean of the middle two of an even number); None if there are none."""
+    return float(np.median(values.detach().cpu().double().numpy())) if values.numel() else None
+
+
+def depth_errors(predicted: torch.Tensor, truth: torch.Tensor, valid: torch.Tensor) -> DepthErrors | None:
+    """Depth error after one scale for the whole clip: the median over the valid pixels of truth / prediction.
+
+    Args:
+        predicted: `[S, H, W]` z-depth, positive.
+        truth: `[S, H, W]` z-depth.
+        valid: `[S, H, W]` bool.
+
+    Returns:
+        `absrel`, the mean of |scaled prediction - truth| / truth, as a fraction; `delta125`, the percentage
+        of pixels with max(scaled prediction / truth, truth / scaled prediction) < 1.25. None if no pixel is
+        valid.
+    """
+    valid = valid.cpu()
+    if not bool(valid.any()):
+        return None
+    ratio = predicted.cpu()[valid].double() / truth.cpu()[valid].double()  # [N]
+    ratio = ratio * float(np.median((1 / ratio).numpy()))
+    within = torch.maximum(ratio, 1 / ratio) < 1.25
+    return DepthErrors((ratio - 1).abs().mean().item(), within.double().mean().item() * 100)
+
+
+def camera_centres(world_to_camera: torch.Tensor) -> torch.Tensor:
+    """`[..., 3]` camera centres `-R^T t` of world-to-camera `[..., 3, 4]`."""
+    rotation, translation = world_to_camera[..., :3], world_to_camera[..., 3:]
+    return -(rotation.transpose(-1, -2) @ translation)[..., 0]
+
+
+def absolute_trajectory_error(predicted: torch.Tensor, truth: torch.Tensor) -> float | None:
+    """Root mean square distance between camera centres after Sim(3) alignment, with `evo`.
+
+    Args:
+        predicted: World-to-camera `[S, 3, 4]`.
+        truth: World-to-camera `[S, 3, 4]`.
+
+    Returns:
+        The error in the unit of `truth`; None for fewer than three frames or true centres on one line, to
+        which anything aligns too well. Predicted centres that lie on one line, or all in one place, cannot be
+        aligned: they get the error of a prediction that puts every camera in the middle of the true ones.
+
+    Raises:
+        ValueError: The shapes are not both `[S, 3, 4]`.
+        ImportError: `evo` is not installed.
+    """
+    try:
+        from evo.core.geometry import GeometryException
+        from evo.core.metrics import APE, PoseRelation
+        from evo.core.trajectory import PosePath3D
+    except ImportError as error:
+        raise ImportError("the absolute trajectory error needs evo: pip install evo") from error
+    check_poses(predicted, truth)
+    centres = camera_centres(truth.cpu().double())
+    centred = centres - centres.mean(dim=0)
+    if len(truth) < 3 or not spans_plane(centred):
+        return None
+    reference, estimate = (
+        PosePath3D(poses_se3=list(camera_to_world(poses).numpy())) for poses in (truth, predicted)
+    )
+    try:
+        estimate.align(reference, correct_scale=True)
+    except GeometryException:
+        return centred.square().sum(dim=1).mean().sqrt().item()
+    error = APE(PoseRelation.translation_part)
+    error.process_data((reference, estimate))
+    return float(np.sqrt(np.mean(np.square(error.error))))
+
+
+def spans_plane(centred: torch.Tensor) -> bool:
+    """Whether points `[N, 3]` about their mean lie on more than one line."""
+    extent = torch.linalg.svdvals(centred)
+    return bool(extent[1] > 1e-6 * extent[0])
+
+
+def camera_to_world(world_to_camera: torch.Tensor) -> torch.Tensor:
+    """`[S, 4, 4]` float64 camera-to-world of world-to-camera `[S, 3, 4]`."""
+    poses = world_to_camera.cpu().double()
+    inverse = torch.eye(4, dtype=torch.float64).repeat(len(poses), 1, 1)
+    inverse[:, :3, :3] = poses[:, :, :3].transpose(1, 2)
+    inverse[:, :3, 3] = camera_centres(poses)
+    return inverse
+
+
+def unproject(depth: torch.Tensor, intrinsics: torch.Tensor, world_to_camera: torch.Tensor) -> torch.Tensor:
+    """`[S, H, W, 3]` world points of the pixel centres, which lie at (j + 0.5, i + 0.5) (see `Clip`).
+
+    Args:
+        depth: `[S, H, W]` z-depth.
+        intrinsics: `[S, 3, 3]`, pixels, without skew.
+        world_to_camera: `[S, 3, 4]`.
+    """
+    _, height, width = depth.shape
+    columns = (torch.arange(width).to(depth) + 0.5)[None, None, :]
+    rows = (torch.arange(height).to(depth) + 0.5)[None, :, None]
+    focal_x, focal_y = intrinsics[:, 0, 0, None, None], intrinsics[:, 1, 1, None, None]
+    centre_x, centre_y = intrinsics[:, 0, 2, None, None], intrinsics[:, 1, 2, None, None]
+    x = (columns - centre_x) / focal_x * depth  # [S, H, W]
+    y = (rows - centre_y) / focal_y * depth
+    camera = torch.stack([x, y, depth], dim=-1)  # [S, H, W, 3]
+    # Row vectors: (x - t) R is R^T (x - t).
+    return (camera - world_to_camera[:, None, None, :, 3]) @ world_to_camera[:, None, :, :3]
+
+
+def similarity_alignment(source: torch.Tensor, target: torch.Tensor) -> Similarity:
+    """The similarity that takes `source` to `target`, both `[N, 3]`, with the least squared error.
+
+    Umeyama, "Least-squares estimation of transformation parameters between two point patterns", PAMI 1991. A
+    `source` all in one place gets scale 0.
+    """
+    source_mean, target_mean = source.mean(dim=0), target.mean(dim=0)
+    source, target = source - source_mean, target - target_mean
+    u, singular, vh = torch.linalg.svd(target.T @ source / len(source))
+    signs = torch.ones_like(singular)
+    signs[2] = torch.sign(torch.linalg.det(u) * torch.linalg.det(vh))  # no reflections
+    rotation = (u * signs) @ vh
+    variance = source.square().sum(dim=1).mean()
+    scale = (singular * signs).sum() / variance if variance > 0 else torch.zeros_like(variance)
+    return Similarity(scale, rotation, target_mean - scale * rotation @ source_mean)
+
+
+def point_error(predicted: torch.Tensor, truth: torch.Tensor) -> float | None:
+    """Mean distance between corresponding points after one Sim(3) alignment in the least-squares sense.
+
+    Args:
+        predicted: `[N, 3]`.
+        truth: `[N, 3]`.
+
+    Returns:
+        The distance in the unit of `truth`, or None for fewer than four points, which any alignment fits too
+        well.
+    """
+    if len(truth) < 4:
+        return None
+    predicted, truth = predicted.cpu().double(), truth.cpu().double()
+    scale, rotation, translation = similarity_alignment(predicted, truth)
+    return (scale * predicted @ rotation.T + translation - truth).norm(dim=1).mean().item()
+
+
+def evaluate_predictions(predictions: Mapping[str, torch.Tensor], clip: Clip) -> dict[str, float | None]:
+    """Compare what a VGGT predicts for a clip with the clip's ground truth.
+
+    Args:
+        predictions: What `model(clip.images)` returns. Of it, `pose_enc` `[1, S, 9]` and `depth` `[1, S, H,
+            W, 1]` are read; either may be missing.
+        clip: The clip, with whatever ground truth it has.
+
+    Returns:
+        A dict with these keys, whose value is None where prediction or ground truth is missing or determines
+        nothing:
+
+        - `auc5`, `auc15`, `auc30`: area under the accuracy curve of the relative poses, percent (`pose_auc`).
+        - `rotation_deg`, `translation_deg`: medians of the pairs' errors, degrees (`pairwise_pose_errors`).
+        - `absrel`: fraction, and `delta125`: percent (`depth_errors`).
+        - `point_error`: in the clip's unit. Predicted depth, unprojected with the predicted cameras, against
+          true depth with the true cameras (`point_error`), over the valid pixels: evenly strided, if there
+          are more than 200,000 of them.
+
+    Raises:
+        PaceError: A prediction does not have the clip's frames and size, or is not finite.
+    """
+    size = (len(clip), clip.height, clip.width)
+    pose_encoding = prediction(predictions, "pose_enc", (1, len(clip), 9))
+    depth = prediction(predictions, "depth", (1, *size, 1))
+    result: dict[str, float | None] = dict.fromkeys(f"auc{threshold}" for threshold in AUC_THRESHOLDS)
+    result |= dict.fromkeys(["rotation_deg", "translation_deg", "absrel", "delta125", "point_error"])
+    poses = intrinsics = None
+    if pose_encoding is not None:
+        poses, intrinsics = decode_pose_encoding(pose_encoding[0].double(), clip.height, clip.width)
+    if poses is not None and clip.world_to_camera is not None:
+        result |= pose_results(poses, clip.world_to_camera)
+    if depth is not None and clip.depth is not None and clip.valid is not None:
+        errors = depth_errors(depth[0, ..., 0], clip.depth, clip.valid)
+        if errors is not None:
+            result |= errors._asdict()
+        if poses is not None and intrinsics is not None:
+            result["point_error"] = clip_point_error(depth[0, ..., 0], intrinsics, poses, clip)
+    return result
+
+
+def prediction(
+    predictions: Mapping[str, torch.Tensor], key: str, shape: tuple[int, ...]
+) -> torch.Tensor | None:
+    """The prediction, checked; None if there is none."""
+    value = predictions.get(key)
+    if value is None:
+        return None
+    if value.shape != shape:
+        raise PaceError(f"predictions[{key!r}] must be {list(shape)} for this clip, got {list(value.shape)}")
+    if not bool(value.isfinite().all()):
+        raise PaceError(f"predictions[{key!r}] holds values that are not finite")
+    return value.detach()
+
+
+def pose_results(predicted: torch.Tensor, truth: torch.Tensor) -> dict[str, float | None]:
+    """The camera entries of `evaluate_predictions`."""
+    errors = pairwise_pose_errors(predicted, truth)
+    larger = torch.maximum(errors.rotation, errors.translation)
+    result = {f"auc{threshold}": pose_auc(larger, threshold) for threshold in AUC_THRESHOLDS}
+    return result | {"rotation_deg": median(errors.rotation), "translation_deg": median(errors.translation)}
+
+
+def clip_point_error(
+    depth: torch.Tensor, intrinsics: torch.Tensor, world_to_camera: torch.Tensor, clip: Clip
+) -> float | None:
+    """`point_error` of unprojected depth `[S, H, W]` with the given cameras; None if the clip cannot tell."""
+    if clip.depth is None or clip.valid is None or clip.intrinsics is None or clip.world_to_camera is None:
+        return None
+    chosen = clip.valid.flatten().nonzero()[:, 0]
+    chosen = chosen[:: max(1, -(-len(chosen) // MAX_POINTS))].cpu()  # [N]
+    predicted = unproject(depth.float(), intrinsics.float(), world_to_camera.float())
+    truth = unproject(clip.depth.float(), clip.intrinsics.float(), clip.world_to_camera.float())
+    return point_error(predicted.view(-1, 3).cpu()[chosen], truth.view(-1, 3).cpu()[chosen])

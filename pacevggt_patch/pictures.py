@@ -1,0 +1,131 @@
+"""Pictures of what the patch did: tokens, depth, points. Each is written whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .assignment import KEPT, MERGED, PRUNED
+from .config import PaceError
+from .report import whole_file
+
+MERGED_COLOUR = (0.15, 0.45, 1.0)
+FRAMES_SHOWN = 6
+
+
+def _pyplot():
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise PaceError("pictures need matplotlib: pip install 'pacevggt-patch[demo]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def spread(frames: int, shown: int = FRAMES_SHOWN) -> list[int]:
+    """Evenly spaced frame numbers, first and last among them."""
+    return sorted({round(i) for i in np.linspace(0, frames - 1, min(frames, shown))})
+
+
+def overlay_roles(image: Tensor, role: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Tint an image [3, H, W] in [0, 1] by the roles [P] of its patch tokens: kept as it is, merged blue, pruned dark."""
+    patch = image.shape[1] // grid[0]
+    cells = role.view(grid).repeat_interleave(patch, 0).repeat_interleave(patch, 1)  # [H, W]
+    blue = torch.tensor(MERGED_COLOUR).view(3, 1, 1).to(image)
+    tinted = torch.where(cells == MERGED, 0.5 * image + 0.5 * blue, image)
+    return torch.where(cells == PRUNED, 0.2 * image, tinted)
+
+
+def save_token_picture(path: Path, images: Tensor, role: Tensor, grid: tuple[int, int]) -> None:
+    """Frames above, and below them which patch tokens were kept, merged and pruned.
+
+    Args:
+        path: a PNG.
+        images: [S, 3, H, W] in [0, 1].
+        role: [S, P], see `assignment.Assignment`.
+        grid: patch rows and columns.
+    """
+    plt = _pyplot()
+    shown = spread(len(images))
+    figure, axes = plt.subplots(2, len(shown), figsize=(2.4 * len(shown), 5.2), squeeze=False, layout="constrained")
+    for column, index in enumerate(shown):
+        axes[0, column].imshow(_rgb(images[index]))
+        axes[0, column].set_title(f"frame {index}", fontsize=9)
+        axes[1, column].imshow(_rgb(overlay_roles(images[index], role[index], grid)))
+    for axis in axes.flat:
+        axis.axis("off")
+    share = {name: (role == value).float().mean().item() for name, value in (("kept", KEPT), ("merged", MERGED))}
+    figure.suptitle(
+        f"patch tokens: {share['kept']:.0%} kept (as they are), {share['merged']:.0%} merged (blue), "
+        f"{1 - sum(share.values()):.0%} pruned (dark)",
+        fontsize=10,
+    )
+    _save(figure, path)
+
+
+def save_depth_picture(path: Path, images: Tensor, stock: Tensor, pace: Tensor) -> None:
+    """Frame, stock depth, accelerated depth, and their relative difference, one row a frame.
+
+    Args:
+        path: a PNG.
+        images: [S, 3, H, W] in [0, 1].
+        stock, pace: depth [S, H, W].
+    """
+    plt = _pyplot()
+    shown = spread(len(images), 4)
+    difference = (pace - stock).abs() / stock
+    figure, axes = plt.subplots(len(shown), 4, figsize=(10, 2.4 * len(shown) + 0.4), squeeze=False, layout="constrained")
+    for row, index in enumerate(shown):
+        low, high = stock[index].quantile(torch.tensor([0.02, 0.98]).to(stock)).tolist()
+        axes[row, 0].imshow(_rgb(images[index]))
+        for column, depth in ((1, stock), (2, pace)):
+            drawn = axes[row, column].imshow(depth[index].cpu().numpy(), vmin=low, vmax=high, cmap="turbo")
+        figure.colorbar(drawn, ax=axes[row, 2], shrink=0.8)
+        drawn = axes[row, 3].imshow(difference[index].cpu().numpy(), vmin=0, vmax=0.3, cmap="magma")
+        figure.colorbar(drawn, ax=axes[row, 3], shrink=0.8)
+    titles = ("frame", "depth, stock", "depth, accelerated", "relative difference")
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title, fontsize=9)
+    for axis in axes.flat:
+        axis.axis("off")
+    _save(figure, path)
+
+
+def save_points(path: Path, points: Tensor, colours: Tensor) -> None:
+    """Write a coloured point cloud as binary PLY.
+
+    Args:
+        path: a .ply.
+        points: [N, 3].
+        colours: RGB [N, 3] in [0, 1].
+    """
+    try:
+        from plyfile import PlyData, PlyElement
+    except ImportError as error:
+        raise PaceError("point clouds need plyfile: pip install 'pacevggt-patch[demo]'") from error
+    names = [(name, "<f4") for name in ("x", "y", "z")] + [(name, "u1") for name in ("red", "green", "blue")]
+    vertices = np.empty(len(points), dtype=names)
+    for i, (name, _) in enumerate(names):
+        values = points[:, i] if i < 3 else (colours[:, i - 3] * 255).round()
+        vertices[name] = values.cpu().numpy()
+    with whole_file(path) as temporary:
+        PlyData([PlyElement.describe(vertices, "vertex")]).write(temporary)
+
+
+def _rgb(image: Tensor) -> np.ndarray:
+    return image.clamp(0, 1).permute(1, 2, 0).cpu().numpy()
+
+
+def _save(figure, path: Path) -> None:
+    from matplotlib import pyplot
+
+    try:
+        with whole_file(path) as temporary:
+            figure.savefig(temporary, dpi=110)
+    finally:
+        pyplot.close(figure)

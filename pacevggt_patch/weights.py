@@ -1,0 +1,311 @@
+"""Trained weights of the scorer and the restoration: save, load from a file or the Hub, match with a backbone."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.utils import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from torch import nn
+
+from . import tensorfile
+from .backbone import BackboneSpec, Host, find_host, fingerprints, spec
+from .bundled import bundled_files
+from .config import WeightsError
+from .restoration import FeatureGuidedRestoration
+from .scorer import TokenScorer
+from .version import __version__
+
+KIND = "pace weights"
+FORMAT = 1
+HUB_FILE = "pace.safetensors"
+HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^@\s]+))?")
+ACCEPTED = (
+    'weights must be "auto", None, a path to a .safetensors file, a Hugging Face Hub id "user/repo[@revision]", '
+    "or PaceWeights"
+)
+
+
+@dataclass(eq=False)
+class PaceWeights:
+    """What makes the accelerated model better than training-free: a trained scorer and restoration.
+
+    Attributes:
+        scorer: learned saliency of patch tokens.
+        restoration: learned residual of the dense tokens.
+        backbone: dimensions of the backbone that it was trained for.
+        fingerprints: dtype name -> fingerprint of that backbone cast to this dtype (see `backbone.fingerprints`).
+        keep_ratios: keep ratios that it was trained for.
+        training: how it was trained, as JSON values.
+        library_version: version of this package that made it.
+        source: where it came from, in words.
+    """
+
+    scorer: TokenScorer
+    restoration: FeatureGuidedRestoration
+    backbone: BackboneSpec
+    fingerprints: dict[str, str]
+    keep_ratios: tuple[float, ...] = ()
+    training: dict[str, Any] = field(default_factory=dict)
+    library_version: str = __version__
+    source: str = "new"
+
+    @classmethod
+    def new(
+        cls, model: nn.Module, *, keep_ratios: Sequence[float] = (), training: dict[str, Any] | None = None
+    ) -> PaceWeights:
+        """Untrained weights that fit a VGGT, in float32 on its device. They change nothing until they are trained.
+
+        The same every time; the global random state is left alone.
+
+        Raises:
+            UnsupportedModelError: `model` is not a VGGT.
+        """
+        host = find_host(model)
+        backbone = spec(host)
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            torch.random.default_generator.manual_seed(0)
+            scorer = TokenScorer(backbone.embed_dim)
+            restoration = FeatureGuidedRestoration(backbone.embed_dim, backbone.cached_layers)
+        weights = cls(
+            scorer.eval(),
+            restoration.eval(),
+            backbone,
+            fingerprints(host),
+            tuple(float(ratio) for ratio in keep_ratios),
+            dict(training or {}),
+        )
+        aggregator: Any = host.aggregator
+        return weights.to(aggregator.camera_token.device)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write one safetensors file (float32) with everything else as JSON in its metadata, at once or not at all.
+
+        Raises:
+            WeightsError: no such folder, NaN or infinity, `training` is not JSON, or the write failed.
+        """
+        tensors = {name: tensor.float() for name, tensor in _modules(self).state_dict().items()}
+        fields = {
+            "library_version": self.library_version,
+            "backbone": self.backbone.to_dict(),
+            "hidden_dims": {
+                "scorer": self.scorer.hidden.weight.shape[0],
+                "restoration": tensors["restoration.hidden.0.weight"].shape[0],
+            },
+            "fingerprints": self.fingerprints,
+            "keep_ratios": list(self.keep_ratios),
+            "training": self.training,
+        }
+        tensorfile.write(path, tensors, KIND, FORMAT, fields)
+
+    @classmethod
+    def load(cls, source: str | PathLike[str]) -> PaceWeights:
+        """Read weights from a file, or from the Hugging Face Hub (through its cache).
+
+        Args:
+            source: path, or Hub id "user/repo[@revision]" of a repository that holds `pace.safetensors`.
+
+        Returns:
+            The weights in evaluation mode, float32, on the CPU.
+
+        Raises:
+            WeightsError: `source` is neither, can't be had, is damaged, or needs a newer version of this package.
+        """
+        if isinstance(source, PathLike) or (isinstance(source, str) and _is_path(source)):
+            return _read(Path(source).expanduser(), str(source))
+        match = HUB_ID.fullmatch(source) if isinstance(source, str) else None
+        if match is None:
+            raise WeightsError(f"{ACCEPTED}, got {source!r}")
+        repo, revision = match["repo"], match["revision"]
+        return _read(_download(repo, revision), f"{repo}@{revision or 'main'}")
+
+    def check(self, host: Host) -> None:
+        """Check that these weights were trained for this backbone.
+
+        A float32 backbone has a fingerprint for each dtype that it can be cast to, so weights and host belong
+        together if the fingerprints of any dtype that both know agree.
+
+        Raises:
+            WeightsError: names both sides.
+        """
+        mine, theirs = self.backbone, spec(host)
+        if not _dimensions_fit(mine, theirs, bool(host.dense_heads)):
+            raise WeightsError(
+                f"pace weights {self.source} are for a VGGT with {mine}; this model has {theirs}"
+            )
+        known = fingerprints(host)
+        if not self.fingerprints.keys() & known.keys():
+            raise WeightsError(
+                f"pace weights {self.source} were trained on a {'/'.join(self.fingerprints)} model, this model is "
+                f"{'/'.join(known)}, so whether they belong together can't be told: load the model in the first dtype"
+            )
+        if not _same_backbone(self.fingerprints, known):
+            dtype = min(self.fingerprints.keys() & known.keys())
+            raise WeightsError(
+                f"pace weights {self.source} were trained for another checkpoint (fingerprint "
+                f"{self.fingerprints[dtype][:12]}) than this model's ({known[dtype][:12]}): train weights for this "
+                "one, or pass weights=None"
+            )
+
+    def to(self, device: torch.device | str) -> PaceWeights:
+        """Move the modules to a device, in place. Returns itself."""
+        device = torch.device(device)
+        if self.scorer.out.weight.device != device:
+            # Parameters moved in inference mode could never be trained afterwards.
+            with torch.inference_mode(False):
+                self.scorer.to(device)
+                self.restoration.to(device)
+        return self
+
+    def __str__(self) -> str:
+        parameters = sum(p.numel() for p in _modules(self).parameters())
+        ratios = ", ".join(f"{ratio:g}" for ratio in self.keep_ratios)
+        trained = f"trained for keep ratios {ratios}" if ratios else "no keep ratios recorded"
+        return f"{self.source} ({trained}; {parameters:,d} parameters; pacevggt-patch {self.library_version})"
+
+
+def resolve(weights: str | PathLike[str] | PaceWeights | None, host: Host) -> PaceWeights | None:
+    """The weights that `accelerate` was asked for, checked against the host; None is training-free.
+
+    Args:
+        weights: None, "auto" (bundled weights of this backbone, else None with a warning), `PaceWeights`, a path, or a
+            Hub id "user/repo[@revision]".
+        host: the model's parts.
+
+    Raises:
+        WeightsError: anything else, or weights that can't be had, are damaged, or do not fit.
+    """
+    if weights is None:
+        return None
+    if isinstance(weights, str) and weights == "auto":
+        found = _bundled(host)
+        if found is None:
+            warnings.warn(
+                "no pace weights are bundled for this checkpoint, so it runs training-free: pass weights=PATH or "
+                'weights="user/repo" to use trained ones, train some with `pacevggt train`, or pass weights=None to '
+                "choose training-free without this warning",
+                UserWarning,
+                stacklevel=3,  # past accelerate(), to the line that called it
+            )
+        return found
+    chosen = weights if isinstance(weights, PaceWeights) else PaceWeights.load(weights)
+    chosen.check(host)
+    return chosen
+
+
+def _bundled(host: Host) -> PaceWeights | None:
+    known = fingerprints(host)
+    for path in bundled_files("pace-*.safetensors"):
+        if _same_backbone(tensorfile.read_metadata(path, KIND, FORMAT).get("fingerprints", {}), known):
+            weights = _read(path, f"bundled {path.stem}")
+            weights.check(host)
+            return weights
+    return None
+
+
+def _read(path: Path, source: str) -> PaceWeights:
+    fields = tensorfile.read_metadata(path, KIND, FORMAT)
+    try:
+        layers = tuple(fields["backbone"].pop("cached_layers"))
+        backbone = BackboneSpec(**fields["backbone"], cached_layers=layers)
+        hidden = fields["hidden_dims"]
+        # Nothing is allocated or initialised before the tensors of the file are known to fit.
+        with torch.device("meta"):
+            scorer = TokenScorer(backbone.embed_dim, hidden["scorer"])
+            restoration = FeatureGuidedRestoration(backbone.embed_dim, layers, hidden["restoration"])
+        weights = PaceWeights(
+            scorer.eval(),
+            restoration.eval(),
+            backbone,
+            dict(fields["fingerprints"]),
+            tuple(float(ratio) for ratio in fields["keep_ratios"]),
+            dict(fields["training"]),
+            str(fields["library_version"]),
+            source,
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise WeightsError(f"{path} has damaged metadata: {type(error).__name__}: {error}") from error
+    tensors = tensorfile.read_tensors(path, KIND)
+    modules = _modules(weights)
+    tensorfile.check_tensors(path, tensors, modules.state_dict())
+    modules.load_state_dict(tensors, assign=True)
+    return weights
+
+
+def _modules(weights: PaceWeights) -> nn.ModuleDict:
+    return nn.ModuleDict({"scorer": weights.scorer, "restoration": weights.restoration})
+
+
+def _dimensions_fit(mine: BackboneSpec, theirs: BackboneSpec, has_dense_heads: bool) -> bool:
+    """Whether weights for `mine` can serve `theirs`: of the layers, only those that dense heads read matter."""
+    same = all(getattr(mine, name) == getattr(theirs, name) for name in ("embed_dim", "depth", "patch_size"))
+    same = same and mine.special_tokens == theirs.special_tokens
+    # A fork whose attention does not tell its number of heads has 0.
+    same = same and (mine.num_heads == theirs.num_heads or 0 in (mine.num_heads, theirs.num_heads))
+    return same and (not has_dense_heads or set(theirs.cached_layers) <= set(mine.cached_layers))
+
+
+def _same_backbone(mine: dict[str, str], theirs: dict[str, str]) -> bool:
+    return any(mine[dtype] == theirs[dtype] for dtype in mine.keys() & theirs.keys())
+
+
+def _is_path(source: str) -> bool:
+    return source.endswith(".safetensors") or source.startswith((".", "~", "/")) or os.path.exists(source)
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    """Path of `pace.safetensors` in the Hub cache, fetched if need be.
+
+    Raises:
+        WeightsError: one sentence that says what to do.
+    """
+    name = f"{repo}@{revision}" if revision else repo
+    try:
+        return Path(hf_hub_download(repo, HUB_FILE, revision=revision))
+    except GatedRepoError as error:
+        problem = (
+            f"{repo} is gated: ask for access on its page, then log in with `hf auth login` or set HF_TOKEN"
+        )
+        raise WeightsError(problem) from error
+    except RepositoryNotFoundError as error:
+        problem = (
+            f"{repo} is not on the Hugging Face Hub, or it is private: check the id, or log in with `hf auth login` "
+            "or set HF_TOKEN"
+        )
+        raise WeightsError(problem) from error
+    except RevisionNotFoundError as error:
+        raise WeightsError(
+            f"{repo} has no revision {revision}: check the branch, tag or commit after the @"
+        ) from error
+    except LocalEntryNotFoundError as error:  # before EntryNotFoundError, which it is one of
+        if constants.HF_HUB_OFFLINE:
+            problem = f"{name} is not in the Hub cache and HF_HUB_OFFLINE is set: unset it once to download {HUB_FILE}"
+        else:
+            problem = (
+                f"{name} is not in the Hub cache and the Hub can't be reached: check the network and HF_ENDPOINT, or "
+                "pass a path to the file"
+            )
+        raise WeightsError(problem) from error
+    except EntryNotFoundError as error:
+        problem = f"{name} holds no {HUB_FILE}, so it is not a repository of pace weights: check the id"
+        raise WeightsError(problem) from error
+    except HFValidationError as error:
+        raise WeightsError(f"{name} is not a valid Hub id: {error}") from error
+    except Exception as error:  # of the client's HTTP library, which differs between its versions
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise WeightsError(f"{name} can't be downloaded: {reason}") from error

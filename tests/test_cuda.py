@@ -1,0 +1,90 @@
+"""What only a GPU can show: no host syncs, graphs, mixed devices. Skipped without CUDA."""
+
+import pytest
+import torch
+from hosts import random_images, tiny_vggt
+
+from pacevggt_patch import PaceError, PaceWeights, accelerate, remove, summary
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture
+def model():
+    return tiny_vggt().cuda()
+
+
+@pytest.fixture
+def images():
+    return random_images(9).cuda()
+
+
+def test_close_to_the_cpu(model, images):
+    """Selection depends on comparisons, so everything is kept here: rounding must not flip a choice."""
+    with torch.inference_mode():
+        stock = model(images)
+        exact = accelerate(model, 1, 0, weights=None)(images)
+        assert torch.equal(exact["pose_enc"], stock["pose_enc"])
+        assert torch.allclose(exact["depth"], stock["depth"], rtol=1e-3, atol=1e-4)
+        cpu = accelerate(tiny_vggt(), 1, 0, weights=None)(images.cpu())
+    assert torch.allclose(exact["depth"].cpu(), cpu["depth"], rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_nothing_waits_for_the_device(model, images, learned, autocast):
+    accelerate(model, 0.3, 0.4, weights=PaceWeights.new(model) if learned else None)
+    with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        model(images)  # fills the host's caches
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            tokens, start = model.aggregator(images)
+            model.camera_head(tokens)
+            tokens.frames(0, 4, [3])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_aggregator_in_a_cuda_graph(model, images):
+    accelerate(model, 0.3, weights=None)
+    with torch.inference_mode():
+        expected = model.aggregator(images)[0].compact[3].clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            model.aggregator(images)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph, static = torch.cuda.CUDAGraph(), torch.zeros_like(images)
+        static.copy_(images)
+        with torch.cuda.graph(graph):
+            tokens, _ = model.aggregator(static)
+        static.zero_()
+        graph.replay()
+        assert not torch.allclose(tokens.compact[3], expected, atol=1e-3)
+        static.copy_(images)
+        graph.replay()
+    assert torch.allclose(tokens.compact[3], expected, atol=1e-4)
+
+
+def test_model_moved_after_accelerate():
+    model = tiny_vggt()
+    accelerate(model, 0.3, weights=PaceWeights.new(model))
+    model.cuda()
+    with torch.inference_mode():
+        assert model(random_images(2).cuda())["depth"].is_cuda
+    remove(model.cpu())
+
+
+def test_finite_check_only_when_asked(model):
+    images = torch.full((1, 2, 3, 28, 28), float("nan"), device="cuda")
+    with torch.inference_mode():
+        assert accelerate(model, weights=None)(images)["depth"].isnan().any()
+        with pytest.raises(PaceError, match="NaN or infinity"):
+            accelerate(model, weights=None, check_finite=True)(images)
+
+
+def test_summary_times_the_device(model, images):
+    accelerate(model, 0.3, weights=None)
+    stages = summary(model, images).stages
+    assert stages and all(stage.seconds is not None and stage.seconds > 0 for stage in stages)

@@ -1,0 +1,161 @@
+"""The demo and the command line, on tiny clips."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from plyfile import PlyData
+
+from pacevggt_patch import PaceError, cli, pictures
+from pacevggt_patch.assignment import KEPT, MERGED, PRUNED
+from pacevggt_patch.clips import render_room, save_clip
+from pacevggt_patch.demo import BUNDLED_CLIP, format_table, load_evenly, run_demo
+from pacevggt_patch.evaluation.timing import time_interleaved
+from pacevggt_patch.report import whole_file, write_json
+
+REAL_CLIPS = os.environ.get("PACEVGGT_REAL_CLIPS")
+KEYS = {
+    "backbone", "clip", "frames", "keep_ratio", "merge_budget", "weights", "seconds_stock", "seconds_pace", "speedup",
+    "stock", "pace", "environment",
+}  # fmt: skip
+FILES = ["depth.png", "points.ply", "report.json", "tokens.png"]
+
+
+def write_photos(folder: Path, count: int) -> Path:
+    for i, image in enumerate(render_room(5, count).images):
+        pixels = (image.permute(1, 2, 0) * 255).byte().numpy()
+        Image.fromarray(pixels).resize((120, 90)).save(folder / f"photo{i}.jpg")
+    return folder
+
+
+def test_report_and_pictures(tmp_path):
+    report = run_demo(tmp_path / "out", frames=3, weights=None, repeats=1, device="cpu")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == FILES
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
+    assert report.keys() == KEYS
+    assert (report["backbone"], report["frames"], report["keep_ratio"]) == ("vggt-mini", 3, 0.3)
+    assert report["speedup"] == pytest.approx(report["seconds_stock"] / report["seconds_pace"])
+    for side in ("stock", "pace"):
+        assert report[side].keys() == {"auc30", "rotation_deg", "absrel"}
+        assert 0 <= report[side]["auc30"] <= 100 and 0 < report[side]["absrel"] < 0.3
+    assert report["stock"] != report["pace"]
+    for name in ("tokens.png", "depth.png"):
+        with Image.open(tmp_path / "out" / name) as image:
+            assert np.asarray(image.convert("L")).std() > 10
+    vertices = PlyData.read(tmp_path / "out" / "points.ply")["vertex"]
+    assert vertices.count == pytest.approx(3 * 224 * 224 / 2, rel=0.01)
+    assert np.isfinite(vertices["x"]).all() and vertices["red"].std() > 5
+    table = format_table(report)
+    assert "camera AUC@30" in table and f"{report['speedup']:.1f}x" in table
+
+
+def test_folder_of_images_has_no_ground_truth(tmp_path, capsys):
+    status = cli.main(
+        ["demo", "--clip", str(write_photos(tmp_path, 2)), "--out", str(tmp_path / "out"), "--weights", "none"]
+    )
+    assert status == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["stock"] == report["pace"] == {"auc30": None, "rotation_deg": None, "absrel": None}
+    assert report["frames"] == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split() == ["camera", "AUC@30", "(percent,", "higher", "is", "better)", "-", "-"] for line in lines)
+
+
+def test_keeping_everything_is_stock(tmp_path):
+    report = run_demo(tmp_path, frames=2, keep_ratio=1.0, weights=None, repeats=1, device="cpu")
+    assert report["stock"] == report["pace"]
+
+
+@pytest.mark.parametrize("name", ["redkitchen", "herzjesu_p25", "fox"])
+@pytest.mark.skipif(not REAL_CLIPS, reason="set PACEVGGT_REAL_CLIPS to a folder of real clips with ground truth")
+def test_real_clips(name, tmp_path):
+    report = run_demo(tmp_path, Path(str(REAL_CLIPS)) / name, frames=4, weights=None, repeats=1, device="cpu")
+    assert sorted(p.name for p in tmp_path.iterdir()) == FILES
+    assert report["pace"]["auc30"] is not None
+    assert (report["pace"]["absrel"] is not None) == (name == "redkitchen")
+
+
+def test_frames_are_spread_over_the_clip(tmp_path):
+    save_clip(render_room(3, 9, 28, 28), tmp_path)
+    clip = load_evenly(tmp_path, 3)
+    assert torch.equal(clip.images, load_evenly(tmp_path, None).images[::3])
+    assert len(load_evenly(BUNDLED_CLIP, None)) == 24
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["--clip", "no_such_folder"], "pacevggt: no_such_folder is not a folder"),
+        (["--keep-ratio", "7"], "pacevggt: keep_ratio must be in (0, 1], got 7: 0.3 keeps 30 % of each frame's patch tokens"),
+        (["--frames", "99"], "not the 99 asked for"),
+        (["--weights", "missing.safetensors"], "pacevggt: missing.safetensors does not exist"),
+        (["--device", "abacus"], "pacevggt: device 'abacus' can't be used"),
+    ],
+)  # fmt: skip
+def test_errors_are_one_line_and_nothing_is_written(arguments, message, tmp_path, capsys):
+    assert cli.main(["demo", "--out", str(tmp_path / "out"), *arguments]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_interrupt_leaves_no_half_written_file(tmp_path, monkeypatch, capsys):
+    def interrupted(figure, path):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **_: interrupted(figure, path))
+    assert cli.main(["demo", "--frames", "2", "--out", str(tmp_path / "out"), "--weights", "none"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["report.json"]
+
+
+def test_whole_file_keeps_the_old_one_when_writing_fails(tmp_path):
+    file = tmp_path / "a.json"
+    write_json(file, {"a": 1})
+    with pytest.raises(ValueError):
+        write_json(file, {"a": float("nan")})
+    with pytest.raises(RuntimeError), whole_file(file) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert json.loads(file.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_overlay_shows_roles():
+    image = torch.full((3, 28, 42), 0.5)
+    drawn = pictures.overlay_roles(image, torch.tensor([KEPT, MERGED, PRUNED, PRUNED, MERGED, KEPT]), (2, 3))
+    assert torch.equal(drawn[:, :14, :14], image[:, :14, :14])
+    assert drawn[2, 5, 20] > drawn[0, 5, 20]  # blue
+    assert drawn[:, 5, 40].max() < 0.2  # dark
+    assert torch.equal(drawn[:, 20, 40], image[:, 20, 40])
+
+
+def test_pictures_without_matplotlib(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(PaceError) as error:
+        pictures._pyplot()
+    assert str(error.value) == "pictures need matplotlib: pip install 'pacevggt-patch[demo]'"
+
+
+def test_runs_are_interleaved_and_the_first_is_not_counted():
+    calls = []
+    timings = time_interleaved(
+        {"a": lambda: calls.append("a") or len(calls), "b": lambda: calls.append("b")}, 2, "cpu"
+    )
+    assert calls == ["a", "b"] * 3
+    assert len(timings["a"].seconds) == 2 and timings["a"].median > 0
+    assert timings["a"].result == 5 and timings["a"].peak_gib is None
+
+
+def test_module_and_version():
+    shown = subprocess.run(
+        [sys.executable, "-m", "pacevggt_patch.cli", "--version"], capture_output=True, text=True, check=True
+    )
+    assert shown.stdout.startswith("pacevggt-patch ")

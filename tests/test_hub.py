@@ -1,0 +1,250 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from hosts import tiny_vggt
+from hub import Hub
+from huggingface_hub import HfApi, constants
+
+import pacevggt_patch
+from pacevggt_patch import PaceWeights, WeightsError, accelerate
+
+FILE = "pace.safetensors"
+EXAMPLE = Path(__file__).parents[1] / "examples" / "hub_roundtrip.py"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub that this process uses, with an empty cache, nobody logged in, and no waiting between tries."""
+    hub = Hub()
+    # The client reads its environment when it is first imported, which may be long ago.
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    huggingface_hub.close_session()
+    with hub.serving():
+        yield hub
+    huggingface_hub.close_session()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_vggt()
+
+
+def content_of(model, note, folder):
+    path = folder / "made.safetensors"
+    PaceWeights.new(model, training={"note": note}).save(path)
+    return path.read_bytes()
+
+
+@pytest.fixture
+def repository(hub, model, tmp_path):
+    """user/repo with two commits on main; the first is tagged v1."""
+    repository = hub.repository("user/repo")
+    repository.refs["v1"] = repository.commit({FILE: content_of(model, "first", tmp_path)})
+    repository.commit({FILE: content_of(model, "second", tmp_path)})
+    return repository
+
+
+def refused(source, message, cause):
+    with pytest.raises(WeightsError) as caught:
+        PaceWeights.load(source)
+    assert str(caught.value) == message
+    assert type(caught.value.__cause__).__name__ == cause
+
+
+def test_download(repository):
+    weights = PaceWeights.load("user/repo")
+    assert weights.training == {"note": "second"}
+    assert weights.source == "user/repo@main"
+
+
+def test_accelerate_by_id(repository):
+    model = tiny_vggt()
+    accelerate(model, weights="user/repo@v1")
+    assert "user/repo@v1 (" in pacevggt_patch.summary(model).weights
+
+
+def test_revisions(repository):
+    assert PaceWeights.load("user/repo@v1").training == {"note": "first"}
+    assert PaceWeights.load("user/repo@main").training == {"note": "second"}
+    assert PaceWeights.load(f"user/repo@{repository.refs['v1']}").training == {"note": "first"}
+
+
+def test_branch_with_a_slash(repository, model, tmp_path):
+    repository.commit({FILE: content_of(model, "branch", tmp_path)}, "try/more")
+    assert PaceWeights.load("user/repo@try/more").training == {"note": "branch"}
+
+
+def test_the_cache_serves_a_file_once(hub, repository):
+    PaceWeights.load("user/repo")
+    PaceWeights.load("user/repo")
+    assert [r.split()[0] for r in hub.requests] == ["HEAD", "GET", "HEAD"]
+
+
+def test_a_new_commit_is_noticed(hub, repository, model, tmp_path):
+    PaceWeights.load("user/repo")
+    repository.commit({FILE: content_of(model, "third", tmp_path)})
+    assert PaceWeights.load("user/repo").training == {"note": "third"}
+
+
+def test_the_cache_serves_when_the_hub_is_gone(hub, repository):
+    PaceWeights.load("user/repo")
+    PaceWeights.load("user/repo@v1")
+    hub.stop()
+    assert PaceWeights.load("user/repo").training == {"note": "second"}
+    assert PaceWeights.load("user/repo@v1").training == {"note": "first"}
+
+
+def test_offline_mode(hub, repository, monkeypatch):
+    PaceWeights.load("user/repo")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    huggingface_hub.close_session()
+    hub.requests.clear()
+    assert PaceWeights.load("user/repo").training == {"note": "second"}
+    refused(
+        "user/other@v2",
+        "user/other@v2 is not in the Hub cache and HF_HUB_OFFLINE is set: unset it once to download pace.safetensors",
+        "LocalEntryNotFoundError",
+    )
+    assert hub.requests == []
+
+
+def test_hub_gone_and_nothing_cached(hub):
+    hub.stop()
+    refused(
+        "user/repo",
+        "user/repo is not in the Hub cache and the Hub can't be reached: check the network and HF_ENDPOINT, or pass "
+        "a path to the file",
+        "LocalEntryNotFoundError",
+    )
+
+
+MISSING = (
+    "user/none is not on the Hugging Face Hub, or it is private: check the id, or log in with `hf auth login` or set "
+    "HF_TOKEN"
+)
+
+
+def test_no_such_repository(hub, monkeypatch):
+    refused("user/none", MISSING, "RepositoryNotFoundError")  # 401
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    refused("user/none", MISSING, "RepositoryNotFoundError")  # 404
+
+
+def test_private_repository(hub, repository, monkeypatch):
+    repository.private = True
+    refused("user/repo", MISSING.replace("none", "repo"), "RepositoryNotFoundError")
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    assert PaceWeights.load("user/repo").training == {"note": "second"}
+
+
+def test_gated_repository(hub, repository):
+    repository.gated = True
+    refused(
+        "user/repo",
+        "user/repo is gated: ask for access on its page, then log in with `hf auth login` or set HF_TOKEN",
+        "GatedRepoError",
+    )
+
+
+def test_no_such_revision(repository):
+    refused(
+        "user/repo@v9",
+        "user/repo has no revision v9: check the branch, tag or commit after the @",
+        "RevisionNotFoundError",
+    )
+
+
+def test_repository_of_something_else(hub):
+    hub.repository("user/model").commit({"model.safetensors": b"123"})
+    refused(
+        "user/model",
+        "user/model holds no pace.safetensors, so it is not a repository of pace weights: check the id",
+        "RemoteEntryNotFoundError",
+    )
+
+
+def test_wrong_file_under_the_right_name(hub, tmp_path):
+    hub.repository("user/model").commit({FILE: b"<html>no</html>"})
+    with pytest.raises(WeightsError, match=f"{FILE} is not a safetensors file, or is damaged: "):
+        PaceWeights.load("user/model")
+
+
+def test_weights_of_another_backbone(repository):
+    model = tiny_vggt(seed=1)
+    with pytest.raises(WeightsError, match="^pace weights user/repo@main were trained for another checkpoint"):
+        accelerate(model, weights="user/repo")
+    assert not pacevggt_patch.is_accelerated(model)
+
+
+def test_invalid_id(hub):
+    refused(
+        "user/re--po",
+        "user/re--po is not a valid Hub id: Cannot have -- or .. in repo_id: 'user/re--po'.",
+        "HFValidationError",
+    )
+    assert hub.requests == []
+
+
+def test_any_other_answer_of_the_hub(hub):
+    hub.broken = True
+    with pytest.raises(WeightsError, match="^user/repo (can't be downloaded|is not in the Hub cache)"):
+        PaceWeights.load("user/repo")
+
+
+def test_upload_and_download(hub, model, tmp_path):
+    weights = PaceWeights.new(model, keep_ratios=[0.3], training={"steps": 1})
+    weights.save(tmp_path / FILE)
+    api = HfApi(endpoint=hub.url, token=hub.token)
+    api.create_repo("me/mine", exist_ok=True)
+    api.upload_file(path_or_fileobj=tmp_path / FILE, path_in_repo=FILE, repo_id="me/mine")
+    loaded = PaceWeights.load("me/mine")
+    assert loaded.keep_ratios == (0.3,)
+    for name, tensor in weights.restoration.state_dict().items():
+        assert torch.equal(tensor, loaded.restoration.state_dict()[name])
+
+
+def run_example(hub, tmp_path, **environment):
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING")) and "proxy" not in k.lower()}
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", EXAMPLE, "me/example"],
+        env={
+            **inherited,
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_DISABLE_XET": "1",
+            "OMP_NUM_THREADS": "1",
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_example(hub, tmp_path):
+    """The real client with nothing replaced in it: the environment alone leads it to this Hub."""
+    done = run_example(hub, tmp_path, HF_TOKEN=hub.token)
+    assert done.returncode == 0, done.stderr
+    commit = hub.repositories["me/example"].refs["main"]
+    lines = done.stdout.splitlines()
+    assert lines[0] == f"uploaded pace.safetensors to me/example, commit {commit[:12]}"
+    assert lines[1] == "depth [1, 2, 224, 224, 1]"
+    assert any(line.startswith(f"weights       me/example@{commit} (") for line in lines)
+    assert list((tmp_path / "home" / "hub").glob(f"models--me--example/snapshots/{commit}/{FILE}"))
