@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from pacevggt_patch import PaceError, accelerate, paused, summary
@@ -45,7 +44,8 @@ def main(argv: list[str] | None = None) -> int:
 
     report: dict[str, Any] = {
         "environment": environment(device),
-        "backbone": args.backbone + ("" if args.checkpoint or args.backbone == "mini" else " (random weights)"),
+        "backbone": args.backbone
+        + ("" if args.checkpoint or args.backbone == "mini" else " (random weights)"),
         "size": f"{args.size[0]}x{args.size[1]}",
         "precision": PRECISIONS[args.precision],
         "repeats": args.repeats,
@@ -66,12 +66,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--backbone", choices=("mini", "vggt-1b"), default="mini")
-    parser.add_argument("--checkpoint", help="file or Hub id of VGGT-1B's weights (random weights if not given)")
+    parser.add_argument(
+        "--checkpoint", help="file or Hub id of VGGT-1B's weights (random weights if not given)"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--frames", type=lambda text: [int(n) for n in text.split(",")], default=[8, 24])
-    parser.add_argument("--size", type=lambda text: tuple(int(n) for n in text.split("x")), default=(224, 224))
+    parser.add_argument(
+        "--size", type=lambda text: tuple(int(n) for n in text.split("x")), default=(224, 224)
+    )
     parser.add_argument("--keep-ratio", type=float, default=0.3)
     parser.add_argument("--merge-budget", type=float)
     parser.add_argument("--precision", choices=PRECISIONS, default="float32")
@@ -80,7 +86,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def build(backbone: str, device: torch.device, checkpoint: str | None) -> nn.Module:
+def build(backbone: str, device: torch.device, checkpoint: str | None) -> Any:
     """The model in float32, in eval mode."""
     if backbone == "mini":
         return build_mini().to(device)
@@ -104,7 +110,7 @@ def build(backbone: str, device: torch.device, checkpoint: str | None) -> nn.Mod
     return model.to(device).eval()
 
 
-def forward(model: nn.Module, images: torch.Tensor, precision: str) -> Callable[[], None]:
+def forward(model: Any, images: torch.Tensor, precision: str) -> Callable[[], None]:
     """One full prediction of cameras, depth and points; outputs are dropped."""
     kind = images.device.type
 
@@ -124,7 +130,7 @@ def forward(model: nn.Module, images: torch.Tensor, precision: str) -> Callable[
 
 
 def measure(
-    model: nn.Module, frames: int, args: argparse.Namespace, device: torch.device, update: Callable[[], Any]
+    model: Any, frames: int, args: argparse.Namespace, device: torch.device, update: Callable[[], Any]
 ) -> list[dict[str, Any]]:
     """Rows of the stock and the accelerated model for one number of frames."""
     dtype = torch.bfloat16 if args.precision == "bfloat16" else torch.float32
@@ -142,7 +148,7 @@ def measure(
             timings = time_interleaved(
                 {"stock": stock, "pace": run}, args.repeats, device, keep_results=False, update=update
             )
-        except torch.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError:
             torch.cuda.empty_cache()
             timings = time_interleaved({"pace": run}, args.repeats, device, keep_results=False, update=update)
     for variant in ("stock", "pace"):
@@ -166,7 +172,7 @@ def measure(
     return rows
 
 
-def break_even(model: nn.Module, args: argparse.Namespace, device: torch.device) -> int | None:
+def break_even(model: Any, args: argparse.Namespace, device: torch.device) -> int | None:
     """The smallest number of frames tried at which the accelerated model is the faster one; None if at none."""
     for frames in BREAK_EVEN_CANDIDATES:
         rows = measure(model, frames, args, device, lambda: None)
@@ -177,7 +183,8 @@ def break_even(model: nn.Module, args: argparse.Namespace, device: torch.device)
 
 def print_table(report: dict[str, Any]) -> None:
     print(f"{report['backbone']}, {report['size']}, {report['precision']}, {report['repeats']} repeats")
-    print(f"{'frames':>7s} {'variant':8s}{'keep':>6s}{'merge':>7s}{'median s':>11s}{'min-max s':>18s}{'GiB':>7s}{'speed-up':>10s}")
+    columns = f"{'median s':>11s}{'min-max s':>18s}{'GiB':>7s}{'speed-up':>10s}"
+    print(f"{'frames':>7s} {'variant':8s}{'keep':>6s}{'merge':>7s}{columns}")
     for row in report["rows"]:
         if row["seconds_median"] is None:
             print(f"{row['frames']:>7d} {row['variant']:8s}  out of memory")
@@ -189,7 +196,9 @@ def print_table(report: dict[str, Any]) -> None:
             f"{row['frames']:>7d} {row['variant']:8s}{row['keep_ratio']:>6g}{row['merge_budget']:>7.2g}"
             f"{row['seconds_median']:>11.3f}{spread:>18s}{peak:>7s}{speedup:>10s}"
         )
-    print(f"break-even: {report['break_even_frames'] or 'none up to ' + str(BREAK_EVEN_CANDIDATES[-1])} frames")
+    print(
+        f"break-even (smallest number of frames at which pace is faster): {report['break_even_frames'] or 'not found'}"
+    )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from pacevggt_patch import PaceError, accelerate, summary
-from pacevggt_patch.clips import Clip, load_clip, render_room
+from pacevggt_patch.clips import load_clip, render_room
 from pacevggt_patch.evaluation import evaluate_predictions
 from pacevggt_patch.mini import build_mini
 from pacevggt_patch.report import environment, write_json
@@ -51,16 +51,24 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--backbone", choices=("mini",), default="mini")
     parser.add_argument("--clips", default="rooms", help='"rooms", or a folder with images or a clip.json')
     parser.add_argument("--count", type=int, default=16, help="number of rooms")
     parser.add_argument("--frames", type=int, default=8)
     parser.add_argument("--stride", type=int, default=1, help="step between the frames of a folder")
-    parser.add_argument("--starts", type=lambda t: [int(n) for n in t.split(",")], default=[0], help="first frames")
-    parser.add_argument("--keep-ratios", type=lambda t: [float(n) for n in t.split(",")], default=[0.5, 0.3, 0.15])
+    parser.add_argument(
+        "--starts", type=lambda t: [int(n) for n in t.split(",")], default=[0], help="first frames"
+    )
+    parser.add_argument(
+        "--keep-ratios", type=lambda t: [float(n) for n in t.split(",")], default=[0.5, 0.3, 0.15]
+    )
     parser.add_argument("--merge-budget", type=float, help="at most 1 - keep ratio is used")
-    parser.add_argument("--weights", default="none", help='"auto", "none" (training-free), a file, or a Hub id')
+    parser.add_argument(
+        "--weights", default="none", help='"auto", "none" (training-free), a file, or a Hub id'
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
@@ -96,7 +104,9 @@ def make_row(args: argparse.Namespace, model, results: list[dict[str, float | No
         values = [result[key] for result in results]
         known = [value for value in values if value is not None]
         if known and len(known) < len(values):
-            raise PaceError(f"{key} is defined for {len(known)} of {len(values)} clips only: its mean would mislead")
+            raise PaceError(
+                f"{key} is defined for {len(known)} of {len(values)} clips only: its mean would mislead"
+            )
         row[key] = statistics.fmean(known) if known else None
         row[f"{key}_std"] = statistics.stdev(known) if len(known) > 1 else None
     return row
@@ -107,7 +117,9 @@ def print_table(report: dict[str, Any]) -> None:
         return "-" if value is None else f"{value:.{digits}f}"
 
     first = report["rows"][0]
-    print(f"{first['clips']}: {first['count']} clips of {first['frames']} frames, mean (standard deviation over clips)")
+    print(
+        f"{first['clips']}: {first['count']} clips of {first['frames']} frames, mean (standard deviation over clips)"
+    )
     print(f"{'keep':>6s}{'merge':>7s}{'AUC@5':>8s}{'AUC@15':>8s}{'AUC@30':>15s}{'rot deg':>9s}{'tr deg':>8s}"
           f"{'AbsRel':>17s}{'d<1.25':>8s}{'points':>8s}")  # fmt: skip
     for row in report["rows"]:

@@ -20,7 +20,9 @@ from pacevggt_patch.weights import HUB_FILE
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Share pace weights on the Hugging Face Hub and load them back.")
+    parser = argparse.ArgumentParser(
+        description="Share pace weights on the Hugging Face Hub and load them back."
+    )
     parser.add_argument("repo", metavar="USER/REPO", help="model repository, created if it does not exist")
     repo = parser.parse_args().repo
 

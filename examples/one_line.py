@@ -1,7 +1,7 @@
 """One line on an existing pipeline.
 
-    python examples/one_line.py --checkpoint facebook/VGGT-1B --images FOLDER   # your pipeline, on a GPU
-    python examples/one_line.py                                                 # VGGT-mini and the bundled clip
+python examples/one_line.py --checkpoint facebook/VGGT-1B --images FOLDER   # your pipeline, on a GPU
+python examples/one_line.py                                                 # VGGT-mini and the bundled clip
 """
 
 import argparse

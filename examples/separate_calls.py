@@ -10,7 +10,9 @@ from pacevggt_patch.mini import build_mini
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 model = build_mini().to(device)
-images = load_clip(BUNDLED_CLIP, width=224, mode="square", frames=8).images[None].to(device)  # [1, S, 3, H, W]
+images = (
+    load_clip(BUNDLED_CLIP, width=224, mode="square", frames=8).images[None].to(device)
+)  # [1, S, 3, H, W]
 
 pacevggt_patch.accelerate(model, keep_ratio=0.3, weights=None)
 
@@ -21,7 +23,14 @@ with torch.inference_mode():
 
 world_to_camera, intrinsics = decode_pose_encoding(pose_encoding[0], *images.shape[-2:])
 points = unproject(depth[0, ..., 0], intrinsics, world_to_camera)  # [S, H, W, 3]
-print(f"{points.shape[0]} frames, {points[..., 0].numel():,} points, median depth {depth.median().item():.2f}")
+print(
+    f"{points.shape[0]} frames, {points[..., 0].numel():,} points, median depth {depth.median().item():.2f}"
+)
 
 # Code of your own may read the tokens, too: they are restored to the dense grid as they are asked for.
-print("dense tokens of the last layer:", list(tokens[-1].shape), "| compact:", list(tokens.compact[len(tokens) - 1].shape))
+print(
+    "dense tokens of the last layer:",
+    list(tokens[-1].shape),
+    "| compact:",
+    list(tokens.compact[len(tokens) - 1].shape),
+)

@@ -18,6 +18,7 @@ from .tokens import RestoredTokens
 def aggregate(
     aggregator: nn.Module,
     images: Tensor,
+    grid: tuple[int, int],
     config: PaceConfig,
     layers: tuple[int, ...],
     scorer: TokenScorer | None,
@@ -28,14 +29,13 @@ def aggregate(
 
     Args:
         aggregator: the host's aggregator.
-        images: [B, S, 3, H, W] in [0, 1].
+        images: [B, S, 3, H, W] in [0, 1], as `backbone.check_images` wants them.
+        grid: patch rows and columns.
+        config: how many tokens are kept and merged.
         layers: AA layers whose outputs are returned.
         scorer, restoration: trained modules, or None for the training-free path.
-
-    Raises:
-        PaceError: images that the host can't take.
+        timer: keeps the stages.
     """
-    grid = backbone.check_images(aggregator, images, config.check_finite)
     batch, frames = images.shape[:2]
     patches = grid[0] * grid[1]
     keep, merge = config.kept_tokens(patches), config.merged_tokens(frames, patches)
@@ -62,7 +62,7 @@ def aggregate(
         at_special = positions.new_zeros(batch, frames, special.shape[2], 2)
         positions = torch.cat([at_special, positions[kept]], dim=2)  # [B, S, n + K, 2]
     length = frames * tokens.shape[2]
-    with timer.stage("alternating attention", length, length), backbone.static_rope(aggregator, grid):
+    with timer.stage("alternating attention", length, length):
         compact = backbone.alternating_attention(aggregator, tokens, positions, layers)
     return RestoredTokens(
         compact, backbone.depth(aggregator), features, kept, role, grid, special.shape[2], restoration

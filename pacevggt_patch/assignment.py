@@ -43,7 +43,7 @@ def assign(scores: Tensor, keep: int, merge: int) -> Assignment:
         keep: K, kept tokens in each frame, in [1, P].
         merge: M, merged tokens in each clip, in [0, S * (P - K)].
     """
-    frames, patches = scores.shape[-2:]
+    patches = scores.shape[-1]
     order = scores.argsort(dim=-1, descending=True, stable=True)  # [B, S, P]
     ranks = torch.arange(patches, device=scores.device).expand_as(order)
     rank = torch.empty_like(order).scatter_(-1, order, ranks)  # rank of each token in its frame

@@ -7,8 +7,6 @@ what it has, never by its class. All other modules reach the host through the fu
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -65,13 +63,19 @@ class BackboneSpec:
 
 @dataclass(frozen=True)
 class Host:
-    """The parts of one model instance that the patch touches."""
+    """The parts of one model instance that the patch touches: modules, but duck-typed ones, hence Any.
 
-    aggregator: nn.Module
-    camera_head: nn.Module | None
-    dense_heads: dict[
-        str, nn.Module
-    ]  # by module name: depth_head, point_head, track_head.feature_extractor, ...
+    Attributes:
+        aggregator: runs DINO and alternating attention.
+        rope: its rotary position embedding, if it is of the known make, else None.
+        camera_head: None where there is none.
+        dense_heads: by module name: depth_head, point_head, track_head.feature_extractor, ...
+    """
+
+    aggregator: Any
+    rope: Any
+    camera_head: Any
+    dense_heads: dict[str, Any]
 
 
 def find_host(model: nn.Module) -> Host:
@@ -87,7 +91,7 @@ def find_host(model: nn.Module) -> Host:
         inner = model._modules.get(wrapper)
         if inner is not None and hasattr(inner, "aggregator"):
             raise UnsupportedModelError(f"{kind} wraps the model: pass model.{wrapper}, before wrapping it")
-    aggregator = model._modules.get("aggregator")
+    aggregator: Any = model._modules.get("aggregator")
     if aggregator is None:
         hint = ": pass the VGGT that holds it" if hasattr(model, "frame_blocks") else ""
         raise UnsupportedModelError(f"{kind} has no submodule 'aggregator', so it is not a VGGT{hint}")
@@ -108,7 +112,10 @@ def find_host(model: nn.Module) -> Host:
             raise UnsupportedModelError(
                 f"{kind}.{name} reads layers {too_deep}, but the aggregator has {depth(aggregator)}"
             )
-    return Host(aggregator, model._modules.get("camera_head"), dense_heads)
+    rope = getattr(aggregator, "rope", None)
+    if not (hasattr(rope, "_compute_frequency_components") and hasattr(rope, "_apply_1d_rope")):
+        rope = None
+    return Host(aggregator, rope, model._modules.get("camera_head"), dense_heads)
 
 
 def _check_aggregator(kind: str, aggregator: Any) -> None:
@@ -148,7 +155,7 @@ def returned_layers(host: Host) -> tuple[int, ...]:
 
 def spec(host: Host) -> BackboneSpec:
     """The dimensions of the host that pace weights depend on."""
-    aggregator: Any = host.aggregator
+    aggregator = host.aggregator
     n = depth(aggregator)
     read = {i % n for head in host.dense_heads.values() for i in head.intermediate_layer_idx}
     return BackboneSpec(
@@ -168,7 +175,7 @@ def fingerprints(host: Host) -> dict[str, str]:
     that is already bfloat16 or float16 has only its own: two models are the same backbone if any dtype they share
     agrees (see `weights.PaceWeights.check`).
     """
-    aggregator: Any = host.aggregator
+    aggregator = host.aggregator
     modules = [aggregator.frame_blocks[0], aggregator.global_blocks[depth(aggregator) - 1]]
     tensors = [aggregator.camera_token, aggregator.register_token]
     tensors += [p for module in modules for p in module.parameters()]
@@ -212,14 +219,23 @@ def check_images(aggregator: Any, images: Tensor, check_finite: bool | None) -> 
             f"images must be floating point in [0, 1], got {images.dtype}: divide 8-bit images by 255"
         )
     weights = aggregator.camera_token.dtype
-    if images.dtype != weights and not torch.is_autocast_enabled(images.device.type):
+    if images.dtype != weights and not autocast_enabled(images.device.type):
         raise PaceError(
-            f"images are {images.dtype} but the model is {weights}: call images.to({weights}), or run under torch.autocast"
+            f"images are {images.dtype} but the model is {weights}: "
+            f"call images.to({weights}), or run under torch.autocast"
         )
-    if check_finite or (check_finite is None and images.device.type == "cpu"):
-        if not torch.isfinite(images).all():
-            raise PaceError("images hold NaN or infinity: check how they were loaded")
+    checked = images.device.type == "cpu" if check_finite is None else check_finite
+    if checked and not torch.isfinite(images).all():
+        raise PaceError("images hold NaN or infinity: check how they were loaded")
     return height // patch, width // patch
+
+
+def autocast_enabled(device_type: str) -> bool:
+    """Whether torch.autocast is on for a device type."""
+    try:
+        return torch.is_autocast_enabled(device_type)
+    except TypeError:  # torch 2.3, which VGGT asks for, has a function for each
+        return torch.is_autocast_cpu_enabled() if device_type == "cpu" else torch.is_autocast_enabled()
 
 
 def patch_tokens(aggregator: Any, images: Tensor, frames_per_chunk: int = 64) -> Tensor:
@@ -293,32 +309,17 @@ def alternating_attention(
     return outputs
 
 
-@contextmanager
-def static_rope(aggregator: Any, grid: tuple[int, int]) -> Iterator[None]:
-    """Spare the host's RoPE its look at the largest position, which waits for the device in every block.
+def rotate(rope: Any, tokens: Tensor, positions: Tensor, table: int) -> Tensor:
+    """Apply the host's RoPE without its look at the largest position, which waits for the device in every block.
 
-    The largest position follows from the grid. Only the table's length is replaced, by the same length for an
-    unpruned grid, so the outputs are the host's own. A RoPE of another make is left alone.
+    Args:
+        rope: of the known make, see `Host.rope`.
+        tokens: queries or keys [B, heads, L, D].
+        positions: [B, L, 2].
+        table: largest position + 1. For an unpruned grid that is the host's own, so the outputs are, too.
     """
-    rope = getattr(aggregator, "rope", None)
-    if not (hasattr(rope, "_compute_frequency_components") and hasattr(rope, "_apply_1d_rope")):
-        yield
-        return
-
-    def forward(tokens: Tensor, positions: Tensor) -> Tensor:
-        half = tokens.shape[-1] // 2
-        tables = rope._compute_frequency_components(half, max(grid) + 1, tokens.device, tokens.dtype)
-        vertical, horizontal = tokens.chunk(2, dim=-1)
-        vertical = rope._apply_1d_rope(vertical, positions[..., 0], *tables)
-        horizontal = rope._apply_1d_rope(horizontal, positions[..., 1], *tables)
-        return torch.cat([vertical, horizontal], dim=-1)
-
-    before = rope.__dict__.get("forward")
-    if before is not None:  # somebody else's patch: not ours to bypass
-        yield
-        return
-    rope.forward = forward
-    try:
-        yield
-    finally:
-        del rope.forward
+    tables = rope._compute_frequency_components(tokens.shape[-1] // 2, table, tokens.device, tokens.dtype)
+    vertical, horizontal = tokens.chunk(2, dim=-1)
+    vertical = rope._apply_1d_rope(vertical, positions[..., 0], *tables)
+    horizontal = rope._apply_1d_rope(horizontal, positions[..., 1], *tables)
+    return torch.cat([vertical, horizontal], dim=-1)

@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"pacevggt: {error}", file=sys.stderr)
         return 2
     except ImportError as error:
-        print(f"pacevggt: {error}", file=sys.stderr)
+        print(f"pacevggt: {error}: pip install 'pacevggt-patch[demo]'", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("pacevggt: interrupted; files already reported as written are whole", file=sys.stderr)
@@ -40,10 +40,16 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.add_argument("--clip", type=Path, metavar="DIR", help="folder of images, or folder with a clip.json")
-    demo.add_argument("--out", type=Path, metavar="DIR", default=Path("runs/demo"), help="folder for the results")
-    demo.add_argument("--frames", type=int, help="number of frames, evenly spaced over the clip (up to 24 if not given)")
-    demo.add_argument("--keep-ratio", type=float, default=DEFAULT_KEEP_RATIO, help="share of patch tokens kept")
-    demo.add_argument("--merge-budget", type=float, help="share of patch tokens merged into kept ones")
+    demo.add_argument(
+        "--out", type=Path, metavar="DIR", default=Path("runs/demo"), help="folder for the results"
+    )
+    demo.add_argument("--frames", type=int, help="frames, evenly spaced (up to 24 if not given)")
+    demo.add_argument(
+        "--keep-ratio", type=float, default=DEFAULT_KEEP_RATIO, help="share of patch tokens kept"
+    )
+    demo.add_argument(
+        "--merge-budget", type=float, help="share merged into kept ones (all others if not given)"
+    )
     demo.add_argument("--weights", default="auto", help='"auto", "none" (training-free), a file, or a Hub id')
     demo.add_argument("--device", help="cpu or cuda (cuda where there is one if not given)")
     demo.set_defaults(run=demo_command)
@@ -53,7 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
 def demo_command(arguments: argparse.Namespace) -> int:
     from .demo import format_table, run_demo
 
-    report = run_demo(
+    report, written, skipped = run_demo(
         arguments.out,
         arguments.clip,
         frames=arguments.frames,
@@ -63,7 +69,9 @@ def demo_command(arguments: argparse.Namespace) -> int:
         device=arguments.device,
     )
     print(format_table(report))
-    print(f"wrote {arguments.out}/report.json, tokens.png, depth.png, points.ply")
+    print(f"wrote {arguments.out}/: {', '.join(written)}")
+    for problem in skipped:
+        print(f"left out: {problem}", file=sys.stderr)
     return 0
 
 

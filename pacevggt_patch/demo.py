@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,14 @@ MOST_POINTS = 500_000
 METRICS = ("auc30", "rotation_deg", "absrel")
 
 
+class Demo(NamedTuple):
+    """What `run_demo` did: the content of report.json, the files it wrote, and which it left out and why."""
+
+    report: dict[str, Any]
+    written: list[str]
+    skipped: list[str]
+
+
 def run_demo(
     out: Path,
     clip_folder: Path | None = None,
@@ -36,7 +45,7 @@ def run_demo(
     weights: str | None = "auto",
     device: str | None = None,
     repeats: int = 3,
-) -> dict[str, Any]:
+) -> Demo:
     """Run VGGT-mini on a clip, stock and accelerated, and write report and pictures to `out`.
 
     Writes `report.json`, `tokens.png`, `depth.png` and `points.ply`, each whole or not at all.
@@ -50,16 +59,16 @@ def run_demo(
         repeats: timed runs of each, interleaved.
 
     Returns:
-        The report.
+        The report and the names of the files.
 
     Raises:
         PaceError: a setting, the clip or the weights do not fit.
     """
     from tqdm import tqdm
 
-    device = usable_device(device)
-    clip = load_evenly(clip_folder or BUNDLED_CLIP, frames).to(device)
-    model = build_mini().to(device)
+    chosen = usable_device(device)
+    clip = load_evenly(clip_folder or BUNDLED_CLIP, frames).to(chosen)
+    model = build_mini().to(chosen)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # training-free or not stands in the table
         accelerate(model, keep_ratio, merge_budget, weights=weights)
@@ -73,22 +82,31 @@ def run_demo(
             return model(clip.images)
 
     runs = {"stock": run_stock, "accelerated": lambda: model(clip.images)}
-    with torch.inference_mode(), tqdm(total=(repeats + 1) * len(runs), desc=f"{len(clip)} frames", unit="run") as bar:
-        timings = time_interleaved(runs, repeats, device, update=bar.update)
+    with (
+        torch.inference_mode(),
+        tqdm(total=(repeats + 1) * len(runs), desc=f"{len(clip)} frames", unit="run") as bar,
+    ):
+        timings = time_interleaved(runs, repeats, chosen, update=bar.update)
         tokens, _ = model.aggregator(clip.images[None])
 
-    with tqdm(total=4, desc="report", unit="file") as bar:
-        report = make_report(clip, settings, timings)
-        write_json(out / "report.json", report)
-        bar.update()
-        save_token_picture(out / "tokens.png", clip.images, tokens.role[0], tokens.grid)
-        bar.update()
-        depth = {name: timing.result["depth"][0, ..., 0] for name, timing in timings.items()}  # [S, H, W]
-        save_depth_picture(out / "depth.png", clip.images, depth["stock"], depth["accelerated"])
-        bar.update()
-        save_points(out / "points.ply", *point_cloud(timings["accelerated"].result, clip.images))
-        bar.update()
-    return report
+    report = make_report(clip, settings, timings)
+    depth = {name: timing.result["depth"][0, ..., 0] for name, timing in timings.items()}  # [S, H, W]
+    writers = {
+        "report.json": partial(write_json, value=report),
+        "tokens.png": partial(save_token_picture, images=clip.images, role=tokens.role[0], grid=tokens.grid),
+        "depth.png": partial(
+            save_depth_picture, images=clip.images, stock=depth["stock"], pace=depth["accelerated"]
+        ),
+        "points.ply": partial(save_points, *point_cloud(timings["accelerated"].result, clip.images)),
+    }
+    written, skipped = [], []
+    for name, write in tqdm(writers.items(), desc="report", unit="file"):
+        try:
+            write(path=out / name)
+            written.append(name)
+        except PaceError as error:  # a picture whose library is not installed does not take the table along
+            skipped.append(f"{name}: {error}")
+    return Demo(report, written, skipped)
 
 
 def usable_device(name: str | None) -> torch.device:
@@ -156,7 +174,11 @@ def format_table(report: dict[str, Any]) -> str:
         ("seconds", number(report["seconds_stock"], 2), number(report["seconds_pace"], 2)),
         ("speed-up", "1.0x", f"{report['speedup']:.1f}x"),
         ("camera AUC@30 (percent, higher is better)", number(stock["auc30"], 1), number(pace["auc30"], 1)),
-        ("rotation error (median, degrees)", number(stock["rotation_deg"], 2), number(pace["rotation_deg"], 2)),
+        (
+            "rotation error (median, degrees)",
+            number(stock["rotation_deg"], 2),
+            number(pace["rotation_deg"], 2),
+        ),
         ("depth AbsRel (lower is better)", number(stock["absrel"], 4), number(pace["absrel"], 4)),
     ]
     title = (

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .config import PaceError
 from .tokens import RestoredTokens
@@ -27,7 +28,7 @@ def run_camera_head(stock: Callable, tokens: RestoredTokens, args: tuple, kwargs
     return stock(*args, **{name: last if a is tokens else a for name, a in kwargs.items()})
 
 
-def run_dense_head(head: nn.Module, stock: Callable, tokens: RestoredTokens, args: tuple, kwargs: dict):
+def run_dense_head(head: Any, stock: Callable, tokens: RestoredTokens, args: tuple, kwargs: dict):
     """Run a DPT head a chunk of frames at a time, restoring the tokens of just those frames.
 
     The chunks are those in which the stock head walks through a clip, so on an unpruned grid the outputs are its own.
@@ -54,7 +55,7 @@ def run_dense_head(head: nn.Module, stock: Callable, tokens: RestoredTokens, arg
     outputs = []
     for start in range(0, total, frames):
         stop = min(start + frames, total)
-        call.arguments[name] = tokens.frames(start, stop, head.intermediate_layer_idx)  # type: ignore[arg-type]
+        call.arguments[name] = tokens.frames(start, stop, head.intermediate_layer_idx)
         call.arguments["images"] = images[:, start:stop].contiguous()
         outputs.append(stock(*call.args, **call.kwargs))
     if len(outputs) == 1:

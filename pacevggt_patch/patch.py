@@ -6,12 +6,12 @@ run, `state_dict` and the class stay as they are, other instances never notice, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from os import PathLike
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,13 +34,15 @@ class _State:
     weights: PaceWeights | None
     layers: tuple[int, ...]
     paused: bool = False
+    rope_table: int | None = None  # largest RoPE position + 1, while the aggregator runs
+    forwards: list[_Forward] = field(default_factory=list)
     timer: StageTimer = field(default_factory=StageTimer)
 
 
 class _Forward:
     """Stands in for the forward of one module instance. A plain object, so deepcopy and pickle follow it."""
 
-    def __init__(self, module: nn.Module, state: _State, name: str):
+    def __init__(self, module: Any, state: _State, name: str):
         self.module = module
         self.state = state
         self.name = name
@@ -66,8 +68,22 @@ class _AggregatorForward(_Forward):
             state.weights.to(images.device)
             scorer, restoration = state.weights.scorer, state.weights.restoration
         state.timer.stages.clear()
-        tokens = aggregate(self.module, images, state.config, state.layers, scorer, restoration, state.timer)
+        grid = backbone.check_images(self.module, images, state.config.check_finite)
+        state.rope_table = max(grid) + 1
+        try:
+            tokens = aggregate(
+                self.module, images, grid, state.config, state.layers, scorer, restoration, state.timer
+            )
+        finally:
+            state.rope_table = None
         return tokens, self.module.patch_start_idx
+
+
+class _RopeForward(_Forward):
+    def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        if self.state.rope_table is None:
+            return self.stock(tokens, positions)
+        return backbone.rotate(self.module, tokens, positions, self.state.rope_table)
 
 
 class _DenseHeadForward(_Forward):
@@ -100,9 +116,9 @@ def accelerate(
 ) -> Model:
     """Accelerate a VGGT in place: only some of its patch tokens enter alternating attention.
 
-    `model(images)` and the separate calls `model.aggregator(images)`, `model.camera_head(...)`, `model.depth_head(...)`,
-    `model.point_head(...)`, `model.track_head(...)` work as before. Call it again to change the settings, `remove` to
-    have the stock model back. `keep_ratio=1, merge_budget=0` is the stock model, to the bit in float32 on the CPU.
+    `model(images)` and the separate calls of aggregator, camera, depth, point and track heads work as before. Call it
+    again to change the settings, `remove` to have the stock model back. `keep_ratio=1, merge_budget=0` is the stock
+    model, to the bit in float32 on the CPU.
 
     Args:
         model: a VGGT, or a fork with the same parts.
@@ -124,10 +140,13 @@ def accelerate(
     """
     config = PaceConfig(keep_ratio, merge_budget, check_finite)
     host = backbone.find_host(model)
-    heads = dict(host.dense_heads)
+    parts: dict[str, tuple[Any, type[_Forward]]] = {"aggregator": (host.aggregator, _AggregatorForward)}
+    parts |= {name: (head, _DenseHeadForward) for name, head in host.dense_heads.items()}
     if host.camera_head is not None:
-        heads["camera_head"] = host.camera_head
-    for name, module in {"aggregator": host.aggregator, **heads}.items():
+        parts["camera_head"] = (host.camera_head, _CameraHeadForward)
+    if host.rope is not None:
+        parts["aggregator.rope"] = (host.rope, _RopeForward)
+    for name, (module, _) in parts.items():
         forward = module.__dict__.get("forward")
         if forward is not None and not isinstance(forward, _Forward):
             raise UnsupportedModelError(
@@ -139,17 +158,27 @@ def accelerate(
 
     remove(model)
     state = _State(config, chosen, backbone.returned_layers(host))
-    _install(_AggregatorForward(host.aggregator, state, "aggregator"))
-    for name, head in host.dense_heads.items():
-        _install(_DenseHeadForward(head, state, name))
-    if host.camera_head is not None:
-        _install(_CameraHeadForward(host.camera_head, state, "camera_head"))
+    state.forwards = [replacement(module, state, name) for name, (module, replacement) in parts.items()]
+    for forward in state.forwards:
+        forward.module.forward = forward
     return model
 
 
 def remove(model: Model) -> Model:
-    """Give the stock model back, bit for bit. A model that is not accelerated is left as it is."""
-    for forward in _forwards(model):
+    """Give the stock model back, bit for bit. A model that is not accelerated is left as it is.
+
+    Raises:
+        PaceError: somebody replaced a forward of an accelerated model, so that ours can't be taken out from under it.
+    """
+    found = _forwards(model)
+    installed = found[0].state.forwards if found else []
+    for forward in installed:
+        now = forward.module.__dict__.get("forward")
+        if now is not forward:
+            raise PaceError(
+                f"{forward.name}.forward was replaced after accelerate by {now!r}: undo that patch first"
+            )
+    for forward in installed:
         del forward.module.forward
     return model
 
@@ -160,7 +189,7 @@ def is_accelerated(model: nn.Module) -> bool:
 
 
 @contextmanager
-def paused(model: nn.Module) -> Iterator[None]:
+def paused(model: nn.Module) -> Generator[None]:
     """Run the stock forward inside the `with` block.
 
     Raises:
@@ -201,10 +230,6 @@ def summary(model: nn.Module, images: Tensor | None = None) -> Summary:
         patched=[forward.name for forward in _forwards(model)],
         stages=list(state.timer.stages),
     )
-
-
-def _install(forward: _Forward) -> None:
-    forward.module.forward = forward
 
 
 def _forwards(model: nn.Module) -> list[_Forward]:

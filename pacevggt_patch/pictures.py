@@ -33,7 +33,7 @@ def spread(frames: int, shown: int = FRAMES_SHOWN) -> list[int]:
 
 
 def overlay_roles(image: Tensor, role: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Tint an image [3, H, W] in [0, 1] by the roles [P] of its patch tokens: kept as it is, merged blue, pruned dark."""
+    """An image [3, H, W] in [0, 1] tinted by the roles [P] of its patch tokens: merged blue, pruned dark."""
     patch = image.shape[1] // grid[0]
     cells = role.view(grid).repeat_interleave(patch, 0).repeat_interleave(patch, 1)  # [H, W]
     blue = torch.tensor(MERGED_COLOUR).view(3, 1, 1).to(image)
@@ -52,14 +52,17 @@ def save_token_picture(path: Path, images: Tensor, role: Tensor, grid: tuple[int
     """
     plt = _pyplot()
     shown = spread(len(images))
-    figure, axes = plt.subplots(2, len(shown), figsize=(2.4 * len(shown), 5.2), squeeze=False, layout="constrained")
+    size = (2.4 * len(shown), 5.2)
+    figure, axes = plt.subplots(2, len(shown), figsize=size, squeeze=False, layout="constrained")
     for column, index in enumerate(shown):
         axes[0, column].imshow(_rgb(images[index]))
         axes[0, column].set_title(f"frame {index}", fontsize=9)
         axes[1, column].imshow(_rgb(overlay_roles(images[index], role[index], grid)))
     for axis in axes.flat:
         axis.axis("off")
-    share = {name: (role == value).float().mean().item() for name, value in (("kept", KEPT), ("merged", MERGED))}
+    share = {
+        name: (role == value).float().mean().item() for name, value in (("kept", KEPT), ("merged", MERGED))
+    }
     figure.suptitle(
         f"patch tokens: {share['kept']:.0%} kept (as they are), {share['merged']:.0%} merged (blue), "
         f"{1 - sum(share.values()):.0%} pruned (dark)",
@@ -79,7 +82,8 @@ def save_depth_picture(path: Path, images: Tensor, stock: Tensor, pace: Tensor) 
     plt = _pyplot()
     shown = spread(len(images), 4)
     difference = (pace - stock).abs() / stock
-    figure, axes = plt.subplots(len(shown), 4, figsize=(10, 2.4 * len(shown) + 0.4), squeeze=False, layout="constrained")
+    size = (10, 2.4 * len(shown) + 0.4)
+    figure, axes = plt.subplots(len(shown), 4, figsize=size, squeeze=False, layout="constrained")
     for row, index in enumerate(shown):
         low, high = stock[index].quantile(torch.tensor([0.02, 0.98]).to(stock)).tolist()
         axes[row, 0].imshow(_rgb(images[index]))
@@ -96,13 +100,13 @@ def save_depth_picture(path: Path, images: Tensor, stock: Tensor, pace: Tensor) 
     _save(figure, path)
 
 
-def save_points(path: Path, points: Tensor, colours: Tensor) -> None:
+def save_points(points: Tensor, colours: Tensor, path: Path) -> None:
     """Write a coloured point cloud as binary PLY.
 
     Args:
-        path: a .ply.
         points: [N, 3].
         colours: RGB [N, 3] in [0, 1].
+        path: a .ply.
     """
     try:
         from plyfile import PlyData, PlyElement

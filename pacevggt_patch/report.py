@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import secrets
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from .version import __version__
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
+def whole_file(path: str | Path) -> Generator[Path]:
     """A temporary path beside `path` to write to; renamed to it when the block ends, deleted when it fails."""
     path = Path(path)
     # The suffix stays last: writers choose the format by it.

@@ -93,20 +93,21 @@ def coverage_scores(features: Tensor, saliency: Tensor, grid: tuple[int, int], k
     farthest = 2 + SPATIAL_WEIGHT * math.sqrt(2)  # no distance is larger
 
     saliency = saliency.float()
+    distance.mul_(saliency.unsqueeze(1))  # from here on weighted by the saliency of the token that is asked
     frame = torch.arange(len(features), device=features.device)
-    pick = (saliency * atypical).argmax(1)  # [N]
-    left = torch.full_like(atypical, farthest)
+    left = saliency * farthest  # [N, P]
+    # The first pick need not have the largest weight, but it comes before all others.
+    value, pick = left.amax(1), (saliency * atypical).argmax(1)  # [N]
     picks, values = [], []
     for _ in range(keep):
         picks.append(pick)
-        values.append((saliency * left)[frame, pick])
-        left = torch.minimum(left, distance[frame, pick])
-        left[frame, pick] = -1  # never picked again
-        pick = (saliency * left).argmax(1)
-    picked, value = torch.stack(picks, 1), torch.stack(values, 1)  # [N, K]
-    # The first pick need not have the largest saliency: lift it above the second, which it comes before.
-    value[:, 0] = (saliency * farthest).amax(1)
-    return (saliency * left).scatter(1, picked, value)
+        values.append(value)
+        # Few kernels and no host sync: this loop is all launches.
+        left = torch.minimum(left, distance[frame, pick]).scatter_(
+            1, pick.unsqueeze(1), -1
+        )  # -1: never picked again
+        value, pick = left.max(1)
+    return left.scatter(1, torch.stack(picks, 1), torch.stack(values, 1))
 
 
 def grid_cells(grid: tuple[int, int], device: torch.device) -> Tensor:

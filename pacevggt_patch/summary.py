@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -29,23 +29,25 @@ class Stage:
 
 
 class StageTimer:
-    """Keeps the stages of the last forward pass; takes their times only while `timing`, since that waits for the device."""
+    """Keeps the stages of the last forward pass; takes their times only while `timing`: that waits for the device."""
 
     def __init__(self):
         self.stages: list[Stage] = []
         self.timing = False
 
     @contextmanager
-    def stage(self, name: str, tokens_in: int, tokens_out: int) -> Iterator[None]:
-        start = self._now()
+    def stage(self, name: str, tokens_in: int, tokens_out: int) -> Generator[None]:
+        start = device_time() if self.timing else 0.0
         yield
-        seconds = self._now() - start if self.timing else None
+        seconds = device_time() - start if self.timing else None
         self.stages.append(Stage(name, tokens_in, tokens_out, seconds))
 
-    def _now(self) -> float:
-        if self.timing and torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
+
+def device_time() -> float:
+    """Wall clock in seconds, read after the device's work is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 @dataclass(frozen=True)

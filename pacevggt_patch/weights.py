@@ -197,8 +197,7 @@ def resolve(weights: str | PathLike[str] | PaceWeights | None, host: Host) -> Pa
         if found is None:
             warnings.warn(
                 "no pace weights are bundled for this checkpoint, so it runs training-free: pass weights=PATH or "
-                'weights="user/repo" to use trained ones, train some with `pacevggt train`, or pass weights=None to '
-                "choose training-free without this warning",
+                'weights="user/repo" to use trained ones, or weights=None to choose training-free without this warning',
                 UserWarning,
                 stacklevel=3,  # past accelerate(), to the line that called it
             )
@@ -293,8 +292,14 @@ def _download(repo: str, revision: str | None) -> Path:
             f"{repo} has no revision {revision}: check the branch, tag or commit after the @"
         ) from error
     except LocalEntryNotFoundError as error:  # before EntryNotFoundError, which it is one of
+        status = _http_status(error.__cause__)
         if constants.HF_HUB_OFFLINE:
             problem = f"{name} is not in the Hub cache and HF_HUB_OFFLINE is set: unset it once to download {HUB_FILE}"
+        elif status is not None:
+            problem = (
+                f"{name} is not in the Hub cache and the Hub answers with HTTP status {status}: try again later, or "
+                "pass a path to the file"
+            )
         else:
             problem = (
                 f"{name} is not in the Hub cache and the Hub can't be reached: check the network and HF_ENDPOINT, or "
@@ -308,4 +313,10 @@ def _download(repo: str, revision: str | None) -> Path:
         raise WeightsError(f"{name} is not a valid Hub id: {error}") from error
     except Exception as error:  # of the client's HTTP library, which differs between its versions
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if _http_status(error) == 401:
+            reason = "the Hub rejects your token, log in with `hf auth login` or fix HF_TOKEN"
         raise WeightsError(f"{name} can't be downloaded: {reason}") from error
+
+
+def _http_status(error: BaseException | None) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)

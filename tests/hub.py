@@ -26,7 +26,9 @@ class Repository:
     def commit(self, files: dict[str, bytes], ref: str = "main") -> str:
         """Add files on top of a branch; returns the commit hash."""
         tree = {**self.commits.get(self.refs.get(ref, ""), {}), **files}
-        listing = json.dumps([len(self.commits), sorted((n, hashlib.sha1(c).hexdigest()) for n, c in tree.items())])
+        listing = json.dumps(
+            [len(self.commits), sorted((n, hashlib.sha1(c).hexdigest()) for n, c in tree.items())]
+        )
         commit = hashlib.sha1(listing.encode()).hexdigest()
         self.commits[commit] = tree
         self.refs[ref] = commit
@@ -41,7 +43,7 @@ class Hub:
         self.repositories: dict[str, Repository] = {}
         self.objects: dict[str, bytes] = {}  # LFS, by SHA-256
         self.requests: list[str] = []
-        self.broken = False
+        self.failure: tuple[int, str] | None = None  # status and message with which everything is answered
         hub = self
 
         class Handler(_Handler):
@@ -61,7 +63,9 @@ class Hub:
 
     @contextmanager
     def serving(self) -> Iterator[Hub]:
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        ).start()
         try:
             yield self
         finally:
@@ -79,8 +83,9 @@ class _Handler(BaseHTTPRequestHandler):
         body = self._body()
         path = unquote(urlsplit(self.path).path)
         self.state.requests.append(f"{self.command} {path}")
-        if self.state.broken:
-            return self._send(400, {}, {"X-Error-Message": "the Hub is having a bad day"})
+        if self.state.failure:
+            status, message = self.state.failure
+            return self._send(status, {}, {"X-Error-Message": message})
         for method, pattern, respond in self.ROUTES:
             match = re.fullmatch(pattern, path)
             if match and self.command in method.split():

@@ -33,8 +33,9 @@ def reference_quotas(saliency: list[float], total: int, cap: int) -> list[int]:
 def reference_assign(scores: list[list[float]], keep: int, merge: int):
     """Kept indices and roles of one clip, by sorting Python lists."""
     orders = [sorted(range(len(row)), key=lambda p: (-row[p], p)) for row in scores]
-    left = [float(torch.tensor([row[p] for p in range(len(row)) if p not in order[:keep]]).sum()) if keep < len(row) else 0.0
-            for row, order in zip(scores, orders, strict=True)]  # fmt: skip
+    left = []
+    for row, order in zip(scores, orders, strict=True):
+        left.append(float(sum(row[p] for p in order[keep:])))
     quotas = reference_quotas(left, merge, len(scores[0]) - keep)
     kept = [sorted(order[:keep]) for order in orders]
     roles = [

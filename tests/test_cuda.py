@@ -39,7 +39,7 @@ def test_nothing_waits_for_the_device(model, images, learned, autocast):
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            tokens, start = model.aggregator(images)
+            tokens, _ = model.aggregator(images)
             model.camera_head(tokens)
             tokens.frames(0, 4, [3])
         finally:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from plyfile import PlyData
 
-from pacevggt_patch import PaceError, cli, pictures
+from pacevggt_patch import cli, pictures
 from pacevggt_patch.assignment import KEPT, MERGED, PRUNED
 from pacevggt_patch.clips import render_room, save_clip
 from pacevggt_patch.demo import BUNDLED_CLIP, format_table, load_evenly, run_demo
@@ -35,7 +35,8 @@ def write_photos(folder: Path, count: int) -> Path:
 
 
 def test_report_and_pictures(tmp_path):
-    report = run_demo(tmp_path / "out", frames=3, weights=None, repeats=1, device="cpu")
+    report, written, skipped = run_demo(tmp_path / "out", frames=3, weights=None, repeats=1, device="cpu")
+    assert sorted(written) == FILES and skipped == []
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == FILES
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
     assert report.keys() == KEYS
@@ -57,25 +58,40 @@ def test_report_and_pictures(tmp_path):
 
 def test_folder_of_images_has_no_ground_truth(tmp_path, capsys):
     status = cli.main(
-        ["demo", "--clip", str(write_photos(tmp_path, 2)), "--out", str(tmp_path / "out"), "--weights", "none"]
+        [
+            "demo",
+            "--clip",
+            str(write_photos(tmp_path, 2)),
+            "--out",
+            str(tmp_path / "out"),
+            "--weights",
+            "none",
+        ]
     )
     assert status == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["stock"] == report["pace"] == {"auc30": None, "rotation_deg": None, "absrel": None}
     assert report["frames"] == 2
     lines = capsys.readouterr().out.splitlines()
-    assert any(line.split() == ["camera", "AUC@30", "(percent,", "higher", "is", "better)", "-", "-"] for line in lines)
+    assert any(
+        line.split() == ["camera", "AUC@30", "(percent,", "higher", "is", "better)", "-", "-"]
+        for line in lines
+    )
 
 
 def test_keeping_everything_is_stock(tmp_path):
-    report = run_demo(tmp_path, frames=2, keep_ratio=1.0, weights=None, repeats=1, device="cpu")
+    report = run_demo(tmp_path, frames=2, keep_ratio=1.0, weights=None, repeats=1, device="cpu").report
     assert report["stock"] == report["pace"]
 
 
 @pytest.mark.parametrize("name", ["redkitchen", "herzjesu_p25", "fox"])
-@pytest.mark.skipif(not REAL_CLIPS, reason="set PACEVGGT_REAL_CLIPS to a folder of real clips with ground truth")
+@pytest.mark.skipif(
+    not REAL_CLIPS, reason="set PACEVGGT_REAL_CLIPS to a folder of real clips with ground truth"
+)
 def test_real_clips(name, tmp_path):
-    report = run_demo(tmp_path, Path(str(REAL_CLIPS)) / name, frames=4, weights=None, repeats=1, device="cpu")
+    report = run_demo(
+        tmp_path, Path(str(REAL_CLIPS)) / name, frames=4, weights=None, repeats=1, device="cpu"
+    ).report
     assert sorted(p.name for p in tmp_path.iterdir()) == FILES
     assert report["pace"]["auc30"] is not None
     assert (report["pace"]["absrel"] is not None) == (name == "redkitchen")
@@ -92,7 +108,7 @@ def test_frames_are_spread_over_the_clip(tmp_path):
     "arguments,message",
     [
         (["--clip", "no_such_folder"], "pacevggt: no_such_folder is not a folder"),
-        (["--keep-ratio", "7"], "pacevggt: keep_ratio must be in (0, 1], got 7: 0.3 keeps 30 % of each frame's patch tokens"),
+        (["--keep-ratio", "7"], "pacevggt: keep_ratio must be in (0, 1], got 7"),
         (["--frames", "99"], "not the 99 asked for"),
         (["--weights", "missing.safetensors"], "pacevggt: missing.safetensors does not exist"),
         (["--device", "abacus"], "pacevggt: device 'abacus' can't be used"),
@@ -110,7 +126,9 @@ def test_interrupt_leaves_no_half_written_file(tmp_path, monkeypatch, capsys):
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **_: interrupted(figure, path))
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda figure, path, **_: interrupted(figure, path)
+    )
     assert cli.main(["demo", "--frames", "2", "--out", str(tmp_path / "out"), "--weights", "none"]) == 130
     assert "interrupted" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["report.json"]
@@ -119,11 +137,16 @@ def test_interrupt_leaves_no_half_written_file(tmp_path, monkeypatch, capsys):
 def test_whole_file_keeps_the_old_one_when_writing_fails(tmp_path):
     file = tmp_path / "a.json"
     write_json(file, {"a": 1})
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="JSON"):
         write_json(file, {"a": float("nan")})
-    with pytest.raises(RuntimeError), whole_file(file) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
+
+    def fill_up():
+        with whole_file(file) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError, match="disk full"):
+        fill_up()
     assert json.loads(file.read_text()) == {"a": 1}
     assert list(tmp_path.iterdir()) == [file]
 
@@ -137,11 +160,15 @@ def test_overlay_shows_roles():
     assert torch.equal(drawn[:, 20, 40], image[:, 20, 40])
 
 
-def test_pictures_without_matplotlib(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(PaceError) as error:
-        pictures._pyplot()
-    assert str(error.value) == "pictures need matplotlib: pip install 'pacevggt-patch[demo]'"
+def test_without_drawing_libraries_the_table_still_comes(monkeypatch, tmp_path, capsys):
+    for name in ("matplotlib", "plyfile"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert cli.main(["demo", "--frames", "2", "--out", str(tmp_path), "--weights", "none"]) == 0
+    shown = capsys.readouterr()
+    assert "speed-up" in shown.out and f"wrote {tmp_path}/: report.json" in shown.out
+    for name, library in (("tokens.png: pictures", "matplotlib"), ("points.ply: point clouds", "plyfile")):
+        assert f"left out: {name} need {library}: pip install 'pacevggt-patch[demo]'" in shown.err
+    assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
 
 
 def test_runs_are_interleaved_and_the_first_is_not_counted():

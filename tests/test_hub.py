@@ -188,7 +188,9 @@ def test_wrong_file_under_the_right_name(hub, tmp_path):
 
 def test_weights_of_another_backbone(repository):
     model = tiny_vggt(seed=1)
-    with pytest.raises(WeightsError, match="^pace weights user/repo@main were trained for another checkpoint"):
+    with pytest.raises(
+        WeightsError, match="^pace weights user/repo@main were trained for another checkpoint"
+    ):
         accelerate(model, weights="user/repo")
     assert not pacevggt_patch.is_accelerated(model)
 
@@ -202,10 +204,33 @@ def test_invalid_id(hub):
     assert hub.requests == []
 
 
-def test_any_other_answer_of_the_hub(hub):
-    hub.broken = True
-    with pytest.raises(WeightsError, match="^user/repo (can't be downloaded|is not in the Hub cache)"):
-        PaceWeights.load("user/repo")
+@pytest.mark.parametrize("status", [400, 403, 500])
+def test_the_hub_fails(hub, status):
+    hub.failure = (status, "not today")
+    refused(
+        "user/repo",
+        f"user/repo is not in the Hub cache and the Hub answers with HTTP status {status}: try again later, or pass a "
+        "path to the file",
+        "LocalEntryNotFoundError",
+    )
+
+
+def test_a_rejected_token(hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_old")
+    hub.failure = (401, "Invalid credentials in Authorization header")
+    refused(
+        "user/repo",
+        "user/repo can't be downloaded: the Hub rejects your token, log in with `hf auth login` or fix HF_TOKEN",
+        "HfHubHTTPError",
+    )
+
+
+def test_a_download_that_breaks_off(hub, repository, monkeypatch):
+    def stall(*_, **__):
+        raise TimeoutError("timed out\nafter 10 s")
+
+    monkeypatch.setattr("huggingface_hub.file_download.http_get", stall)
+    refused("user/repo", "user/repo can't be downloaded: timed out", "TimeoutError")
 
 
 def test_upload_and_download(hub, model, tmp_path):
@@ -221,7 +246,11 @@ def test_upload_and_download(hub, model, tmp_path):
 
 
 def run_example(hub, tmp_path, **environment):
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING")) and "proxy" not in k.lower()}
+    inherited = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("HF_", "HUGGING")) and "proxy" not in k.lower()
+    }
     return subprocess.run(
         [sys.executable, "-W", "ignore", EXAMPLE, "me/example"],
         env={

@@ -137,7 +137,7 @@ def test_translation_error_knows_no_sign_and_no_baseline_counts_as_wrong():
 
 
 def test_poses_of_different_shape_are_refused():
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match="poses must be") as caught:
         pairwise_pose_errors(random_poses(3), random_poses(4))
     assert str(caught.value) == "poses must be [S, 3, 4] both, got [3, 3, 4] and [4, 3, 4]"
 

@@ -421,9 +421,7 @@ def test_summary(model):
     assert stages["alternating attention"].tokens_in == 3 * (5 + 6)
     assert stages["depth_head"].tokens_out == 60
     assert all(stage.seconds > 0 for stage in report.stages)
-    assert report.patched == ["aggregator", "camera_head", "point_head", "depth_head"] or set(report.patched) == {
-        "aggregator", "camera_head", "point_head", "depth_head",
-    }  # fmt: skip
+    assert set(report.patched) == {"aggregator", "aggregator.rope", "camera_head", "point_head", "depth_head"}
     text = str(report)
     assert "training-free" in text and "C=32, 4+4 blocks" in text and "keep and merge" in text
     run(model, random_images(2))
@@ -542,6 +540,25 @@ def test_a_forward_that_somebody_else_replaced(model):
         f"aggregator.forward is already replaced on this instance by {theirs!r}: undo that patch first"
     )
     assert model.aggregator.forward is theirs
+
+
+def test_a_forward_that_somebody_replaced_after_us(model):
+    accelerate(model, weights=None)
+    ours = model.aggregator.forward
+
+    def theirs(images):
+        return ours(images)
+
+    model.aggregator.forward = theirs
+    with pytest.raises(PaceError) as error:
+        remove(model)
+    assert (
+        str(error.value)
+        == f"aggregator.forward was replaced after accelerate by {theirs!r}: undo that patch first"
+    )
+    assert is_accelerated(model)
+    model.aggregator.forward = ours
+    assert not is_accelerated(remove(model))
 
 
 @pytest.mark.parametrize(

@@ -321,7 +321,9 @@ def test_tensors_that_do_not_fit(file):
 
 def test_many_wrong_tensors_are_counted(file):
     rewrite(file, metadata={"hidden_dims": {"scorer": 9, "restoration": 17}})
-    with pytest.raises(WeightsError, match=r"scorer.hidden.weight is \[8, 32\] instead of \[9, 32\].* and \d+ more$"):
+    with pytest.raises(
+        WeightsError, match=r"scorer.hidden.weight is \[8, 32\] instead of \[9, 32\].* and \d+ more$"
+    ):
         PaceWeights.load(file)
 
 
@@ -450,12 +452,11 @@ def test_none_is_training_free_without_a_word(model):
 def test_auto_without_bundled_weights_warns_once_at_the_call(monkeypatch):
     monkeypatch.setattr(weights_module, "bundled_files", lambda _: [])
     model = tiny_vggt()
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="training-free") as caught:
         accelerate(model)
     assert [str(w.message) for w in caught] == [
         "no pace weights are bundled for this checkpoint, so it runs training-free: pass weights=PATH or "
-        'weights="user/repo" to use trained ones, train some with `pacevggt train`, or pass weights=None to choose '
-        "training-free without this warning"
+        'weights="user/repo" to use trained ones, or weights=None to choose training-free without this warning'
     ]
     assert caught[0].filename == __file__
 
@@ -495,7 +496,9 @@ def test_paths_that_do_not_exist_are_not_hub_ids(source, model):
         resolve(source, find_host(model))
 
 
-@pytest.mark.parametrize("source", ["Auto", "none", "", "a/b/c", "user/repo@", "user /repo", 0.3, True, b"auto", ["x"]])
+@pytest.mark.parametrize(
+    "source", ["Auto", "none", "", "a/b/c", "user/repo@", "user /repo", 0.3, True, b"auto", ["x"]]
+)
 def test_anything_else_is_refused(source, model):
     with pytest.raises(WeightsError) as caught:
         resolve(source, find_host(model))
@@ -504,5 +507,7 @@ def test_anything_else_is_refused(source, model):
 
 
 def test_weights_of_another_model_are_refused_from_a_path(file):
-    with pytest.raises(WeightsError, match=f"^pace weights {re.escape(str(file))} were trained for another checkpoint"):
+    with pytest.raises(
+        WeightsError, match=f"^pace weights {re.escape(str(file))} were trained for another checkpoint"
+    ):
         resolve(file, find_host(tiny_vggt(seed=3)))
