@@ -122,5 +122,5 @@ def restore(
             rows = weights.to(output.dtype) @ output  # [N, P, 2C]
             if module is not None and layer in module.layers:
                 rows = rows + module(layer, rows, difference, offset).to(rows.dtype)
-            dense[layer] = rows.scatter(1, kept.unsqueeze(-1).expand_as(output), output)
+            dense[layer] = rows.scatter_(1, kept.unsqueeze(-1).expand_as(output), output)
     return dense
