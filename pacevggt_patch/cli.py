@@ -36,7 +36,7 @@ def make_parser() -> argparse.ArgumentParser:
         "demo",
         help="run VGGT-mini on a clip, stock and accelerated",
         description="Run VGGT-mini on a clip, stock and accelerated; print a table, write report.json, tokens.png, "
-        "depth.png and points.ply.",
+        "depth.png, points.png and points.ply.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.add_argument("--clip", type=Path, metavar="DIR", help="folder of images, or folder with a clip.json")

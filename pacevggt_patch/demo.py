@@ -16,7 +16,7 @@ from .evaluation import decode_pose_encoding, evaluate_predictions, unproject
 from .evaluation.timing import Timing, time_interleaved
 from .mini import build_mini
 from .patch import accelerate, paused, summary
-from .pictures import save_depth_picture, save_points, save_token_picture
+from .pictures import save_depth_picture, save_points, save_points_picture, save_token_picture
 from .report import environment, write_json
 from .summary import Summary
 
@@ -48,7 +48,7 @@ def run_demo(
 ) -> Demo:
     """Run VGGT-mini on a clip, stock and accelerated, and write report and pictures to `out`.
 
-    Writes `report.json`, `tokens.png`, `depth.png` and `points.ply`, each whole or not at all.
+    Writes `report.json`, `tokens.png`, `depth.png`, `points.png` and `points.ply`, each whole or not at all.
 
     Args:
         out: folder for the results; made if it is not there.
@@ -91,13 +91,15 @@ def run_demo(
 
     report = make_report(clip, settings, timings)
     depth = {name: timing.result["depth"][0, ..., 0] for name, timing in timings.items()}  # [S, H, W]
+    clouds = {name: point_cloud(timing.result, clip.images) for name, timing in timings.items()}
     writers = {
         "report.json": partial(write_json, value=report),
         "tokens.png": partial(save_token_picture, images=clip.images, role=tokens.role[0], grid=tokens.grid),
         "depth.png": partial(
             save_depth_picture, images=clip.images, stock=depth["stock"], pace=depth["accelerated"]
         ),
-        "points.ply": partial(save_points, *point_cloud(timings["accelerated"].result, clip.images)),
+        "points.png": partial(save_points_picture, clouds),
+        "points.ply": partial(save_points, *clouds["accelerated"]),
     }
     written, skipped = [], []
     for name, write in tqdm(writers.items(), desc="report", unit="file"):

@@ -100,6 +100,53 @@ def save_depth_picture(path: Path, images: Tensor, stock: Tensor, pace: Tensor) 
     _save(figure, path)
 
 
+def save_points_picture(points: dict[str, tuple[Tensor, Tensor]], path: Path) -> None:
+    """Point clouds side by side, seen from behind and above the first camera.
+
+    Args:
+        points: title -> points [N, 3] in the first camera's frame (x right, y down, z forward), RGB [N, 3] in [0, 1].
+        path: a PNG.
+    """
+    plt = _pyplot()
+    figure, axes = plt.subplots(
+        1, len(points), figsize=(6 * len(points), 4.8), squeeze=False, layout="constrained"
+    )
+    centre = next(iter(points.values()))[0].median(dim=0).values
+    for axis, (title, (cloud, colours)) in zip(axes[0], points.items(), strict=True):
+        axis.imshow(splat(cloud, colours, centre))
+        axis.set_title(f"points, {title}", fontsize=9)
+        axis.axis("off")
+    _save(figure, path)
+
+
+def splat(points: Tensor, colours: Tensor, centre: Tensor, height: int = 480, width: int = 600) -> np.ndarray:
+    """Draw points on white, [height, width, 3] in [0, 1], from behind and above the origin, looking at `centre`."""
+    eye = -0.9 * centre + torch.tensor([0.0, -0.9, 0.0]).to(points) * centre.norm()
+    forward = torch.nn.functional.normalize(centre - eye, dim=0)
+    right = torch.nn.functional.normalize(
+        torch.linalg.cross(torch.tensor([0.0, 1.0, 0.0]).to(points), forward), dim=0
+    )
+    rotation = torch.stack([right, torch.linalg.cross(forward, right), forward])  # rows: the viewer's axes
+    seen = (points - eye) @ rotation.T  # [N, 3]
+    ahead = seen[:, 2] > 0.05 * centre.norm()
+    seen, colours = seen[ahead], colours[ahead]
+    far_first = seen[:, 2].argsort(descending=True)
+    seen, colours = seen[far_first], colours[far_first]
+    focal = 1.1 * width
+    columns = (seen[:, 0] / seen[:, 2] * focal + width / 2).round().long()
+    rows = (seen[:, 1] / seen[:, 2] * focal + height / 2).round().long()
+    image = torch.ones(height, width, 3)
+    for down in (0, 1):  # a point is 2 x 2 pixels
+        for along in (0, 1):
+            row, column = rows + down, columns + along
+            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            # One after another, nearest last: numpy keeps the last of several writes to a pixel.
+            image.numpy()[row[inside].cpu().numpy(), column[inside].cpu().numpy()] = (
+                colours[inside].cpu().numpy()
+            )
+    return image.numpy()
+
+
 def save_points(points: Tensor, colours: Tensor, path: Path) -> None:
     """Write a coloured point cloud as binary PLY.
 

@@ -24,7 +24,7 @@ KEYS = {
     "backbone", "clip", "frames", "keep_ratio", "merge_budget", "weights", "seconds_stock", "seconds_pace", "speedup",
     "stock", "pace", "environment",
 }  # fmt: skip
-FILES = ["depth.png", "points.ply", "report.json", "tokens.png"]
+FILES = ["depth.png", "points.ply", "points.png", "report.json", "tokens.png"]
 
 
 def write_photos(folder: Path, count: int) -> Path:
@@ -46,7 +46,7 @@ def test_report_and_pictures(tmp_path):
         assert report[side].keys() == {"auc30", "rotation_deg", "absrel"}
         assert 0 <= report[side]["auc30"] <= 100 and 0 < report[side]["absrel"] < 0.3
     assert report["stock"] != report["pace"]
-    for name in ("tokens.png", "depth.png"):
+    for name in ("tokens.png", "depth.png", "points.png"):
         with Image.open(tmp_path / "out" / name) as image:
             assert np.asarray(image.convert("L")).std() > 10
     vertices = PlyData.read(tmp_path / "out" / "points.ply")["vertex"]
@@ -160,6 +160,16 @@ def test_overlay_shows_roles():
     assert torch.equal(drawn[:, 20, 40], image[:, 20, 40])
 
 
+def test_nearer_points_hide_farther_ones():
+    centre = torch.tensor([0.0, 0.0, 1.0])
+    eye = torch.tensor([0.0, -0.9, -0.9])
+    points = torch.stack([torch.lerp(eye, centre, t) for t in (1.0, 0.5, 1.5)])
+    colours = torch.tensor([[1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0]])
+    image = pictures.splat(points, colours, centre, 40, 60)
+    assert image[20, 30].tolist() == [0, 1, 0]
+    assert (image != 1).any(-1).sum() == 4
+
+
 def test_without_drawing_libraries_the_table_still_comes(monkeypatch, tmp_path, capsys):
     for name in ("matplotlib", "plyfile"):
         monkeypatch.setitem(sys.modules, name, None)
@@ -186,3 +196,10 @@ def test_module_and_version():
         [sys.executable, "-m", "pacevggt_patch.cli", "--version"], capture_output=True, text=True, check=True
     )
     assert shown.stdout.startswith("pacevggt-patch ")
+
+
+@pytest.mark.parametrize("name", ["one_line", "separate_calls"])
+def test_examples(name):
+    script = Path(__file__).resolve().parent.parent / "examples" / f"{name}.py"
+    shown = subprocess.run([sys.executable, "-W", "ignore", script], capture_output=True, text=True, check=True)
+    assert ("depth" if name == "one_line" else "dense tokens of the last layer: [1, 8, 261, 384]") in shown.stdout
