@@ -6,6 +6,7 @@
 # Variables:
 #   PYTHON   interpreter that makes the environment
 #   TORCH    what pip installs as torch, e.g. TORCH="torch==2.4.1"
+#   CLIP     folder of images for `make demo`, instead of the bundled clip
 #   VGGT     a git checkout of vggt to run with, instead of the copy in the feature-3dgs wheel
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -22,8 +23,8 @@ ifneq ($(VGGT),)
 export PYTHONPATH := $(abspath $(VGGT))$(if $(PYTHONPATH),:$(PYTHONPATH))
 endif
 
-# One stamp for each choice of torch and vggt: another choice sets the environment up again.
-STAMP := $(VENV)/.set-up-$(shell printf '%s' '$(TORCH) $(VGGT)' | cksum | cut -d' ' -f1)
+# One stamp for each choice of these: another choice sets the environment up again.
+STAMP := $(VENV)/.set-up-$(shell printf '%s' '$(PYTHON) $(TORCH) $(VGGT)' | cksum | cut -d' ' -f1)
 
 .PHONY: demo test setup lint wheel-test clean
 
@@ -46,7 +47,7 @@ endif
 	@touch $@
 
 demo: setup
-	$(BIN)/pacevggt demo
+	$(BIN)/pacevggt demo $(if $(CLIP),--clip "$(CLIP)")
 
 lint: setup
 	$(BIN)/ruff check

@@ -1,7 +1,7 @@
 """Latency and memory of a VGGT, stock against accelerated: same inputs, interleaved runs.
 
     python benchmarks/latency.py --backbone mini --device cpu --frames 8,24 --size 224x224
-    python benchmarks/latency.py --backbone vggt-1b --device cuda --frames 100,300 --size 392x518 --precision bfloat16
+    python benchmarks/latency.py --backbone vggt-1b --device cuda --frames 100,300 --size 392x518 --precision autocast
 
 vggt-1b without --checkpoint is the full shape with random weights: shapes alone decide the time, not the values.
 Needs a `vggt` on the path.
@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from pacevggt_patch import PaceError, accelerate, paused, summary
+from pacevggt_patch.demo import usable_device
 from pacevggt_patch.evaluation.timing import time_interleaved
 from pacevggt_patch.mini import build_mini
 from pacevggt_patch.report import environment, write_json
@@ -35,7 +36,7 @@ PRECISIONS = {
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    device = torch.device(args.device)
+    device = usable_device(args.device)
     torch.manual_seed(SEED)
     model = build(args.backbone, device, args.checkpoint)
     if args.precision == "bfloat16":
@@ -161,7 +162,7 @@ def measure(
                 "variant": variant,
                 "frames": frames,
                 "keep_ratio": args.keep_ratio if pace else 1.0,
-                "merge_budget": summary(model).config.merge_budget if pace else 0.0,
+                "merge_budget": summary(model).config.merge_share if pace else 0.0,
                 "seconds_median": timing and timing.median,
                 "seconds_min": timing and min(timing.seconds),
                 "seconds_max": timing and max(timing.seconds),

@@ -98,7 +98,7 @@ def make_row(args: argparse.Namespace, model, results: list[dict[str, float | No
         "frames": args.frames,
         "weights": settings.weights,
         "keep_ratio": settings.config.keep_ratio,
-        "merge_budget": settings.config.merge_budget,
+        "merge_budget": settings.config.merge_share,
     }
     for key in METRICS:
         values = [result[key] for result in results]

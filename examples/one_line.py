@@ -27,7 +27,7 @@ if args.checkpoint:
     images = load_clip(args.images, width=518).images.to(device)
 else:
     model = build_mini().to(device)
-    images = load_clip(args.images, width=224, mode="square", frames=8).images.to(device)
+    images = load_clip(args.images, width=224, mode="square").images[:8].to(device)
 
 # The one line.
 pacevggt_patch.accelerate(model, keep_ratio=0.3, weights=None)

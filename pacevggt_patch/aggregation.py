@@ -56,14 +56,16 @@ def aggregate(
             tokens = merge_tokens(features, assignment) if merge else kept_tokens(features, assignment)
             kept, role = assignment.kept, assignment.role
 
-    special = backbone.special_tokens(aggregator, batch, frames)  # [B, S, n, C]
-    tokens = torch.cat([special, tokens], dim=2)  # [B, S, n + K, C]
+    tokens = torch.cat(
+        [backbone.special_tokens(aggregator, batch, frames), tokens], dim=2
+    )  # [B, S, n + K, C]
+    special = tokens.shape[2] - keep
     if positions is not None:
-        at_special = positions.new_zeros(batch, frames, special.shape[2], 2)
+        at_special = positions.new_zeros(batch, frames, special, 2)
         positions = torch.cat([at_special, positions[kept]], dim=2)  # [B, S, n + K, 2]
     length = frames * tokens.shape[2]
     with timer.stage("alternating attention", length, length):
         compact = backbone.alternating_attention(aggregator, tokens, positions, layers)
     return RestoredTokens(
-        compact, backbone.depth(aggregator), features, kept, role, grid, special.shape[2], restoration
+        compact, backbone.depth(aggregator), features, kept, role, grid, special, restoration
     )

@@ -6,19 +6,20 @@ the device. Budgets are shared out in integer arithmetic: they come out exact, a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 PRUNED, MERGED, KEPT = 0, 1, 2
-# Saliency is rounded to this many steps of the clip's largest, so that shares are exact integers below 2**63 for
-# clips of up to 2**20 frames times patches.
+# Saliency is rounded to this many steps of the clip's largest. Shares are products of steps and tokens, exact in int64
+# for clips of up to 2**42 tokens.
 SALIENCY_STEPS = 2**20
+# Sums of scores over the tokens of a clip stay finite.
+LARGEST_SCORE = 1e30
 
 
-@dataclass(frozen=True)
-class Assignment:
+class Assignment(NamedTuple):
     """What becomes of each patch token.
 
     Attributes:
@@ -39,15 +40,16 @@ def assign(scores: Tensor, keep: int, merge: int) -> Assignment:
     kept (PaceVGGT, arXiv 2605.08371), see `merge_quotas`. Equal scores go to the lower index.
 
     Args:
-        scores: non-negative [B, S, P].
+        scores: non-negative [B, S, P]; NaN counts as 0, so that budgets are exact whatever comes.
         keep: K, kept tokens in each frame, in [1, P].
         merge: M, merged tokens in each clip, in [0, S * (P - K)].
     """
     patches = scores.shape[-1]
+    scores = scores.float().nan_to_num(nan=0.0, posinf=LARGEST_SCORE).clamp(0, LARGEST_SCORE)
     order = scores.argsort(dim=-1, descending=True, stable=True)  # [B, S, P]
     ranks = torch.arange(patches, device=scores.device).expand_as(order)
     rank = torch.empty_like(order).scatter_(-1, order, ranks)  # rank of each token in its frame
-    left = scores.float().masked_fill(rank < keep, 0).sum(-1)  # [B, S]
+    left = scores.masked_fill(rank < keep, 0).sum(-1)  # [B, S]
     quotas = merge_quotas(left, merge, patches - keep)
     role = (rank < keep + quotas.unsqueeze(-1)).to(torch.uint8)  # MERGED or PRUNED
     role = role.masked_fill(rank < keep, KEPT)
@@ -61,7 +63,7 @@ def merge_quotas(saliency: Tensor, total: int, cap: int) -> Tensor:
     settled by largest remainder, ties by the lower frame index.
 
     Args:
-        saliency: non-negative [B, S].
+        saliency: non-negative and finite [B, S].
         total: merges of each clip, in [0, S * cap].
         cap: most merges in one frame.
 

@@ -1,4 +1,4 @@
-"""The one room that knows how a VGGT looks inside.
+"""The one module that knows how a VGGT looks inside.
 
 Everything is duck-typed: forks and vendored copies of vggt carry other module names, so a host is recognised by
 what it has, never by its class. All other modules reach the host through the functions below.
@@ -6,13 +6,13 @@ what it has, never by its class. All other modules reach the host through the fu
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .config import PaceError, UnsupportedModelError
 
@@ -26,7 +26,11 @@ AGGREGATOR_PARTS = (
     "patch_size",
     "_resnet_mean",
     "_resnet_std",
+    "_process_frame_attention",
+    "_process_global_attention",
 )
+# Rows of the RoPE table: more patches than any image has on a side.
+ROPE_TABLE = 1024
 FINGERPRINT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -67,7 +71,7 @@ class Host:
 
     Attributes:
         aggregator: runs DINO and alternating attention.
-        rope: its rotary position embedding, if it is of the known make, else None.
+        rope: its rotary position embedding, if `static_rope` knows how to run it, else None.
         camera_head: None where there is none.
         dense_heads: by module name: depth_head, point_head, track_head.feature_extractor, ...
     """
@@ -90,7 +94,7 @@ def find_host(model: nn.Module) -> Host:
     for wrapper in ("module", "_orig_mod"):
         inner = model._modules.get(wrapper)
         if inner is not None and hasattr(inner, "aggregator"):
-            raise UnsupportedModelError(f"{kind} wraps the model: pass model.{wrapper}, before wrapping it")
+            raise UnsupportedModelError(f"{kind} wraps the model: pass the model itself (model.{wrapper})")
     aggregator: Any = model._modules.get("aggregator")
     if aggregator is None:
         hint = ": pass the VGGT that holds it" if hasattr(model, "frame_blocks") else ""
@@ -113,7 +117,7 @@ def find_host(model: nn.Module) -> Host:
                 f"{kind}.{name} reads layers {too_deep}, but the aggregator has {depth(aggregator)}"
             )
     rope = getattr(aggregator, "rope", None)
-    if not (hasattr(rope, "_compute_frequency_components") and hasattr(rope, "_apply_1d_rope")):
+    if rope is not None and static_rope(rope) is None:
         rope = None
     return Host(aggregator, rope, model._modules.get("camera_head"), dense_heads)
 
@@ -214,18 +218,30 @@ def check_images(aggregator: Any, images: Tensor, check_finite: bool | None) -> 
         raise PaceError(
             f"image height and width must be multiples of {patch}, got {height}x{width}: resize or crop the images"
         )
+    if max(height, width) // patch >= ROPE_TABLE:
+        raise PaceError(
+            f"images are {height}x{width}: sides of {ROPE_TABLE * patch} pixels or more are not supported"
+        )
     if not images.is_floating_point():
         raise PaceError(
             f"images must be floating point in [0, 1], got {images.dtype}: divide 8-bit images by 255"
         )
-    weights = aggregator.camera_token.dtype
-    if images.dtype != weights and not autocast_enabled(images.device.type):
+    device, weights = aggregator.camera_token.device, aggregator.camera_token.dtype
+    if images.device != device:
+        raise PaceError(
+            f'images are on {images.device} but the model is on {device}: call images.to("{device}") '
+            "(torch.nn.DataParallel can't run an accelerated model: use one process per GPU)"
+        )
+    # The host subtracts its mean first, which promotes narrower images.
+    entering = torch.promote_types(images.dtype, aggregator._resnet_mean.dtype)
+    if entering != weights and not autocast_enabled(images.device.type):
         raise PaceError(
             f"images are {images.dtype} but the model is {weights}: "
             f"call images.to({weights}), or run under torch.autocast"
         )
-    checked = images.device.type == "cpu" if check_finite is None else check_finite
-    if checked and not torch.isfinite(images).all():
+    if check_finite is None:  # a look at values would cut a compiled graph in two, and make CUDA wait
+        check_finite = images.device.type == "cpu" and not torch.compiler.is_compiling()
+    if check_finite and not torch.isfinite(images).all():
         raise PaceError("images hold NaN or infinity: check how they were loaded")
     return height // patch, width // patch
 
@@ -270,7 +286,7 @@ def rope_positions(aggregator: Any, grid: tuple[int, int], device: torch.device)
 def alternating_attention(
     aggregator: Any, tokens: Tensor, positions: Tensor | None, layers: tuple[int, ...]
 ) -> dict[int, Tensor]:
-    """Run the frame and global blocks.
+    """Run the frame and global blocks, by the host's own functions.
 
     Args:
         aggregator: the host's aggregator.
@@ -281,44 +297,57 @@ def alternating_attention(
     Returns:
         layer index -> [B, S, L, 2C], frame and global output concatenated.
     """
-    shape = tokens.shape  # [B, S, L, C]
-    per_frame, per_clip = (shape[0] * shape[1], shape[2]), (shape[0], shape[1] * shape[2])
-    group = int(getattr(aggregator, "aa_block_size", 1))
+    batch, frames, length, channels = tokens.shape
+    tokens = tokens.flatten(0, 1)  # the host's own functions move between [B*S, L, C] and [B, S*L, C]
+    process = {"frame": aggregator._process_frame_attention, "global": aggregator._process_global_attention}
+    done = dict.fromkeys(process, 0)  # blocks run so far
     outputs: dict[int, Tensor] = {}
-    for start in range(0, depth(aggregator), group):
+    while done["frame"] < depth(aggregator):
+        first = done["frame"]
         intermediates: dict[str, list[Tensor]] = {}
         for kind in getattr(aggregator, "aa_order", ("frame", "global")):
-            blocks, lead = (
-                (aggregator.frame_blocks, per_frame)
-                if kind == "frame"
-                else (aggregator.global_blocks, per_clip)
+            tokens, done[kind], intermediates[kind] = process[kind](
+                tokens, batch, frames, length, channels, done[kind], pos=positions
             )
-            tokens = tokens.reshape(*lead, shape[-1])
-            pos = None if positions is None else positions.reshape(*lead, 2)
-            intermediates[kind] = []
-            for block in blocks[start : start + group]:
-                if aggregator.training:  # as stock: gradient checkpointing in training mode
-                    tokens = checkpoint(block, tokens, pos, use_reentrant=False)
-                else:
-                    tokens = block(tokens, pos=pos)
-                intermediates[kind].append(tokens.view(shape))
-        for i in range(group):
-            if start + i in layers:
-                pair = [intermediates["frame"][i], intermediates["global"][i]]
-                outputs[start + i] = torch.cat(pair, dim=-1)
+        for layer in range(first, done["frame"]):
+            if layer in layers:
+                outputs[layer] = torch.cat([intermediates[kind][layer - first] for kind in process], dim=-1)
     return outputs
 
 
-def rotate(rope: Any, tokens: Tensor, positions: Tensor, table: int) -> Tensor:
-    """Apply the host's RoPE without its look at the largest position, which waits for the device in every block.
+def static_rope(rope: Any) -> Any:
+    """A copy of the host's RoPE for `rotate`, or None where the host's does something else.
+
+    The copy has tables of its own, so that the host's stay as they are. Whether `rotate` does what the host does is
+    tried on a small example, since forks may change one and not the other.
+    """
+    if not (hasattr(rope, "_compute_frequency_components") and hasattr(rope, "_apply_1d_rope")):
+        return None
+    static = copy.copy(rope)
+    static.__dict__.pop("forward", None)
+    static.frequency_cache = {}
+    tokens = torch.linspace(-1, 1, 32).view(1, 1, 4, 8)
+    positions = torch.tensor([[[0, 0], [1, 2], [3, 1], [2, 5]]])
+    try:
+        known = torch.equal(type(rope).forward(static, tokens, positions), rotate(static, tokens, positions))
+    except Exception:  # whatever a RoPE of another make trips over
+        known = False
+    return static if known else None
+
+
+def rotate(rope: Any, tokens: Tensor, positions: Tensor) -> Tensor:
+    """Apply RoPE without the host's look at the largest position, which waits for the device in every block.
+
+    The table has the same rows whatever its length, so the outputs are the host's own.
 
     Args:
-        rope: of the known make, see `Host.rope`.
+        rope: of `static_rope`.
         tokens: queries or keys [B, heads, L, D].
         positions: [B, L, 2].
-        table: largest position + 1. For an unpruned grid that is the host's own, so the outputs are, too.
     """
-    tables = rope._compute_frequency_components(tokens.shape[-1] // 2, table, tokens.device, tokens.dtype)
+    tables = rope._compute_frequency_components(
+        tokens.shape[-1] // 2, ROPE_TABLE, tokens.device, tokens.dtype
+    )
     vertical, horizontal = tokens.chunk(2, dim=-1)
     vertical = rope._apply_1d_rope(vertical, positions[..., 0], *tables)
     horizontal = rope._apply_1d_rope(horizontal, positions[..., 1], *tables)

@@ -37,20 +37,30 @@ def make_parser() -> argparse.ArgumentParser:
         help="run VGGT-mini on a clip, stock and accelerated",
         description="Run VGGT-mini on a clip, stock and accelerated; print a table, write report.json, tokens.png, "
         "depth.png, points.png and points.ply.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    demo.add_argument("--clip", type=Path, metavar="DIR", help="folder of images, or folder with a clip.json")
     demo.add_argument(
-        "--out", type=Path, metavar="DIR", default=Path("runs/demo"), help="folder for the results"
+        "--clip",
+        type=Path,
+        metavar="DIR",
+        help="folder of images or with a clip.json (bundled clip if not given), cut square",
+    )
+    demo.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        default=Path("runs/demo"),
+        help="folder for the results (runs/demo)",
     )
     demo.add_argument("--frames", type=int, help="frames, evenly spaced (up to 24 if not given)")
     demo.add_argument(
-        "--keep-ratio", type=float, default=DEFAULT_KEEP_RATIO, help="share of patch tokens kept"
+        "--keep-ratio", type=float, default=DEFAULT_KEEP_RATIO, help="share of patch tokens kept (0.3)"
     )
     demo.add_argument(
         "--merge-budget", type=float, help="share merged into kept ones (all others if not given)"
     )
-    demo.add_argument("--weights", default="auto", help='"auto", "none" (training-free), a file, or a Hub id')
+    demo.add_argument(
+        "--weights", default="auto", help='"auto" (default), "none" (training-free), a file, a Hub id'
+    )
     demo.add_argument("--device", help="cpu or cuda (cuda where there is one if not given)")
     demo.set_defaults(run=demo_command)
     return parser

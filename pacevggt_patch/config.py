@@ -50,17 +50,17 @@ class PaceConfig:
             raise PaceError(
                 f"keep_ratio must be in (0, 1], got {keep:g}: 0.3 keeps 30 % of each frame's patch tokens"
             )
-        most = 1 - keep
-        merge = most if self.merge_budget is None else _number("merge_budget", self.merge_budget)
-        if not 0 <= merge <= most + 1e-9:
-            raise PaceError(
-                f"merge_budget must be in [0, 1 - keep_ratio] = [0, {most:g}], got {merge:g}: "
-                "it is the share of the clip's patch tokens that is merged into kept ones"
-            )
+        object.__setattr__(self, "keep_ratio", keep)
+        if self.merge_budget is not None:
+            merge, most = _number("merge_budget", self.merge_budget), 1 - keep
+            if not 0 <= merge <= most + 1e-9:
+                raise PaceError(
+                    f"merge_budget must be in [0, 1 - keep_ratio] = [0, {most:g}], got {merge:g}: "
+                    "it is the share of the clip's patch tokens that is merged into kept ones"
+                )
+            object.__setattr__(self, "merge_budget", merge)
         if self.check_finite not in (None, True, False):
             raise PaceError(f"check_finite must be True, False or None, got {self.check_finite!r}")
-        object.__setattr__(self, "keep_ratio", keep)
-        object.__setattr__(self, "merge_budget", merge)
 
     def kept_tokens(self, patches: int) -> int:
         """K: patch tokens kept in each frame of `patches` patch tokens."""
@@ -68,10 +68,15 @@ class PaceConfig:
 
     def merged_tokens(self, frames: int, patches: int) -> int:
         """M: patch tokens merged in a clip of `frames` frames with `patches` patch tokens each."""
-        assert self.merge_budget is not None  # __post_init__ replaced None
-        return min(
-            frames * (patches - self.kept_tokens(patches)), round(self.merge_budget * frames * patches)
+        others = frames * (patches - self.kept_tokens(patches))
+        return (
+            others if self.merge_budget is None else min(others, round(self.merge_budget * frames * patches))
         )
+
+    @property
+    def merge_share(self) -> float:
+        """Share of the patch tokens that is merged: the merge budget, or all that is not kept."""
+        return 1 - self.keep_ratio if self.merge_budget is None else self.merge_budget
 
 
 def _number(name: str, value) -> float:

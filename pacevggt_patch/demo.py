@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ BUNDLED_CLIP = Path(__file__).resolve().parent / "data" / "room"
 MINI_WIDTH = 224  # pixels; VGGT-mini was trained on squares of this size
 MOST_FRAMES = 24
 MOST_POINTS = 500_000
+RANGES = ("seconds_range_stock", "seconds_range_pace")
 METRICS = ("auc30", "rotation_deg", "absrel")
 
 
@@ -73,38 +73,39 @@ def run_demo(
         warnings.simplefilter("ignore", UserWarning)  # training-free or not stands in the table
         accelerate(model, keep_ratio, merge_budget, weights=weights)
     settings = summary(model)
-    # Stock vggt uses a spelling of autocast that torch has deprecated; it would tear the progress bar.
-    warnings.filterwarnings("ignore", message=".*torch.cuda.amp.autocast", category=FutureWarning)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PaceError(f"{out} can't be made a folder for the results: {error.strerror}") from error
 
     def run_stock() -> dict[str, Any]:
         with paused(model):
             return model(clip.images)
 
     runs = {"stock": run_stock, "accelerated": lambda: model(clip.images)}
-    with (
-        torch.inference_mode(),
-        tqdm(total=(repeats + 1) * len(runs), desc=f"{len(clip)} frames", unit="run") as bar,
-    ):
-        timings = time_interleaved(runs, repeats, chosen, update=bar.update)
+    with torch.inference_mode(), warnings.catch_warnings():
+        # Stock vggt uses a spelling of autocast that torch has deprecated; it would tear the progress bar.
+        warnings.filterwarnings("ignore", message=".*torch.cuda.amp.autocast", category=FutureWarning)
+        with tqdm(total=(repeats + 1) * len(runs), desc=f"{len(clip)} frames", unit="run") as bar:
+            timings = time_interleaved(runs, repeats, chosen, update=bar.update)
         tokens, _ = model.aggregator(clip.images[None])
 
     report = make_report(clip, settings, timings)
-    depth = {name: timing.result["depth"][0, ..., 0] for name, timing in timings.items()}  # [S, H, W]
-    clouds = {name: point_cloud(timing.result, clip.images) for name, timing in timings.items()}
+    images, roles = clip.images, tokens.role[0]
+    stock, pace = (timings[name].result["depth"][0, ..., 0] for name in runs)  # [S, H, W]
+    clouds = {name: point_cloud(timings[name].result, images) for name in runs}
+    points, colours = clouds["accelerated"]
     writers = {
-        "report.json": partial(write_json, value=report),
-        "tokens.png": partial(save_token_picture, images=clip.images, role=tokens.role[0], grid=tokens.grid),
-        "depth.png": partial(
-            save_depth_picture, images=clip.images, stock=depth["stock"], pace=depth["accelerated"]
-        ),
-        "points.png": partial(save_points_picture, clouds),
-        "points.ply": partial(save_points, *clouds["accelerated"]),
+        "report.json": lambda path: write_json(path, report),
+        "tokens.png": lambda path: save_token_picture(path, images, roles, tokens.grid),
+        "depth.png": lambda path: save_depth_picture(path, images, stock, pace),
+        "points.png": lambda path: save_points_picture(path, clouds),
+        "points.ply": lambda path: save_points(path, points, colours),
     }
     written, skipped = [], []
     for name, write in tqdm(writers.items(), desc="report", unit="file"):
         try:
-            write(path=out / name)
+            write(out / name)
             written.append(name)
         except PaceError as error:  # a picture whose library is not installed does not take the table along
             skipped.append(f"{name}: {error}")
@@ -127,11 +128,12 @@ def usable_device(name: str | None) -> torch.device:
 
 
 def load_evenly(folder: Path, frames: int | None) -> Clip:
-    """A clip for VGGT-mini: square frames, evenly spaced over the folder."""
+    """A clip for VGGT-mini: central squares of frames that are evenly spaced, from the first one on."""
     total = count_frames(folder)
     if frames is None:
         frames = min(MOST_FRAMES, total)
-    return load_clip(folder, frames=frames, stride=max(1, total // frames), width=MINI_WIDTH, mode="square")
+    stride = max(1, (total - 1) // max(1, frames - 1))
+    return load_clip(folder, frames=frames, stride=stride, width=MINI_WIDTH, mode="square")
 
 
 def make_report(clip: Clip, settings: Summary, timings: dict[str, Timing]) -> dict[str, Any]:
@@ -143,11 +145,13 @@ def make_report(clip: Clip, settings: Summary, timings: dict[str, Timing]) -> di
         "clip": clip.name,
         "frames": len(clip),
         "keep_ratio": settings.config.keep_ratio,
-        "merge_budget": settings.config.merge_budget,
+        "merge_budget": settings.config.merge_share,
         "weights": settings.weights,
         "seconds_stock": stock.median,
         "seconds_pace": pace.median,
         "speedup": stock.median / pace.median,
+        "seconds_range_stock": [min(stock.seconds), max(stock.seconds)],
+        "seconds_range_pace": [min(pace.seconds), max(pace.seconds)],
         "stock": {key: quality["stock"][key] for key in METRICS},
         "pace": {key: quality["accelerated"][key] for key in METRICS},
         "environment": environment(clip.images.device),
@@ -173,7 +177,8 @@ def format_table(report: dict[str, Any]) -> str:
 
     stock, pace = report["stock"], report["pace"]
     rows = [
-        ("seconds", number(report["seconds_stock"], 2), number(report["seconds_pace"], 2)),
+        ("seconds, median", number(report["seconds_stock"], 2), number(report["seconds_pace"], 2)),
+        ("seconds, fastest to slowest run", *("-".join(f"{s:.2f}" for s in report[k]) for k in RANGES)),
         ("speed-up", "1.0x", f"{report['speedup']:.1f}x"),
         ("camera AUC@30 (percent, higher is better)", number(stock["auc30"], 1), number(pace["auc30"], 1)),
         (

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .assignment import PRUNED, Assignment
+from .similarity import similarity_to_kept
 
 # Frames at a time: bounds the [frames, K, P] similarities.
 FRAMES_PER_CHUNK = 32
@@ -64,8 +64,5 @@ def merge_targets(features: Tensor, kept: Tensor) -> Tensor:
     Returns:
         [N, P] (int64), in [0, K).
     """
-    unit = F.normalize(features.float(), dim=-1)
-    anchors = unit.gather(1, kept.unsqueeze(-1).expand(-1, -1, unit.shape[-1]))  # [N, K, C]
-    target = (unit @ anchors.mT).argmax(-1)  # [N, P]
     own = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
-    return target.scatter(1, kept, own)
+    return similarity_to_kept(features, kept).argmax(-1).scatter(1, kept, own)

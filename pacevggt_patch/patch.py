@@ -33,9 +33,8 @@ class _State:
     config: PaceConfig
     weights: PaceWeights | None
     layers: tuple[int, ...]
+    names: tuple[str, ...]  # of the patched submodules
     paused: bool = False
-    rope_table: int | None = None  # largest RoPE position + 1, while the aggregator runs
-    forwards: list[_Forward] = field(default_factory=list)
     timer: StageTimer = field(default_factory=StageTimer)
 
 
@@ -63,27 +62,27 @@ class _AggregatorForward(_Forward):
                 "this aggregator was called with more than images, which the accelerated forward does not know: "
                 "use `with paused(model):` for such calls"
             )
+        grid = backbone.check_images(self.module, images, state.config.check_finite)
         scorer = restoration = None
         if state.weights is not None:
             state.weights.to(images.device)
             scorer, restoration = state.weights.scorer, state.weights.restoration
         state.timer.stages.clear()
-        grid = backbone.check_images(self.module, images, state.config.check_finite)
-        state.rope_table = max(grid) + 1
-        try:
-            tokens = aggregate(
-                self.module, images, grid, state.config, state.layers, scorer, restoration, state.timer
-            )
-        finally:
-            state.rope_table = None
+        tokens = aggregate(
+            self.module, images, grid, state.config, state.layers, scorer, restoration, state.timer
+        )
         return tokens, self.module.patch_start_idx
 
 
 class _RopeForward(_Forward):
+    def __init__(self, module: Any, state: _State, name: str):
+        super().__init__(module, state, name)
+        self.rope = backbone.static_rope(module)
+
     def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        if self.state.rope_table is None:
+        if self.state.paused:
             return self.stock(tokens, positions)
-        return backbone.rotate(self.module, tokens, positions, self.state.rope_table)
+        return backbone.rotate(self.rope, tokens, positions)
 
 
 class _DenseHeadForward(_Forward):
@@ -125,9 +124,9 @@ def accelerate(
         keep_ratio: share of each frame's patch tokens that enters alternating attention, in (0, 1].
         merge_budget: share of the clip's patch tokens that is merged into kept ones, in [0, 1 - keep_ratio]; the rest
             is pruned. None merges all that is not kept, which measured best without training.
-        weights: "auto" takes the bundled weights of this backbone, and where there are none the training-free path,
-            with a warning; None is training-free; else a path, a Hugging Face Hub id "user/repo[@revision]", or
-            `PaceWeights`.
+        weights: "auto" keeps the weights in force on a model that is accelerated already, else takes the bundled
+            weights of this backbone, and where there are none the training-free path, with a warning; None is
+            training-free; else a path, a Hugging Face Hub id "user/repo[@revision]", or `PaceWeights`.
         check_finite: look for NaN and infinity in the images before work starts. None checks on the CPU only, since
             on CUDA the check makes the host wait for the device.
 
@@ -144,23 +143,27 @@ def accelerate(
     parts |= {name: (head, _DenseHeadForward) for name, head in host.dense_heads.items()}
     if host.camera_head is not None:
         parts["camera_head"] = (host.camera_head, _CameraHeadForward)
-    if host.rope is not None:
+    if host.rope is not None and _foreign(host.rope) is None:
         parts["aggregator.rope"] = (host.rope, _RopeForward)
     for name, (module, _) in parts.items():
-        forward = module.__dict__.get("forward")
-        if forward is not None and not isinstance(forward, _Forward):
+        if _foreign(module) is not None:
             raise UnsupportedModelError(
-                f"{name}.forward is already replaced on this instance by {forward!r}: undo that patch first"
+                f"{name}.forward is already replaced on this instance by {_foreign(module)!r}: undo that patch first"
             )
-    chosen = resolve(weights, host)
+    before = _state(model) if is_accelerated(model) else None
+    if before is not None and isinstance(weights, str) and weights == "auto":
+        chosen = before.weights
+    else:
+        chosen = resolve(weights, host)
     if chosen is not None:
         chosen.to(host.aggregator.camera_token.device)
 
     remove(model)
-    state = _State(config, chosen, backbone.returned_layers(host))
-    state.forwards = [replacement(module, state, name) for name, (module, replacement) in parts.items()]
-    for forward in state.forwards:
-        forward.module.forward = forward
+    state = _State(
+        config, chosen, backbone.returned_layers(host), tuple(parts), before is not None and before.paused
+    )
+    for name, (module, replacement) in parts.items():
+        module.forward = replacement(module, state, name)
     return model
 
 
@@ -171,14 +174,14 @@ def remove(model: Model) -> Model:
         PaceError: somebody replaced a forward of an accelerated model, so that ours can't be taken out from under it.
     """
     found = _forwards(model)
-    installed = found[0].state.forwards if found else []
-    for forward in installed:
-        now = forward.module.__dict__.get("forward")
-        if now is not forward:
+    modules = dict(model.named_modules())
+    for name in {name for forward in found for name in forward.state.names} & modules.keys():
+        theirs = _foreign(modules[name])
+        if theirs is not None:
             raise PaceError(
-                f"{forward.name}.forward was replaced after accelerate by {now!r}: undo that patch first"
+                f"{name}.forward was replaced after accelerate by {theirs!r}: undo that patch first"
             )
-    for forward in installed:
+    for forward in found:
         del forward.module.forward
     return model
 
@@ -217,6 +220,7 @@ def summary(model: nn.Module, images: Tensor | None = None) -> Summary:
     state = _state(model)
     if images is not None:
         state.timer.timing = True
+        state.timer.stages.clear()
         try:
             with torch.inference_mode():
                 model(images)
@@ -236,6 +240,12 @@ def _forwards(model: nn.Module) -> list[_Forward]:
     """The replaced forwards of this model. They are looked up, not remembered: a deepcopy finds its own."""
     found = (module.__dict__.get("forward") for module in model.modules())
     return [forward for forward in found if isinstance(forward, _Forward)]
+
+
+def _foreign(module: Any) -> Any:
+    """A forward that somebody else put on this instance, or None."""
+    forward = module.__dict__.get("forward")
+    return None if isinstance(forward, _Forward) else forward
 
 
 def _state(model: nn.Module) -> _State:

@@ -100,12 +100,12 @@ def save_depth_picture(path: Path, images: Tensor, stock: Tensor, pace: Tensor) 
     _save(figure, path)
 
 
-def save_points_picture(points: dict[str, tuple[Tensor, Tensor]], path: Path) -> None:
+def save_points_picture(path: Path, points: dict[str, tuple[Tensor, Tensor]]) -> None:
     """Point clouds side by side, seen from behind and above the first camera.
 
     Args:
-        points: title -> points [N, 3] in the first camera's frame (x right, y down, z forward), RGB [N, 3] in [0, 1].
         path: a PNG.
+        points: title -> points [N, 3] in the first camera's frame (x right, y down, z forward), RGB [N, 3] in [0, 1].
     """
     plt = _pyplot()
     figure, axes = plt.subplots(
@@ -147,13 +147,13 @@ def splat(points: Tensor, colours: Tensor, centre: Tensor, height: int = 480, wi
     return image.numpy()
 
 
-def save_points(points: Tensor, colours: Tensor, path: Path) -> None:
+def save_points(path: Path, points: Tensor, colours: Tensor) -> None:
     """Write a coloured point cloud as binary PLY.
 
     Args:
+        path: a .ply.
         points: [N, 3].
         colours: RGB [N, 3] in [0, 1].
-        path: a .ply.
     """
     try:
         from plyfile import PlyData, PlyElement

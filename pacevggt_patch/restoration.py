@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .scorer import grid_cells
+from .similarity import grid_cells, similarity_to_kept
 
 # Sharpness of the softmax over cosine similarity, and reach of the softmax over distance in units of the mean
 # spacing of kept tokens.
@@ -36,12 +36,10 @@ def interpolation_weights(
     Returns:
         [N, P, K] (float32), rows sum to 1.
     """
-    unit = F.normalize(features.float(), dim=-1)
-    anchors = unit.gather(1, kept.unsqueeze(-1).expand(-1, -1, unit.shape[-1]))  # [N, K, C]
     cells = grid_cells(grid, features.device)
     squared = torch.cdist(cells[None], cells[kept]).square()  # [N, P, K]
     variance = spread**2 * (features.shape[1] / kept.shape[1])
-    return (temperature * (unit @ anchors.mT) - squared / (2 * variance)).softmax(-1)
+    return (temperature * similarity_to_kept(features, kept) - squared / (2 * variance)).softmax(-1)
 
 
 class FeatureGuidedRestoration(nn.Module):

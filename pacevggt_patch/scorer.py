@@ -13,8 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .similarity import grid_cells
+
 # Spatial distance, in units of the grid's longer side, against cosine distance of DINO features.
 SPATIAL_WEIGHT = 2.0
+# A token this much less salient than the clip's most salient one is as good as never picked.
+LEAST_LOG_SALIENCY = -30.0
 # The pairwise distances of a chunk of frames stay below this.
 CHUNK_BYTES = 2**30
 
@@ -58,8 +62,13 @@ def token_scores(
         Non-negative scores [B, S, P] (float32).
     """
     flat = features.flatten(0, 1)  # [B*S, P, C]
-    saliency = torch.ones(flat.shape[:2], device=flat.device) if scorer is None else scorer(flat).exp()
     frames = max(1, CHUNK_BYTES // (4 * flat.shape[1] ** 2))
+    if scorer is None:
+        saliency = torch.ones(flat.shape[:2], device=flat.device)
+    else:
+        logits = torch.cat([scorer(chunk) for chunk in flat.split(frames)])  # [B*S, P]
+        # Only ratios matter: measured against the largest, no saliency overflows.
+        saliency = (logits - logits.amax()).clamp(min=LEAST_LOG_SALIENCY).exp()
     chunks = zip(flat.split(frames), saliency.split(frames), strict=True)
     return torch.cat([coverage_scores(f, w, grid, keep) for f, w in chunks]).unflatten(0, features.shape[:2])
 
@@ -108,9 +117,3 @@ def coverage_scores(features: Tensor, saliency: Tensor, grid: tuple[int, int], k
         )  # -1: never picked again
         value, pick = left.max(1)
     return left.scatter(1, torch.stack(picks, 1), torch.stack(values, 1))
-
-
-def grid_cells(grid: tuple[int, int], device: torch.device) -> Tensor:
-    """Row and column of every patch token, [P, 2] (float32), in raster order."""
-    rows, columns = (torch.arange(n, device=device, dtype=torch.float32) for n in grid)
-    return torch.cartesian_prod(rows, columns).view(-1, 2)

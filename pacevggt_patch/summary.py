@@ -40,7 +40,9 @@ class StageTimer:
         start = device_time() if self.timing else 0.0
         yield
         seconds = device_time() - start if self.timing else None
-        self.stages.append(Stage(name, tokens_in, tokens_out, seconds))
+        done = Stage(name, tokens_in, tokens_out, seconds)
+        # A head that is called again on the same tokens replaces what it said before.
+        self.stages = [stage for stage in self.stages if stage.name != name] + [done]
 
 
 def device_time() -> float:
@@ -74,7 +76,7 @@ class Summary:
         lines = [
             f"backbone      {self.backbone}",
             f"keep ratio    {self.config.keep_ratio:g}",
-            f"merge budget  {self.config.merge_budget:g}",
+            f"merge budget  {self.config.merge_share:g}",
             f"weights       {self.weights}",
             f"patched       {', '.join(self.patched)}"
             + (" (paused: the stock forward runs)" if self.paused else ""),

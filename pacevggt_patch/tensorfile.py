@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .config import WeightsError
+from .report import whole_file
 
 
 def write(
@@ -46,15 +46,11 @@ def write(
     except (TypeError, ValueError) as error:
         raise WeightsError(f"can't save {kind} to {path}: its metadata is not JSON: {error}") from error
     content = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata)
-    # In the same folder, since a rename is atomic only within a file system.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        with whole_file(path) as temporary:
+            temporary.write_bytes(content)
     except OSError as error:
         raise WeightsError(f"can't save {kind} to {path}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_metadata(path: str | PathLike[str], kind: str, newest: int) -> dict[str, Any]:

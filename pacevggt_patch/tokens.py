@@ -10,13 +10,17 @@ from torch import Tensor
 
 from .restoration import FeatureGuidedRestoration, restore
 
+# Frames restored at a time: bounds the [frames, P, K] interpolation weights.
+FRAMES_RESTORED = 8
+
 
 class RestoredTokens(Sequence):
     """The aggregator's outputs, kept compact and restored to the dense grid when somebody looks.
 
     Reads like the stock list: `tokens[i]` is the dense [B, S, n + P, 2C] of layer i, or None where the host caches
-    nothing. Each look restores anew, so take a layer once, or ask `frames` for a few frames at a time, as the
-    accelerated heads do: four dense layers of a long clip never exist at once.
+    nothing. Each look restores the whole clip anew, so take a layer once, or ask `frames` for a few frames at a time,
+    as accelerated heads do: four dense layers of a long clip never exist at once. (A stock head that walks through the
+    clip in chunks looks once for each chunk: hand it `list(tokens)`.)
 
     Args:
         compact: layer -> [B, S, n + K, 2C], special tokens first.
@@ -49,6 +53,13 @@ class RestoredTokens(Sequence):
         self.restoration = restoration
         self._length = length
 
+    def __repr__(self) -> str:
+        batch, frames, kept = self.kept.shape
+        return (
+            f"RestoredTokens({self._length} layers, dense in {sorted(self.compact)}, {batch} x {frames} frames, "
+            f"{kept} of {self.features.shape[2]} patch tokens kept)"
+        )
+
     def __len__(self) -> int:
         return self._length
 
@@ -59,11 +70,15 @@ class RestoredTokens(Sequence):
     def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        layer = range(len(self))[index]  # IndexError and negative indices as in a list
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"there are {len(self)} layers, no layer {index}")
+        layer = index % len(self)
         if layer not in self.compact:
             return None
         frames = self.kept.shape[1]
-        chunks = [self.frames(i, i + 8, [layer])[layer] for i in range(0, frames, 8)]
+        chunks = [
+            self.frames(i, i + FRAMES_RESTORED, [layer])[layer] for i in range(0, frames, FRAMES_RESTORED)
+        ]
         return torch.cat(chunks, dim=1)  # type: ignore[arg-type]
 
     def frames(self, start: int, stop: int, layers: Iterable[int]) -> list[Tensor | None]:

@@ -66,6 +66,7 @@ class PaceWeights:
     source: str = "new"
 
     @classmethod
+    @torch.inference_mode(False)  # parameters made in inference mode could never be trained
     def new(
         cls, model: nn.Module, *, keep_ratios: Sequence[float] = (), training: dict[str, Any] | None = None
     ) -> PaceWeights:
@@ -217,6 +218,7 @@ def _bundled(host: Host) -> PaceWeights | None:
     return None
 
 
+@torch.inference_mode(False)
 def _read(path: Path, source: str) -> PaceWeights:
     fields = tensorfile.read_metadata(path, KIND, FORMAT)
     try:

@@ -98,6 +98,20 @@ def test_budgets_are_exact_at_full_size(merge):
     assert result.kept.diff(dim=-1).gt(0).all()
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_budgets_hold_for_scores_that_are_no_numbers(data):
+    frames, patches = data.draw(st.integers(1, 5)), data.draw(st.integers(2, 9))
+    keep = data.draw(st.integers(1, patches))
+    merge = data.draw(st.integers(0, frames * (patches - keep)))
+    value = st.sampled_from([float("nan"), float("inf"), float("-inf"), 0.0, 1.0, 3e38])
+    row = st.lists(value, min_size=patches, max_size=patches)
+    result = assign(torch.tensor([data.draw(st.lists(row, min_size=frames, max_size=frames))]), keep, merge)
+    assert (result.role == KEPT).sum(-1).eq(keep).all()
+    assert (result.role == MERGED).sum().item() == merge
+    assert torch.isfinite(result.scores).all()
+
+
 def test_clips_of_a_batch_do_not_share_their_budget():
     scores = torch.rand(2, 4, 20, generator=torch.Generator().manual_seed(0))
     scores[1] *= 100

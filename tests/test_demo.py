@@ -14,7 +14,7 @@ from plyfile import PlyData
 
 from pacevggt_patch import cli, pictures
 from pacevggt_patch.assignment import KEPT, MERGED, PRUNED
-from pacevggt_patch.clips import render_room, save_clip
+from pacevggt_patch.clips import load_clip, render_room, save_clip
 from pacevggt_patch.demo import BUNDLED_CLIP, format_table, load_evenly, run_demo
 from pacevggt_patch.evaluation.timing import time_interleaved
 from pacevggt_patch.report import whole_file, write_json
@@ -22,7 +22,7 @@ from pacevggt_patch.report import whole_file, write_json
 REAL_CLIPS = os.environ.get("PACEVGGT_REAL_CLIPS")
 KEYS = {
     "backbone", "clip", "frames", "keep_ratio", "merge_budget", "weights", "seconds_stock", "seconds_pace", "speedup",
-    "stock", "pace", "environment",
+    "seconds_range_stock", "seconds_range_pace", "stock", "pace", "environment",
 }  # fmt: skip
 FILES = ["depth.png", "points.ply", "points.png", "report.json", "tokens.png"]
 
@@ -97,10 +97,16 @@ def test_real_clips(name, tmp_path):
     assert (report["pace"]["absrel"] is not None) == (name == "redkitchen")
 
 
-def test_frames_are_spread_over_the_clip(tmp_path):
-    save_clip(render_room(3, 9, 28, 28), tmp_path)
-    clip = load_evenly(tmp_path, 3)
-    assert torch.equal(clip.images, load_evenly(tmp_path, None).images[::3])
+@pytest.mark.parametrize(
+    "total,frames,taken", [(9, 3, [0, 4, 8]), (9, 4, [0, 2, 4, 6]), (9, None, range(9)), (9, 1, [0])]
+)
+def test_frames_are_spread_over_the_clip(tmp_path, total, frames, taken):
+    save_clip(render_room(3, total, 28, 28), tmp_path)
+    every = load_clip(tmp_path, width=224, mode="square")
+    assert torch.equal(load_evenly(tmp_path, frames).images, every.images[list(taken)])
+
+
+def test_bundled_clip_has_24_frames():
     assert len(load_evenly(BUNDLED_CLIP, None)) == 24
 
 
@@ -110,6 +116,7 @@ def test_frames_are_spread_over_the_clip(tmp_path):
         (["--clip", "no_such_folder"], "pacevggt: no_such_folder is not a folder"),
         (["--keep-ratio", "7"], "pacevggt: keep_ratio must be in (0, 1], got 7"),
         (["--frames", "99"], "not the 99 asked for"),
+        (["--frames", "0"], "pacevggt: frames must be at least 1, got 0"),
         (["--weights", "missing.safetensors"], "pacevggt: missing.safetensors does not exist"),
         (["--device", "abacus"], "pacevggt: device 'abacus' can't be used"),
     ],
@@ -119,6 +126,14 @@ def test_errors_are_one_line_and_nothing_is_written(arguments, message, tmp_path
     error = capsys.readouterr().err.splitlines()[-1]
     assert message in error
     assert not (tmp_path / "out").exists()
+
+
+def test_out_that_is_a_file(tmp_path, capsys):
+    (tmp_path / "out").write_text("mine")
+    assert cli.main(["demo", "--frames", "2", "--out", str(tmp_path / "out")]) == 2
+    message = f"pacevggt: {tmp_path / 'out'} can't be made a folder for the results: File exists\n"
+    assert capsys.readouterr().err.endswith(message)
+    assert (tmp_path / "out").read_text() == "mine"
 
 
 def test_interrupt_leaves_no_half_written_file(tmp_path, monkeypatch, capsys):
@@ -201,5 +216,9 @@ def test_module_and_version():
 @pytest.mark.parametrize("name", ["one_line", "separate_calls"])
 def test_examples(name):
     script = Path(__file__).resolve().parent.parent / "examples" / f"{name}.py"
-    shown = subprocess.run([sys.executable, "-W", "ignore", script], capture_output=True, text=True, check=True)
-    assert ("depth" if name == "one_line" else "dense tokens of the last layer: [1, 8, 261, 384]") in shown.stdout
+    shown = subprocess.run(
+        [sys.executable, "-W", "ignore", script], capture_output=True, text=True, check=True
+    )
+    assert (
+        "depth" if name == "one_line" else "dense tokens of the last layer: [1, 8, 261, 384]"
+    ) in shown.stdout

@@ -74,3 +74,12 @@ def test_importing_is_light():
     code = "import sys, pacevggt_patch; print(sorted({'vggt', 'matplotlib', 'PIL', 'scipy', 'evo'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_readme_is_filled_in_and_its_links_lead_somewhere():
+    text = (ROOT / "README.md").read_text()
+    assert "<!--" not in text
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith(("http", "#"))]
+    assert len(links) > 5
+    for link in links:
+        assert (ROOT / link).exists(), link

@@ -6,6 +6,7 @@ import io
 import pickle
 import warnings
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import pacevggt_patch
 from pacevggt_patch import (
     PaceConfig,
     PaceError,
+    PaceWeights,
     UnsupportedModelError,
     accelerate,
     is_accelerated,
@@ -23,6 +25,7 @@ from pacevggt_patch import (
     remove,
     summary,
 )
+from pacevggt_patch import tokens as tokens_module
 from pacevggt_patch.tokens import RestoredTokens
 
 warnings.filterwarnings("ignore", message=".*torch.cuda.amp.autocast.*")
@@ -327,7 +330,25 @@ def test_vendored_copy_of_vggt(tmp_path, monkeypatch, all_layers):
     assert_equal(run(remove(fork), images), stock)
 
 
+def test_a_head_alone_does_not_carry_the_model(model):
+    before = len(pickle.dumps(model.camera_head))
+    accelerate(model, 0.3, weights=None)
+    assert len(pickle.dumps(model.camera_head)) < before + 5_000
+
+
+def test_remove_from_a_wrapper_of_two_models(model):
+    pair = nn.ModuleDict({"a": accelerate(model, weights=None), "b": accelerate(tiny_vggt(), weights=None)})
+    remove(pair)
+    assert not is_accelerated(pair["a"]) and not is_accelerated(pair["b"])
+
+
 # ---- dtypes, autocast, gradients, compilation
+
+
+def test_narrower_images_are_promoted_as_in_stock(model):
+    images = random_images().half()
+    stock = run(model, images)
+    assert_equal(run(accelerate(model, 1, 0, weights=None), images), stock)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -403,10 +424,179 @@ def test_no_step_depends_on_the_data(model):
 def test_torch_compile(model):
     images = random_images()
     fast = run(accelerate(model, 0.3, weights=None), images)
-    compiled = torch.compile(model, backend="eager")
+    # With fullgraph a graph break is an error; older dynamo can't trace context managers.
+    compiled = torch.compile(model, backend="eager", fullgraph=torch.__version__ >= "2.6")
     out = run(compiled, images)
     assert torch.allclose(out["depth"], fast["depth"], atol=1e-5)
     torch._dynamo.reset()
+
+
+def test_threads_do_not_meet(model):
+    """Two clips of different size through one model at once, as in stock."""
+    accelerate(model, 0.3, weights=None)
+    clips = [random_images(2, height=28, width=28), random_images(2, height=140, width=140)]
+    expected = [run(model, clip)["depth"] for clip in clips]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(5):
+            outputs = list(pool.map(lambda clip: run(model, clip)["depth"], clips))
+            assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+
+
+# ---- forks that do things their own way
+
+
+def test_fork_with_its_own_attention(model):
+    """Blocks that see one frame at a time, by an override of the host's own function."""
+
+    class Windowed(type(model.aggregator)):
+        def _process_global_attention(self, tokens, B, S, P, C, idx, pos=None):
+            return self._process_frame_attention(tokens, B, S, P, C, idx, pos=pos)
+
+    model.aggregator.__class__ = Windowed
+    images = random_images()
+    stock = run(model, images)
+    assert not torch.equal(stock["depth"], run(tiny_vggt(), images)["depth"])
+    assert_equal(run(accelerate(model, 1, 0, weights=None), images), stock)
+
+
+def test_fork_with_its_own_rope(model):
+    class Stretched(type(model.aggregator.rope)):
+        def forward(self, tokens, positions):
+            return super().forward(tokens, positions * 2)
+
+    model.aggregator.rope.__class__ = Stretched
+    images = random_images()
+    stock = run(model, images)
+    assert_equal(run(accelerate(model, 1, 0, weights=None), images), stock)
+    assert "aggregator.rope" not in summary(model).patched
+
+
+def replace_head(model: nn.Module, forward) -> None:
+    model.depth_head.__class__ = type("ForkHead", (type(model.depth_head),), {"forward": forward})
+
+
+def test_fork_head_that_looks_at_the_whole_clip(model):
+    def forward(self, tokens, images, patch_start_idx):
+        depth, conf = self._forward_impl(tokens, images, patch_start_idx)
+        return depth - depth.mean(), conf
+
+    replace_head(model, forward)
+    images = random_images(17)
+    stock = run(model, images)
+    assert_equal(run(accelerate(model, 1, 0, weights=None), images), stock)
+    assert run(accelerate(model, 0.3, weights=None), images)["depth"].shape == stock["depth"].shape
+
+
+def test_fork_head_with_other_outputs(model):
+    stock_forward = type(model.depth_head).forward
+
+    def forward(self, tokens, images, patch_start_idx, frames_chunk_size=8):
+        depth, conf = stock_forward(self, tokens, images, patch_start_idx, frames_chunk_size)
+        return [{"depth": depth, "none": None}, conf]
+
+    images = random_images(17)
+    accelerate(model, 0.3, weights=None)
+    tokens, start = model.aggregator(images)
+    depth, conf = model.depth_head(tokens, images, start)
+    replace_head(model, forward)
+    named, same_conf = model.depth_head(tokens, images, start)
+    assert torch.equal(named["depth"], depth) and named["none"] is None and torch.equal(same_conf, conf)
+
+    def flat(self, tokens, images, patch_start_idx, frames_chunk_size=8):
+        return stock_forward(self, tokens, images, patch_start_idx, frames_chunk_size)[0].flatten(0, 1)
+
+    replace_head(model, flat)
+    with pytest.raises(PaceError) as error:
+        model.depth_head(tokens, images, start)
+    assert str(error.value) == (
+        "ForkHead returned a tensor [8, 56, 70, 1] for 8 frames, which can't be joined over frames: "
+        "call it with frames_chunk_size=None"
+    )
+    assert model.depth_head(tokens, images, start, frames_chunk_size=None).shape == (17, 56, 70, 1)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 8, 17, 100, None])
+def test_chunk_size_of_the_caller(model, chunk, monkeypatch):
+    accelerate(model, 0.3, weights=None)
+    images = random_images(17)
+    with torch.inference_mode():
+        tokens, start = model.aggregator(images)
+        expected = model.depth_head(tokens, images, start)[0]
+        restored = []
+        real = tokens_module.restore
+        monkeypatch.setattr(tokens_module, "restore", lambda o, *a: restored.append(len(o[3])) or real(o, *a))
+        depth = model.depth_head(tokens, images, start, frames_chunk_size=chunk)[0]
+    assert torch.allclose(depth, expected, atol=1e-5)
+    assert sum(restored) == 17 and max(restored) == min(
+        chunk or 17, 17
+    )  # no more dense frames than that at once
+
+
+def test_stock_errors_stay(model):
+    accelerate(model, 0.3, weights=None)
+    images = random_images(3)
+    tokens, start = model.aggregator(images)
+    with pytest.raises(AssertionError):
+        model.depth_head(tokens, images, start, frames_chunk_size=-1)
+
+
+# ---- with learned weights
+
+
+@pytest.fixture
+def weights(model):
+    """Weights as training would leave them: not zero any more."""
+    made = PaceWeights.new(model, keep_ratios=(0.3,))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for module in (made.scorer, made.restoration):
+            for parameter in module.parameters():
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return made
+
+
+def test_learned_weights_change_the_outputs_and_travel_along(model, weights):
+    images = random_images(9)
+    free = run(accelerate(model, 0.3, weights=None), images)
+    fast = run(accelerate(model, 0.3, weights=weights), images)
+    assert not torch.allclose(fast["depth"], free["depth"], atol=1e-3)
+    assert not torch.allclose(fast["pose_enc"], free["pose_enc"], atol=1e-3)
+    assert_equal(run_separately(model, images), fast)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert_equal(run(other, images), fast)
+    untrained = run(accelerate(model, 0.3, weights=PaceWeights.new(model)), images)
+    assert torch.allclose(untrained["depth"], free["depth"], atol=1e-5)
+
+
+def test_retuning_keeps_the_weights_in_force(model, weights):
+    accelerate(model, 0.3, weights=weights)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        accelerate(model, 0.5)
+    assert model.aggregator.forward.state.weights is weights
+    with paused(model):
+        accelerate(model, 0.4, weights=None)
+        assert summary(model).paused
+    assert "training-free" in summary(model).weights
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gradients_reach_the_restoration(model, weights, autocast):
+    accelerate(model, 0.3, weights=weights)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        model(random_images(2))["depth"].mean().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in weights.restoration.parameters())
+
+
+@pytest.mark.parametrize("how", ["new", "load"])
+def test_weights_made_in_inference_mode_can_be_trained(model, weights, how, tmp_path):
+    weights.save(tmp_path / "pace.safetensors")
+    with torch.inference_mode():
+        made = PaceWeights.new(model) if how == "new" else PaceWeights.load(tmp_path / "pace.safetensors")
+        model(random_images(2)) if how == "new" else accelerate(model, 0.3, weights=made)(random_images(2))
+    accelerate(model, 0.3, weights=made)
+    model(random_images(2))["depth"].mean().backward()
+    assert made.restoration.out[0].weight.grad is not None
 
 
 # ---- what it says
@@ -424,6 +614,11 @@ def test_summary(model):
     assert set(report.patched) == {"aggregator", "aggregator.rope", "camera_head", "point_head", "depth_head"}
     text = str(report)
     assert "training-free" in text and "C=32, 4+4 blocks" in text and "keep and merge" in text
+    with torch.inference_mode():
+        tokens, _ = model.aggregator(random_images(2))
+        for _ in range(3):
+            model.camera_head(tokens)
+    assert [stage.name for stage in summary(model).stages].count("camera_head") == 1
     run(model, random_images(2))
     assert all(stage.seconds is None for stage in summary(model).stages)
 
@@ -468,7 +663,10 @@ def test_budgets_of_a_config():
     config = PaceConfig(0.3)
     assert (config.kept_tokens(256), config.merged_tokens(24, 256)) == (77, 24 * (256 - 77))
     assert PaceConfig(0.3, 0.2).merged_tokens(24, 256) == 1229
-    assert PaceConfig(0.9).merge_budget == pytest.approx(0.1)
+    assert PaceConfig(0.9).merge_share == pytest.approx(0.1) and PaceConfig(0.9, 0.05).merge_share == 0.05
+    assert PaceConfig(0.3).merged_tokens(300, 784) == 300 * (
+        784 - 235
+    )  # all, where rounding a share would miss some
     assert PaceConfig(1e-9).kept_tokens(256) == 1
     assert PaceConfig(0.3, 0.7).merged_tokens(3, 5) == 3 * (5 - 2)
 
@@ -487,10 +685,10 @@ def test_models_that_do_not_fit(model):
     )
     with pytest.raises(UnsupportedModelError) as error:
         accelerate(nn.DataParallel(model))
-    assert str(error.value) == "DataParallel wraps the model: pass model.module, before wrapping it"
+    assert str(error.value) == "DataParallel wraps the model: pass the model itself (model.module)"
     with pytest.raises(UnsupportedModelError) as error:
         accelerate(torch.compile(model, backend="eager"))
-    assert str(error.value) == "OptimizedModule wraps the model: pass model._orig_mod, before wrapping it"
+    assert str(error.value) == "OptimizedModule wraps the model: pass the model itself (model._orig_mod)"
 
     del model.aggregator.register_token
     with pytest.raises(UnsupportedModelError) as error:
@@ -612,8 +810,16 @@ def test_heads_called_with_other_images(model):
     tokens, start = model.aggregator(images)
     with pytest.raises(PaceError) as error:
         model.depth_head(tokens, images[:, :2], start)
+    assert str(error.value) == "DPTHead got 2 images for the tokens of 3"
+
+
+def test_images_on_another_device(model):
+    accelerate(model, weights=None)
+    with pytest.raises(PaceError) as error:
+        model.aggregator(random_images().to("meta"))
     assert str(error.value) == (
-        "DPTHead must be called with the 3 images of these tokens as images [B, S, 3, H, W]"
+        'images are on meta but the model is on cpu: call images.to("cpu") '
+        "(torch.nn.DataParallel can't run an accelerated model: use one process per GPU)"
     )
 
 

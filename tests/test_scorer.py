@@ -73,6 +73,17 @@ def test_untrained_scorer_is_the_training_free_one(dtype):
     assert torch.equal(token_scores(f, (4, 5), 6, TokenScorer(16)), token_scores(f, (4, 5), 6))
 
 
+@pytest.mark.parametrize("bias", [-1000.0, 100.0])
+def test_only_ratios_of_saliency_matter(bias):
+    f = features(4, 20).unflatten(0, (1, 4))
+    scorer = TokenScorer(16)
+    with torch.no_grad():
+        scorer.out.weight.normal_(generator=torch.Generator().manual_seed(0))
+        expected = token_scores(f, (4, 5), 6, scorer)
+        scorer.out.bias += bias
+        assert torch.allclose(token_scores(f, (4, 5), 6, scorer), expected, rtol=1e-3)
+
+
 def test_salient_tokens_are_picked_before_others():
     scorer = TokenScorer(16)
     f = features(1, 20).unsqueeze(0)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from pacevggt_patch.config import ClipError
+from ..config import ClipError
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from pacevggt_patch.clips.clip import Clip
-from pacevggt_patch.config import ClipError
+from ..config import ClipError
+from .clip import Clip
 
 PATCH_SIZE = 14
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -125,16 +125,16 @@ def load_clip(
         depth in metres by nearest pixel. Named after the folder, or as `clip.json` says.
 
     Raises:
-        ClipError: An argument is out of range, the folder has no (or too few) images, a file is missing or
-            cannot be read, the frames differ in size, or `clip.json` is broken or incomplete. The message
-            names the file.
+        ClipError: An argument is out of range, the folder has no (or too few) images, a file is missing or cannot
+            be read, the frames differ in size (pictures cut to squares may), or `clip.json` is broken or incomplete.
+            The message names the file.
     """
     folder = existing_folder(path)
     check_arguments(frames, start, stride, width, mode)
     if (folder / "clip.json").is_file():
         return load_described_folder(folder, frames, start, stride, width, mode)
     chosen = choose(image_files(folder), folder, frames, start, stride)
-    images, _ = load_images(chosen, width, mode)
+    images, _ = load_images(chosen, width, mode, one_size=mode != "square")
     return Clip(folder.resolve().name, images)
 
 
@@ -200,15 +200,20 @@ def choose(items: list[Any], source: Path, frames: int | None, start: int, strid
     return chosen
 
 
-def load_images(files: list[Path], width: int, mode: str) -> tuple[torch.Tensor, tuple[int, int]]:
-    """`[S, 3, H, W]` float32 frames in [0, 1], and the width and height that all source images share."""
+def load_images(
+    files: list[Path], width: int, mode: str, one_size: bool
+) -> tuple[torch.Tensor, tuple[int, int]]:
+    """`[S, 3, H, W]` float32 frames in [0, 1], and the width and height of the first source image.
+
+    Raises `ClipError` if `one_size` and the source images differ in size.
+    """
     loaded = []
     size = (0, 0)
     for index, file in enumerate(files):
         image = open_rgb(file)
         if index == 0:
             size = image.size
-        elif image.size != size:
+        elif one_size and image.size != size:
             raise ClipError(
                 f"{file} is {image.size[0]}x{image.size[1]}, but {files[0].name} is {size[0]}x{size[1]}: "
                 "all frames of a clip must have one size"
@@ -255,7 +260,7 @@ def load_described_folder(
     file = folder / "clip.json"
     description = read_description(file)
     entries = choose(description["frames"], folder, frames, start, stride)
-    images, size = load_images([folder / entry["file"] for entry in entries], width, mode)
+    images, size = load_images([folder / entry["file"] for entry in entries], width, mode, True)
     framing = FRAMINGS[mode](*size, width)
     if size != (description["width"], description["height"]):
         raise ClipError(

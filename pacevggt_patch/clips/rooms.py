@@ -18,8 +18,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from pacevggt_patch.clips.clip import Clip
-from pacevggt_patch.config import ClipError
+from ..config import ClipError
+from .clip import Clip
 
 FURNITURE = 8  # boxes that stand on the floor or float
 WALL_BOXES = 4  # flat boxes on the walls: pictures, cabinets

@@ -1,6 +1,6 @@
 """Quality of predicted cameras, depth and points against ground truth."""
 
-from pacevggt_patch.evaluation.metrics import (
+from .metrics import (
     absolute_trajectory_error,
     decode_pose_encoding,
     depth_errors,

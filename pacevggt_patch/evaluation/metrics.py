@@ -13,8 +13,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from pacevggt_patch.clips.clip import Clip
-from pacevggt_patch.config import PaceError
+from ..clips.clip import Clip
+from ..config import PaceError
 
 AUC_THRESHOLDS = (5, 15, 30)
 MAX_POINTS = 200_000
