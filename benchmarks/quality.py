@@ -29,7 +29,7 @@ METRICS = ("auc5", "auc15", "auc30", "rotation_deg", "translation_deg", "absrel"
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    model = build_mini().to(args.device)
+    model = build_mini(args.checkpoint or True).to(args.device)
     weights = None if args.weights == "none" else args.weights
     ratios = sorted({1.0, *args.keep_ratios}, reverse=True)  # the unpruned row is always there
     clips = [clip.to(args.device) for clip in tqdm(load(args), desc="clips", total=args.count, disable=None)]
@@ -55,6 +55,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--backbone", choices=("mini",), default="mini")
+    parser.add_argument("--checkpoint", type=Path, help="another VGGT-mini than the bundled one")
     parser.add_argument("--clips", default="rooms", help='"rooms", or a folder with images or a clip.json')
     parser.add_argument("--count", type=int, default=16, help="number of rooms")
     parser.add_argument("--frames", type=int, default=8)
