@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from . import backbone
 from .assignment import KEPT, assign
-from .config import PaceConfig
+from .config import PaceConfig, UnsupportedModelError
 from .merging import kept_tokens, merge_tokens
 from .restoration import FeatureGuidedRestoration
 from .scorer import TokenScorer, token_scores
@@ -35,6 +35,9 @@ def aggregate(
         layers: AA layers whose outputs are returned.
         scorer, restoration: trained modules, or None for the training-free path.
         timer: keeps the stages.
+
+    Raises:
+        UnsupportedModelError: the host's patch embedding does not give one token for each patch.
     """
     batch, frames = images.shape[:2]
     patches = grid[0] * grid[1]
@@ -42,6 +45,11 @@ def aggregate(
 
     with timer.stage("DINO", frames * patches, frames * patches):
         features = backbone.patch_tokens(aggregator, images)  # [B, S, P, C]
+    if features.shape[2] != patches:
+        raise UnsupportedModelError(
+            f"the patch embedding gave {features.shape[2]} tokens for a grid of {grid[0]}x{grid[1]} patches: "
+            "only hosts with one token for each patch are supported"
+        )
     positions = backbone.rope_positions(aggregator, grid, images.device)  # [P, 2]
 
     if keep == patches:
@@ -56,10 +64,9 @@ def aggregate(
             tokens = merge_tokens(features, assignment) if merge else kept_tokens(features, assignment)
             kept, role = assignment.kept, assignment.role
 
-    tokens = torch.cat(
-        [backbone.special_tokens(aggregator, batch, frames), tokens], dim=2
-    )  # [B, S, n + K, C]
-    special = tokens.shape[2] - keep
+    special_tokens = backbone.special_tokens(aggregator, batch, frames)  # [B, S, n, C]
+    special = special_tokens.shape[2]
+    tokens = torch.cat([special_tokens, tokens], dim=2)  # [B, S, n + K, C]
     if positions is not None:
         at_special = positions.new_zeros(batch, frames, special, 2)
         positions = torch.cat([at_special, positions[kept]], dim=2)  # [B, S, n + K, 2]

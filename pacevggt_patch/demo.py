@@ -193,4 +193,8 @@ def format_table(report: dict[str, Any]) -> str:
         f"merge budget {report['merge_budget']:g}, weights {report['weights']}"
     )
     lines = [title, f"{'':42s}{'stock':>10s}{'accelerated':>13s}"]
-    return "\n".join(lines + [f"{name:42s}{a:>10s}{b:>13s}" for name, a, b in rows])
+    lines += [f"{name:42s}{a:>10s}{b:>13s}" for name, a, b in rows]
+    lines.append(
+        "VGGT-mini is small and was trained on rendered rooms: look at the difference between the columns."
+    )
+    return "\n".join(lines)

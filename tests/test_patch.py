@@ -823,6 +823,23 @@ def test_images_on_another_device(model):
     )
 
 
+def test_patch_embedding_with_other_tokens(model):
+    stock_forward = type(model.aggregator.patch_embed).forward
+
+    def forward(self, images):
+        return {"x_norm_patchtokens": stock_forward(self, images)["x_norm_patchtokens"][:, 1:]}
+
+    model.aggregator.patch_embed.__class__ = type(
+        "Fewer", (type(model.aggregator.patch_embed),), {"forward": forward}
+    )
+    with pytest.raises(UnsupportedModelError) as error:
+        accelerate(model, weights=None)(random_images())
+    assert str(error.value) == (
+        "the patch embedding gave 19 tokens for a grid of 4x5 patches: "
+        "only hosts with one token for each patch are supported"
+    )
+
+
 def test_aggregator_with_more_arguments(model):
     accelerate(model, weights=None)
     with pytest.raises(UnsupportedModelError, match="called with more than images"):
