@@ -21,9 +21,9 @@ from pacevggt_patch import PaceError, accelerate, summary
 from pacevggt_patch.clips import load_clip, render_room
 from pacevggt_patch.evaluation import evaluate_predictions
 from pacevggt_patch.mini import build_mini
+from pacevggt_patch.mini.held_out import HELD_OUT_SEED
 from pacevggt_patch.report import environment, write_json
 
-HELD_OUT_SEED = 1_000_000
 METRICS = ("auc5", "auc15", "auc30", "rotation_deg", "translation_deg", "absrel", "delta125", "point_error")
 
 

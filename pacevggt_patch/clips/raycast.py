@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from pacevggt_patch.clips.textures import TextureAtlas, sample_texture
+from .textures import TextureAtlas, sample_texture
 
 NEAR = 0.05  # metres in front of the camera where nothing is seen
 GROUP = 4  # solids cast in one pass

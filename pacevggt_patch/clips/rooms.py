@@ -328,13 +328,14 @@ def clearest(scene: Scene, candidates: torch.Tensor, count: int) -> torch.Tensor
 
 
 def look_at(centre: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """`[S, 3, 3]` camera-to-world of level cameras at `centre` `[S, 3]` that face `target` `[S, 3]`."""
-    forward = F.normalize(target - centre, dim=1)
+    """`[..., 3, 3]` camera-to-world rotations of level cameras at `centre` that look at `target`, both `[..., 3]`."""
+    forward = F.normalize(target - centre, dim=-1)
     # Never straight up or down, where "level" has no meaning.
-    forward = F.normalize(torch.cat([forward[:, :2] + 1e-3, forward[:, 2:].clamp(-0.85, 0.85)], dim=1), dim=1)
+    forward = torch.cat([forward[..., :2] + 1e-3, forward[..., 2:].clamp(-0.85, 0.85)], dim=-1)
+    forward = F.normalize(forward, dim=-1)
     up = torch.tensor([0.0, 0.0, 1.0]).expand_as(forward)
-    right = F.normalize(torch.linalg.cross(forward, up), dim=1)
-    return torch.stack([right, torch.linalg.cross(forward, right), forward], dim=2)
+    right = F.normalize(torch.linalg.cross(forward, up), dim=-1)
+    return torch.stack([right, torch.linalg.cross(forward, right), forward], dim=-1)
 
 
 def world_to_camera(cameras: Cameras) -> torch.Tensor:

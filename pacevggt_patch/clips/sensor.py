@@ -15,8 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from pacevggt_patch.clips.raycast import added, faster
-from pacevggt_patch.clips.training_scenes import Sampler
+from .raycast import added, faster
+from .training_scenes import Sampler
 
 BLUR_REACH = 2  # pixels to either side that defocus blur looks at
 MOTION_TAPS = 9

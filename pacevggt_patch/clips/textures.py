@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from pacevggt_patch.clips.rooms import Hits, Scene, move, sample_scene, surface_colour
-from pacevggt_patch.config import ClipError
+from ..config import ClipError
+from .rooms import Hits, Scene, move, sample_scene, surface_colour
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 SMALLEST_LEVEL = 4

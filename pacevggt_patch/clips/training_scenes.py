@@ -16,8 +16,9 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F
 
-from pacevggt_patch.clips.raycast import ROOM_FACES, FrameScenes
-from pacevggt_patch.clips.textures import PROCEDURAL_SPAN
+from .raycast import ROOM_FACES, FrameScenes
+from .rooms import look_at
+from .textures import PROCEDURAL_SPAN
 
 PLAIN, FURNISHED, FACADE = 0, 1, 2
 KIND_SHARES = (0.3, 0.45, 0.25)
@@ -492,16 +493,6 @@ def first_clear(
     # Stable: among equals the first.
     best = clearance.sort(dim=2, descending=True, stable=True).indices[..., :1, None].expand(-1, -1, -1, 3)
     return candidates.gather(2, best)[:, :, 0]
-
-
-def look_at(centre: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """`[B, S, 3, 3]` camera-to-world of level cameras at `centre` that face `target`, both `[B, S, 3]`."""
-    forward = F.normalize(target - centre, dim=2)
-    # Never straight up or down, where "level" has no meaning.
-    forward = F.normalize(torch.cat([forward[..., :2] + 1e-3, forward[..., 2:].clamp(-0.85, 0.85)], 2), dim=2)
-    up = torch.tensor([0.0, 0.0, 1.0]).expand_as(forward)
-    right = F.normalize(torch.linalg.cross(forward, up), dim=2)
-    return torch.stack([right, torch.linalg.cross(forward, right), forward], 3)
 
 
 def sample_surfaces(

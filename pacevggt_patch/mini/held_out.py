@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..clips.rooms import render_room
-from ..evaluation.metrics import decode_pose_encoding, depth_errors, pairwise_pose_errors, pose_auc
+from ..evaluation.metrics import decode_pose_encoding, depth_errors, pose_results
 
 HELD_OUT_SEED = 1_000_000  # the rooms that `benchmarks/quality.py` measures on; training draws other scenes
 HELD_OUT_ROOMS = 8
@@ -42,15 +42,11 @@ def evaluate(
     rows = []
     for pose, predicted, truth, z in zip(poses.cpu(), depths.cpu(), cameras.cpu(), depth.cpu(), strict=True):
         extrinsics, _ = decode_pose_encoding(pose, *z.shape[1:])
-        errors = pairwise_pose_errors(extrinsics, truth)
-        larger = torch.maximum(errors.rotation, errors.translation)
+        camera = pose_results(extrinsics, truth)
         found = depth_errors(predicted, z, torch.ones_like(z, dtype=torch.bool))
         rows.append(
             {
-                "auc15": pose_auc(larger, 15),
-                "auc30": pose_auc(larger, 30),
-                "rotation_deg": errors.rotation.median().item(),
-                "translation_deg": errors.translation.median().item(),
+                **{name: camera[name] for name in ("auc15", "auc30", "rotation_deg", "translation_deg")},
                 "absrel": found.absrel if found else math.nan,
             }
         )

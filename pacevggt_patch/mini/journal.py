@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..report import whole_file
+
 SPEAK_EVERY = 200  # steps
 
 
@@ -89,7 +91,8 @@ class Journal:
 
 def write_curve(records: list[dict[str, Any]], folder: Path) -> None:
     """`curve.json`, and `curve.png` where matplotlib is installed."""
-    (folder / "curve.json").write_text(json.dumps(records, indent=0))
+    with whole_file(folder / "curve.json") as temporary:
+        temporary.write_text(json.dumps(records, indent=0))
     try:
         import matplotlib.pyplot as plt
     except ImportError:
@@ -113,5 +116,6 @@ def write_curve(records: list[dict[str, Any]], folder: Path) -> None:
     axes[1].legend()
     axes[2].legend()
     figure.tight_layout()
-    figure.savefig(folder / "curve.png", dpi=90)
+    with whole_file(folder / "curve.png") as temporary:
+        figure.savefig(temporary, dpi=90)
     plt.close(figure)

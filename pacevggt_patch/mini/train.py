@@ -34,6 +34,7 @@ from torch import Tensor
 
 from ..clips.textures import load_photographs, texture_atlas
 from ..config import PaceError
+from ..report import whole_file
 from .held_out import HELD_OUT_SEED, HELD_OUT_VIEWS, evaluate, held_out_rooms
 from .journal import Journal, Timer
 from .model import MiniConfig, save_mini
@@ -90,9 +91,8 @@ def save_level(trainer: Trainer, path: Path) -> None:
     tensors |= {
         f"auxiliary.{k}": v.half().contiguous().cpu() for k, v in trainer.auxiliary.state_dict().items()
     }
-    part = path.with_suffix(".part")
-    save_file(tensors, part, {"step": str(trainer.step_number)})
-    os.replace(part, path)
+    with whole_file(path) as temporary:
+        save_file(tensors, temporary, {"step": str(trainer.step_number)})
 
 
 def load_weights(trainer: Trainer, path: Path) -> None:
@@ -127,9 +127,8 @@ def load_weights(trainer: Trainer, path: Path) -> None:
 
 def save_state(trainer: Trainer, plan: Plan, records: list[dict[str, Any]], path: Path) -> None:
     """Write the state to resume from, at once or not at all."""
-    part = path.with_suffix(".part")
-    torch.save({**trainer.state(), "plan": asdict(plan), "records": records}, part)
-    os.replace(part, path)
+    with whole_file(path) as temporary:
+        torch.save({**trainer.state(), "plan": asdict(plan), "records": records}, temporary)
 
 
 def agree(plan: Plan, device: torch.device) -> None:
