@@ -19,10 +19,13 @@ from vggt.utils.rotation import quat_to_mat
 from pacevggt_patch import PaceError
 from pacevggt_patch.clips.textures import texture_atlas
 from pacevggt_patch.clips.training_scenes import sample_scenes
+from pacevggt_patch.evaluation.metrics import decode_pose_encoding
 from pacevggt_patch.mini import MiniConfig, build_mini
 from pacevggt_patch.mini import fetch_textures as fetch
-from pacevggt_patch.mini.forward import FastForward, layer_list
+from pacevggt_patch.mini.forward import FastForward, dense_head, dense_tables, layer_list
 from pacevggt_patch.mini.losses import (
+    PAIR_FLOOR,
+    PAIR_HALF,
     AuxiliaryHeads,
     camera_losses,
     confidence_loss,
@@ -32,6 +35,7 @@ from pacevggt_patch.mini.losses import (
     gradient_loss,
     make_targets,
     next_view_patches,
+    pair_losses,
     point_loss,
     quaternions,
 )
@@ -89,6 +93,23 @@ def test_the_fast_forward_pass_is_that_of_the_stock_model():
     assert start == 5
 
 
+@pytest.mark.parametrize(("name", "side"), [("depth_head", 4), ("point_head", 6)])
+def test_the_fast_dense_head_is_the_stock_one(name, side):
+    config = MiniConfig(
+        **{**TINY, "dpt_channels": (8, 12, 16, 8), "cached_layers": (0, 1, 2, 3)}, point_head=True
+    )
+    head = getattr(build_mini(False, config), name)
+    generator = torch.Generator().manual_seed(0)
+    layers = [torch.randn(2, 5 + side * side, 64, generator=generator) for _ in range(4)]
+    images = torch.zeros(1, 2, 3, 14 * side, 14 * side)
+    tables = dense_tables(head, side, 14, torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        stock = head([x[None] for x in layers], images, 5, frames_chunk_size=None)
+        values, confidence = dense_head(head, [x[:, 5:] for x in layers], tables)
+    torch.testing.assert_close(values, stock[0][0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(confidence, stock[1][0], rtol=1e-5, atol=1e-6)
+
+
 def test_all_parameters_of_the_model_get_a_gradient(atlas):
     trainer = make_trainer(atlas)
     trainer.gradients(sample_inputs(SETTINGS, 4, 3, 3, 0))
@@ -142,6 +163,35 @@ def test_camera_losses_weigh_later_iterations_more():
     assert losses["translation"] == pytest.approx(0.6 / 1.6 * 1.0)
     assert losses["rotation"] == 0
     assert losses["field_of_view"] == pytest.approx(1 / 1.6 * 0.5)
+
+
+def test_pair_losses_are_those_of_the_metrics_relative_poses():
+    generator = torch.Generator().manual_seed(3)
+    truth, prediction = torch.randn(2, 2, 3, 9, generator=generator)
+    losses = pair_losses(prediction, truth)
+    expected = {"pair_translation": [], "pair_rotation": []}
+    for clip in range(2):
+        motions = []
+        for poses in (prediction[clip], truth[clip]):
+            full = torch.eye(4).repeat(3, 1, 1)
+            full[:, :3], _ = decode_pose_encoding(poses, 28, 28)
+            motions.append([[b @ a.inverse() for b in full] for a in full])
+        for i, j in ((i, j) for i in range(3) for j in range(3) if i != j):
+            found, true = motions[0][i][j], motions[1][i][j]
+            relative = (found[:3, 3] - true[:3, 3]).norm() / (true[:3, 3].norm() + PAIR_FLOOR)
+            expected["pair_translation"].append(relative / (relative + PAIR_HALF))
+            expected["pair_rotation"].append((found - true)[:3, :3].norm())
+    for name, values in expected.items():
+        assert losses[name] == pytest.approx(sum(values).item() / 12, abs=2e-4)
+
+
+def test_pair_losses_have_a_gradient_at_the_truth():
+    truth = torch.randn(1, 4, 9, generator=torch.Generator().manual_seed(4))
+    prediction = truth.clone().requires_grad_()
+    losses = pair_losses(prediction, truth)
+    (losses["pair_translation"] + losses["pair_rotation"]).backward()
+    assert losses["pair_translation"] < 1e-2
+    assert prediction.grad.isfinite().all()
 
 
 def test_confidence_pays_where_the_error_is_small():

@@ -21,9 +21,9 @@ from .rooms import look_at
 from .textures import PROCEDURAL_SPAN
 
 PLAIN, FURNISHED, FACADE = 0, 1, 2
-KIND_SHARES = (0.3, 0.45, 0.25)
+KIND_SHARES = (0.4, 0.42, 0.18)
 SCATTER, WALK, ORBIT = 0, 1, 2
-MOTION_SHARES = ((0.85, 0.15, 0.0), (0.35, 0.45, 0.2), (0.45, 0.3, 0.25))  # of each kind of scene
+MOTION_SHARES = ((0.85, 0.15, 0.0), (0.3, 0.55, 0.15), (0.45, 0.3, 0.25))  # of each kind of scene
 
 WALL_BOXES, FURNITURE, PIECES, PARTS, SMALL_BOXES = 4, 8, 2, 6, 8
 ELLIPSOIDS, SMALL_ELLIPSOIDS = 4, 4
@@ -463,9 +463,11 @@ def sample_views(
     steady = s.log_uniform(count, 1, 1, low=0.02, high=0.2)
     scatter = torch.where((motion == SCATTER) & is_plain[:, None], 0.28, steady) * away[:, None]
     scatter = torch.where(
-        (motion == SCATTER) & ~is_plain[:, None], s.uniform(count, 1, 1, low=0.05, high=0.3), scatter
+        (motion == SCATTER) & ~is_plain[:, None], s.uniform(count, 1, 1, low=0.05, high=0.4), scatter
     )
-    pan = F.normalize(s.normal(count, 1, 3) * lying, dim=2) * s.uniform(count, 1, 1, high=0.9) * away[:, None]
+    # Who walks through a room looks about: often its first and its last view have nothing in common.
+    turns = torch.where((kind == FURNISHED)[:, None] & s.chance(count, 1, p=0.65), 2.4, 0.9)
+    pan = F.normalize(s.normal(count, 1, 3) * lying, dim=2) * (s.uniform(count, 1) * turns * away)[:, None]
     pan = torch.where(motion == WALK, pan * time, torch.zeros(3))
     looked_at = target[:, None] + pan + s.normal(count, views, 3) * scatter * lying
     roll = s.normal(count, views) * torch.where(is_plain, 0.09, s.log_uniform(count, 1, low=0.01, high=0.2))

@@ -76,7 +76,8 @@ def rotation_matrix(quaternion: torch.Tensor) -> torch.Tensor:
     zero = torch.zeros_like(x)
     cross = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], dim=-1).unflatten(-1, (3, 3))
     # Rodrigues' formula in half angles: R = I + 2 w [v]x + 2 [v]x^2.
-    return torch.eye(3).to(quaternion) + 2 * scalar * cross + 2 * cross @ cross
+    one = torch.eye(3, dtype=quaternion.dtype, device=quaternion.device)
+    return one + 2 * scalar * cross + 2 * cross @ cross
 
 
 def pairwise_pose_errors(predicted: torch.Tensor, truth: torch.Tensor) -> PairErrors:

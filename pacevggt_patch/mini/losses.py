@@ -8,10 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..clips.raycast import added
+from ..clips.raycast import added, faster
 from ..clips.training_scenes import SceneBatch
+from ..evaluation.metrics import rotation_matrix
 
 GAMMA = 0.6  # weight of a camera iteration over that of the next
+PAIR_FLOOR = 0.03  # added to the length of a pair's translation, in units of the mean distance
+PAIR_HALF = 0.5  # error over length at which a pair counts half
 CONFIDENCE = 0.2  # reward for confidence
 TEMPERATURE = 15.0  # of patch correspondence: factor on cosines
 SAME_DEPTH = 0.04  # relative difference of depth up to which a patch centre is taken to be visible
@@ -20,6 +23,8 @@ WEIGHTS = {
     "translation": 5.0,
     "rotation": 6.0,
     "field_of_view": 1.0,
+    "pair_translation": 1.0,
+    "pair_rotation": 0.5,
     "depth": 1.0,
     "depth_gradient": 0.5,
     "points": 0.5,
@@ -111,6 +116,38 @@ def camera_losses(predictions: list[Tensor], truth: Tensor) -> dict[str, Tensor]
     }
 
 
+def pair_losses(prediction: Tensor, truth: Tensor) -> dict[str, Tensor]:
+    """Errors between the frames of each pair, for the metrics look at pairs: pose encodings `[B, S, 9]`.
+
+    A pair's translation counts by its error over its length, and the less the farther off it is already, as it does in
+    an AUC; its rotation by the Frobenius norm of the difference of the matrices.
+    """
+    views = truth.shape[1]
+    rotation, translation = relative_motion(prediction.float())
+    true_rotation, true_translation = relative_motion(truth)
+    error = length(translation - true_translation)
+    relative = error / (length(true_translation) + PAIR_FLOOR)  # [B, S, S]
+    turned = length((rotation - true_rotation).flatten(3))
+    others = 1 - torch.eye(views, device=truth.device)
+    count = len(truth) * max(views * (views - 1), 1)
+    return {
+        "pair_translation": (relative / (relative + PAIR_HALF) * others).sum() / count,
+        "pair_rotation": (turned * others).sum() / count,
+    }
+
+
+def relative_motion(poses: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotations `[B, S, S, 3, 3]` and translations `[B, S, S, 3]` from the i-th camera of a clip to the j-th."""
+    rotation, translation = rotation_matrix(poses[..., 3:7]), poses[..., :3]
+    relative = rotation[:, None] @ rotation[:, :, None].mT  # [B, i, j, 3, 3]
+    return relative, translation[:, None] - (relative @ translation[:, :, None, :, None])[..., 0]
+
+
+def length(x: Tensor) -> Tensor:
+    """Length of vectors `[..., n]`, with a gradient at 0."""
+    return (x.square().sum(-1) + 1e-8).sqrt()
+
+
 def confidence_loss(error: Tensor, confidence: Tensor) -> Tensor:
     """Mean of error times confidence, less a reward for confidence; half plain error, so that none is given up."""
     return 0.5 * error.mean() + 0.5 * (confidence * error - CONFIDENCE * confidence.log()).mean()
@@ -167,12 +204,25 @@ def next_view_patches(targets: Targets) -> tuple[Tensor, Tensor]:
 def correspondence_loss(descriptors: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
     """Cross-entropy of finding each visible patch `[B, S, P, d]` in the next view, and the share found."""
     number, visible = next_view_patches(targets)
-    unit = F.normalize(descriptors.float(), dim=-1)
-    likeness = torch.einsum("bspc,bsqc->bspq", unit, unit.roll(-1, 1)) * TEMPERATURE
-    likeness, number, visible = likeness.flatten(0, 2), number.flatten(), visible.flatten().float()
-    count = visible.sum().clamp(min=1)
-    loss = (F.cross_entropy(likeness, number, reduction="none") * visible).sum() / count
-    found = ((likeness.argmax(1) == number).float() * visible).sum() / count
+    there = descriptors.roll(-1, 1).flatten(0, 1)
+    match = faster(matching_loss, descriptors.is_cuda)
+    return match(descriptors.flatten(0, 1), there, number.flatten(), visible.flatten())
+
+
+def matching_loss(here: Tensor, there: Tensor, number: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of finding patches `[F, P, d]` in other frames `[F, P, d]`, and the share found.
+
+    Args:
+        here: descriptors.
+        there: descriptors of the frames in which to find them.
+        number: `[F * P]` number of the right patch there.
+        visible: `[F * P]` whether it is to be seen there; only then it counts.
+    """
+    here, there = F.normalize(here.float(), dim=-1), F.normalize(there.float(), dim=-1)
+    likeness = (here @ there.mT).flatten(0, 1) * TEMPERATURE  # [F * P, P]
+    share = visible.float() / visible.sum().clamp(min=1)
+    loss = (F.cross_entropy(likeness, number, reduction="none") * share).sum()
+    found = ((likeness.argmax(1) == number).float() * share).sum()
     return loss, found.detach()
 
 
@@ -192,8 +242,18 @@ class AuxiliaryHeads(nn.Module):
 
     def point_loss(self, layers: dict[int, Tensor], special: int, truth: Tensor) -> Tensor:
         """Mean absolute error of the points `[B, S, P, 3]`, over the layers."""
-        errors = [
-            (head(layers[int(n)][:, :, special:]).float() - truth).abs().mean()
-            for n, head in self.points.items()
-        ]
+        speed = faster(read_out_error, truth.is_cuda)
+        errors = []
+        for number, head in self.points.items():
+            # Copies, since compiled code is particular about where its inputs begin in memory.
+            parameters = [parameter.clone() for parameter in head.parameters()]
+            tokens = layers[int(number)].flatten(0, 1)  # [F, special + P, 2C]
+            errors.append(speed(tokens, special, truth.flatten(0, 1), parameters))
         return torch.stack(errors).mean()
+
+
+def read_out_error(tokens: Tensor, special: int, truth: Tensor, parameters: list[Tensor]) -> Tensor:
+    """Mean absolute error of `[F, P, 3]` read from tokens `[F, special + P, C]` by a norm and a linear map."""
+    norm_weight, norm_bias, weight, bias = parameters
+    normed = F.layer_norm(tokens[:, special:], tokens.shape[2:], norm_weight, norm_bias)
+    return (F.linear(normed, weight, bias).float() - truth).abs().mean()

@@ -57,7 +57,7 @@ class FlatOptimizer:
         # Matrices of one shape lie together; the three of a joint projection count as three.
         matrices.sort(key=lambda item: (*matrix_shape(*item), item[0]))
         self.names = [name for name, _ in matrices + weights + others]
-        parameters = [p for _, p in matrices + weights + others]
+        self.parameters = parameters = [p for _, p in matrices + weights + others]
         device = parameters[0].device
         total = sum(p.numel() for p in parameters)
         self.values, self.gradients = torch.empty(total, device=device), torch.zeros(total, device=device)

@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..clips.raycast import added, render_frames
+from ..clips.raycast import added, faster, render_frames
 from ..clips.sensor import SensorEffects, apply_sensor, sample_effects
 from ..clips.textures import TextureAtlas
 from ..clips.training_scenes import PLAIN, SceneBatch, sample_scenes
 from ..config import PaceError
-from .forward import FastForward, layer_list
+from .forward import FastForward, dense_head, dense_tables, layer_list
 from .losses import (
     WEIGHTS,
     AuxiliaryHeads,
@@ -24,6 +24,7 @@ from .losses import (
     depth_losses,
     first_camera_points,
     make_targets,
+    pair_losses,
     point_loss,
 )
 from .model import MiniConfig, build_mini
@@ -52,11 +53,11 @@ class Settings:
     """
 
     frames: int = 144
-    dense: int = 48
+    dense: int = 36
     views: tuple[int, ...] = VIEWS
     size: int = 224
-    muon_rate: float = 2e-3
-    adam_rate: float = 1.2e-3
+    muon_rate: float = 1.6e-3
+    adam_rate: float = 1e-3
     warm_up: int = 300
     decay: float = 0.25
     seed: int = 0
@@ -149,7 +150,10 @@ class Trainer:
             layers = list(config.cached_layers[1:])
             self.auxiliary = AuxiliaryHeads(config.embed_dim, layers).to(device)
         self.optimizer = FlatOptimizer([self.model, self.auxiliary])
-        self.forward = FastForward(self.model, torch.bfloat16 if self.on_gpu else torch.float32)
+        side = settings.size // config.patch_size
+        half = torch.bfloat16 if self.on_gpu else torch.float32
+        self.tables = dense_tables(self.model.depth_head, side, config.patch_size, device, half)
+        self.forward = FastForward(self.model, half)
         self.rates = torch.zeros(3, device=device)  # Muon, AdamW, number of the step
         self.step_number = 0
         self.since_start = 0  # steps since the optimiser state was empty
@@ -186,28 +190,30 @@ class Trainer:
             }
             descriptors = self.auxiliary.descriptor(features.patches).unflatten(0, (clips, views))
             parts["correspondence"], found = correspondence_loss(descriptors, targets)
-            some = {
-                layer: x.flatten(0, 1).index_select(0, chosen)[None] for layer, x in features.layers.items()
-            }
-            tokens: list[Any] = [some.get(layer) for layer in range(self.config.depth)]
-            shape = images[chosen][None]  # the heads read its shape only
-            depths, confidence = model.depth_head(tokens, shape, special, frames_chunk_size=None)
-            parts |= depth_losses(depths[0, ..., 0], confidence[0], truth)
+            tokens = [
+                features.layers[layer].flatten(0, 1).index_select(0, chosen)[:, special:]
+                for layer in self.config.cached_layers
+            ]  # [N, P, 2C] each
+            dense = faster(dense_head, self.on_gpu)
+            depths, confidence = dense(model.depth_head, tokens, self.tables)
+            parts |= depth_losses(depths[..., 0], confidence, truth)
             if model.point_head is not None:
-                world, confidence = model.point_head(tokens, shape, special, frames_chunk_size=None)
-                parts["points"] = point_loss(world[0], confidence[0], points, truth)
+                world, confidence = dense(model.point_head, tokens, self.tables)
+                parts["points"] = point_loss(world, confidence, points, truth)
         # A few tokens only: in full precision for nothing.
         poses = model.camera_head(layer_list(features, self.config.depth))
-        parts |= camera_losses(poses, targets.pose)
+        parts |= camera_losses(poses, targets.pose) | pair_losses(poses[-1], targets.pose)
         total = added(WEIGHTS[name] * value for name, value in parts.items())
         self.names = [*parts, "total", "found"]
         return total, torch.stack([*parts.values(), total, found]).detach().float()
 
     def gradients(self, inputs: Inputs) -> None:
         """Leave gradients of the mean loss of this process in the optimiser, and the losses in `logs`."""
-        self.optimizer.gradients.zero_()
         total, logs = self.losses(inputs)
-        total.backward()
+        # Not by `backward`, which would add them up parameter by parameter.
+        parameters = self.optimizer.parameters
+        gradients = torch.autograd.grad(total, parameters, materialize_grads=True)
+        torch.cat([gradient.reshape(-1) for gradient in gradients], out=self.optimizer.gradients)
         self.logs[: len(logs)].copy_(logs)
 
     def update(self) -> None:
