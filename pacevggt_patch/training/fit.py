@@ -1,8 +1,8 @@
 """Training of pace weights: settings, what a step does, and a state from which a run goes on as if never stopped.
 
-Stage 1 (distil) teaches the scorer which tokens the unpruned model attends to. Between the stages the linear part of the
-restoration is fitted in closed form. Stage 2 (refine) trains scorer, merge and restoration together, so that the pruned
-model says what the unpruned one says (and the truth, where it is known), at random keep ratios and merge budgets.
+Stage 1 (distil) teaches the scorer which tokens the unpruned model attends to. Between the stages the linear part of
+the restoration is fitted in closed form. Stage 2 (refine) trains scorer, merge and restoration together, so that the
+pruned model says what the unpruned one says (and the truth, where it is known), at random keep ratios and merge budgets.
 
 Everything random of a step follows from the seed, the number of the step and of the process.
 """
@@ -24,7 +24,7 @@ from ..mini.trainer import mixed_seed
 from ..weights import PaceWeights
 from .attention_target import attention_target
 from .calibration import KEEP_RATIOS, RIDGE, fit_linear
-from .clip_source import ClipSource, Sample
+from .clip_source import ClipSource, Sample, to_device
 from .losses import distillation_loss, token_losses, total_loss, truth_target
 from .passes import Outputs, run
 
@@ -83,7 +83,9 @@ class Settings:
             )
         low, high = self.keep_ratios
         if not 0 < low <= high < 1:
-            raise PaceError(f"keep ratios of training must lie between 0 and 1, low to high, got {low:g} to {high:g}")
+            raise PaceError(
+                f"keep ratios of training must lie between 0 and 1, low to high, got {low:g} to {high:g}"
+            )
         if not 0 <= self.truth <= 1:
             raise PaceError(f"truth is a share between 0 and 1, got {self.truth:g}")
 
@@ -118,7 +120,9 @@ def step_plan(settings: Settings, step: int) -> StepPlan:
 def learning_rate(settings: Settings, step: int) -> float:
     """The learning rate of a step: in each stage up in a line, then down by half a cosine."""
     first, end = (
-        (0, settings.distil_steps) if step < settings.distil_steps else (settings.distil_steps, settings.steps)
+        (0, settings.distil_steps)
+        if step < settings.distil_steps
+        else (settings.distil_steps, settings.steps)
     )
     rise = min(1.0, (step - first + 1) / max(settings.warm_up, 1))
     return settings.rate * rise * 0.5 * (1 + math.cos(math.pi * (step - first) / max(end - first, 1)))
@@ -195,7 +199,7 @@ class Fit:
 
     def refine_loss(self, sample: Sample, plan: StepPlan) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of stage 2."""
-        frames = torch.tensor(plan.frames, device=self.device)
+        frames = to_device(torch.tensor(plan.frames), self.device)
         with torch.no_grad():
             teacher = run(self.model, sample.images, frames, 1.0)
             truth = None
@@ -218,8 +222,6 @@ class Fit:
         if number < settings.distil_steps:
             loss, parts = self.distil_loss(sample)
         else:
-            if number == settings.distil_steps:
-                self.begin_refinement()
             loss, parts = self.refine_loss(sample, step_plan(settings, number))
         self.optimizer.zero_grad()
         loss.backward()
@@ -262,9 +264,7 @@ class Fit:
             frames = torch.arange(min(self.settings.dense, sample.images.shape[1]), device=self.device)
             teacher = run(self.model, sample.images, frames, 1.0)
             for ratio in KEEP_RATIOS:
-                rows[f"{ratio:g}"].append(
-                    difference(run(self.model, sample.images, frames, ratio), teacher)
-                )
+                rows[f"{ratio:g}"].append(difference(run(self.model, sample.images, frames, ratio), teacher))
         return {
             ratio: {name: sum(row[name] for row in found) / len(found) for name in found[0]}
             for ratio, found in rows.items()
@@ -289,13 +289,17 @@ class Fit:
         Raises:
             PaceError: it is of another run.
         """
-        own = {**asdict(self.settings), "backbone": self.weights.fingerprints, "source": self.source.description}
+        own = {
+            **asdict(self.settings),
+            "backbone": self.weights.fingerprints,
+            "source": self.source.description,
+        }
         theirs = {**state["settings"], "backbone": state["fingerprints"], "source": state["source"]}
         other = [name for name, value in own.items() if theirs.get(name) != value]
         if other:
             raise PaceError(
-                f"can't resume: the run was started with another {', '.join(sorted(other))}: pass the same settings, or "
-                "start anew without --resume"
+                f"can't resume: the run was started with another {', '.join(sorted(other))}: pass the same settings, "
+                "or start anew without --resume"
             )
         self.modules.load_state_dict(state["modules"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -25,6 +25,10 @@ WEIGHTS = {
     "dense": 0.5,
 }
 NEAREST = 1e-4
+# The saliency that is taught is the attention received to this power: coverage and importance must work together, and
+# with the attention itself the picks crowd together (keep ratio 0.15, AUC@30 on eight rooms: 38.3 without a scorer,
+# 39.2 with power 1, 42.0 with 0.5, 41.3 with 0.25).
+ATTENTION_POWER = 0.5
 
 
 class Target(NamedTuple):
@@ -103,14 +107,16 @@ def output_losses(student: Outputs, target: Target) -> dict[str, Tensor]:
     """Camera, depth and point losses, as far as the model has these heads.
 
     Cameras: mean absolute error of translation, quaternion and field of view, weighted by POSE_WEIGHTS, over the
-    iterations of the head, weighted to the last. Depth: mean absolute error of the logarithm. Points: mean distance over
-    the target's distance from the first camera, or over the clip's mean distance, if that is larger.
+    iterations of the head, weighted to the last. Depth: mean absolute error of the logarithm. Points: mean distance
+    over the target's distance from the first camera, or over the clip's mean distance, if that is larger.
     """
     losses = {}
     if target.pose is not None:
         count = len(student.poses)
         weights = [ITERATION_WEIGHT ** (count - 1 - i) for i in range(count)]
-        errors = torch.stack([w * (p - target.pose).abs() for w, p in zip(weights, student.poses, strict=True)])
+        errors = torch.stack(
+            [w * (p - target.pose).abs() for w, p in zip(weights, student.poses, strict=True)]
+        )
         parts = (errors.sum(0) / sum(weights)).split([3, 4, 2], dim=-1)
         means = [weight * part.mean() for weight, part in zip(POSE_WEIGHTS, parts, strict=True)]
         losses["camera"] = torch.stack(means).sum()
@@ -163,7 +169,9 @@ def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
 
 
 def distillation_loss(logits: Tensor, attention: Tensor) -> Tensor:
-    """Kullback-Leibler divergence of softmax(logits) from the attention that the tokens of a frame receive.
+    """Kullback-Leibler divergence of softmax(logits) from what the tokens of a frame should weigh.
+
+    That is the attention that they receive to the power ATTENTION_POWER, made to sum to 1.
 
     Args:
         logits: log-saliency [B, S, P].
@@ -172,7 +180,8 @@ def distillation_loss(logits: Tensor, attention: Tensor) -> Tensor:
     Returns:
         Mean over frames; 0 if and only if they agree.
     """
-    target = attention / attention.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    weight = attention.float() ** ATTENTION_POWER
+    target = weight / weight.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     return F.kl_div(logits.log_softmax(-1), target, reduction="none").sum(-1).mean()
 
 
