@@ -166,25 +166,50 @@ def test_output_losses_by_hand():
     student, teacher = outputs(0), outputs(1)
     target = teacher_target(teacher)
     found = output_losses(student, target)
-    pose = 0.0
-    for weight, guess in zip((0.6 / 1.6, 1 / 1.6), student.poses, strict=True):
-        error = (guess - teacher.poses[-1]).double().abs()
-        pose += weight * (5 * error[..., :3].mean() + 6 * error[..., 3:7].mean() + error[..., 7:].mean())
-    assert found["camera"] == pytest.approx(pose.item(), rel=1e-5)
-    depth, points = 0.0, 0.0
+    depth, points, scales = 0.0, 0.0, []
     for b in range(2):
         weight = teacher.depth[1][b].double() / teacher.depth[1][b].double().mean()
-        log = (student.depth[0][b].double() / teacher.depth[0][b].double()).log().abs()
-        depth += (weight * log).mean() / 2
+        log = (student.depth[0][b].double() / teacher.depth[0][b].double()).log()
+        shift = (weight * log).sum() / weight.sum()
+        scales.append(shift.exp())
+        depth += (weight * (log - shift).abs()).mean() / 2
         weight = teacher.points[1][b].double() / teacher.points[1][b].double().mean()
         reach = teacher.points[0][b].double().norm(dim=-1)
         reach = reach.clamp(min=reach.mean())
-        points += (
-            weight * (student.points[0] - teacher.points[0])[b].double().norm(dim=-1) / reach
-        ).mean() / 2
+        distance = (student.points[0][b].double() / scales[b] - teacher.points[0][b]).norm(dim=-1)
+        points += (weight * distance / reach).mean() / 2
     assert found["depth"] == pytest.approx(depth.item(), rel=1e-5)
     assert found["points"] == pytest.approx(points.item(), rel=1e-5)
-    assert all(value == 0 for name, value in output_losses(teacher, target).items() if name != "camera")
+    scales = torch.stack(scales)
+    assert found["scale"] == pytest.approx(scales.log().abs().mean().item(), rel=1e-4)
+    pose = 0.0
+    for weight, guess in zip((0.6 / 1.6, 1 / 1.6), student.poses, strict=True):
+        translation = (guess[..., :3] / scales[:, None, None] - teacher.poses[-1][..., :3]).abs().mean()
+        error = (guess - teacher.poses[-1]).double().abs()
+        pose += weight * (5 * translation + 6 * error[..., 3:7].mean() + error[..., 7:].mean())
+    assert found["camera"] == pytest.approx(pose.item(), rel=1e-5)
+    same = output_losses(teacher, target)
+    assert all(value == pytest.approx(0, abs=1e-6) for name, value in same.items() if name != "camera")
+
+
+def test_scale_is_a_small_loss_of_its_own():
+    student, target = outputs(0), teacher_target(outputs(1))
+    factor = torch.tensor([2.0, 3.0])
+    larger = Outputs(
+        None,
+        None,
+        [torch.cat([p[..., :3] * factor[:, None, None], p[..., 3:]], -1) for p in student.poses],
+        (student.depth[0] * factor[:, None, None, None], student.depth[1]),
+        (student.points[0] * factor[:, None, None, None, None], student.points[1]),
+    )
+    before, after = output_losses(student, target), output_losses(larger, target)
+    for name in ("camera", "depth", "points"):
+        assert after[name] == pytest.approx(before[name].item(), rel=1e-4), name
+    assert after["scale"] > before["scale"] + 0.3
+
+
+def test_confidence_loss_by_hand():
+    student, teacher = outputs(0), outputs(1)
     expected = sum(
         (a[1].double().log() - b[1].double().log()).abs().mean() / 2
         for a, b in ((student.depth, teacher.depth), (student.points, teacher.points))
@@ -295,7 +320,7 @@ def test_every_trained_tensor_gets_a_gradient_and_the_host_none(folder, checkpoi
         plan = next(p for p in (step_plan(settings, i) for i in range(50)) if p.merge_budget is None)
         loss, parts = fit.refine_loss(fit.finish(source.draw(0, 2, plan.views)), plan)
         loss.backward()
-        assert set(parts) == {"camera", "depth", "points", "confidence", "special", "dense"}
+        assert set(parts) == {"camera", "depth", "scale", "points", "confidence", "special", "dense"}
         silent = [name for name, p in fit.modules.named_parameters() if p.grad is None or not p.grad.any()]
         assert set(silent) <= {"scorer.out.bias"}  # only ratios of saliency matter
         assert all(p.grad is None for p in model.parameters())
@@ -388,10 +413,11 @@ def test_total_loss_blends_truth_in(folder):
     truth = teacher_target(outputs(0, batch=1, frames=3))._replace(depth=None, points=None)
     plain, parts = total_loss(student, teacher, None, 0.5)
     _, blended = total_loss(student, teacher, Target(truth.pose, *teacher_target(teacher)[1:]), 0.25)
-    true = output_losses(student, truth)["camera"]
+    true = output_losses(student, Target(truth.pose, *teacher_target(teacher)[1:]))["camera"]
     assert blended["camera"] == pytest.approx((0.75 * parts["camera"] + 0.25 * true).item(), rel=1e-5)
     assert blended["depth"] == pytest.approx(parts["depth"].item(), rel=1e-5)
     weights = dict(camera=1, depth=1, points=0.5, confidence=0.05, special=0.5, dense=0.5)
+    weights["scale"] = 0.1
     expected = sum(parts[name].item() * weight for name, weight in weights.items())
     assert plain.item() == pytest.approx(expected, rel=1e-5)
 

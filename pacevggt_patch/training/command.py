@@ -67,7 +67,8 @@ def run_training(options: Options) -> dict[str, Any]:
     """Train pace weights and write them to `options.out`; the first process alone writes.
 
     Writes `calibrated.safetensors` and `distilled.safetensors` (what the earlier stages gave, to compare),
-    `pace.safetensors` (the result), `report.json`, `curve.png`, and `state.pt` to resume from, each whole or not at all.
+    `pace.safetensors` (the result), `report.json`, `curve.png`, and `state.pt` to resume from, each whole or not at
+    all.
 
     Returns:
         The content of report.json.

@@ -2,7 +2,7 @@
 
 Stage 1 (distil) teaches the scorer which tokens the unpruned model attends to. Between the stages the linear part of
 the restoration is fitted in closed form. Stage 2 (refine) trains scorer, merge and restoration together, so that the
-pruned model says what the unpruned one says (and the truth, where it is known), at random keep ratios and merge budgets.
+pruned model says what the unpruned one says (and the truth, where it is known), at random keep ratios and budgets.
 
 Everything random of a step follows from the seed, the number of the step and of the process.
 """
@@ -257,7 +257,8 @@ class Fit:
         """How far the pruned model is from the unpruned one on clips that no step draws, by keep ratio.
 
         Of each a mean over clips: `rotation_deg` and `direction_deg`, medians over frame pairs of the difference in
-        relative rotation and translation direction; `depth`, mean relative difference; `tokens`, see `token_losses`.
+        relative rotation and translation direction; `depth`, mean relative difference after one scale for the clip;
+        `tokens`, see `token_losses`.
         """
         rows: dict[str, list[dict[str, float]]] = {f"{ratio:g}": [] for ratio in KEEP_RATIOS}
         for sample in self.reserved(CHECK, self.settings.checks):
@@ -315,7 +316,8 @@ def difference(student: Outputs, teacher: Outputs) -> dict[str, float]:
         row["rotation_deg"] = errors.rotation.median().item()
         row["direction_deg"] = errors.translation.median().item()
     if teacher.depth is not None and student.depth is not None:
-        row["depth"] = (student.depth[0] / teacher.depth[0] - 1).abs().mean().item()
+        ratio = student.depth[0] / teacher.depth[0]
+        row["depth"] = (ratio / ratio.median() - 1).abs().mean().item()
     row["tokens"] = token_losses(student, teacher)["dense"].item()
     return row
 

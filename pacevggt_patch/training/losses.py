@@ -19,6 +19,7 @@ ITERATION_WEIGHT = 0.6
 WEIGHTS = {
     "camera": 1.0,
     "depth": 1.0,
+    "scale": 0.1,
     "points": 0.5,
     "confidence": 0.05,
     "special": 0.5,
@@ -104,32 +105,52 @@ def truth_target(truth: Truth, frames: Tensor, teacher: Outputs) -> Target | Non
 
 
 def output_losses(student: Outputs, target: Target) -> dict[str, Tensor]:
-    """Camera, depth and point losses, as far as the model has these heads.
+    """Camera, depth, scale and point losses, as far as the model has these heads.
+
+    What a VGGT says is true up to one scale for each clip, so that is taken out: it is the geometric mean of the
+    student's depth over the target's, by which depth, points and translations are divided. How far it is from 1 is a
+    loss of its own, and a small one.
 
     Cameras: mean absolute error of translation, quaternion and field of view, weighted by POSE_WEIGHTS, over the
     iterations of the head, weighted to the last. Depth: mean absolute error of the logarithm. Points: mean distance
     over the target's distance from the first camera, or over the clip's mean distance, if that is larger.
     """
     losses = {}
+    scale: Tensor | float = 1.0
+    if target.depth is not None and student.depth is not None:
+        values, weight = target.depth
+        error = student.depth[0].clamp(min=NEAREST).log() - values.clamp(min=NEAREST).log()  # [B, n, H, W]
+        total = weight.sum((1, 2, 3), keepdim=True).clamp(min=NEAREST)
+        shift = (error * weight).sum((1, 2, 3), keepdim=True) / total  # [B, 1, 1, 1]
+        losses["depth"] = ((error - shift).abs() * weight).mean()
+        losses["scale"] = shift.abs().mean()
+        # No part of the camera and point losses is to be had by a change of scale.
+        scale = shift.detach().exp()
     if target.pose is not None:
         count = len(student.poses)
         weights = [ITERATION_WEIGHT ** (count - 1 - i) for i in range(count)]
         errors = torch.stack(
-            [w * (p - target.pose).abs() for w, p in zip(weights, student.poses, strict=True)]
+            [
+                w * (rescaled(p, scale) - target.pose).abs()
+                for w, p in zip(weights, student.poses, strict=True)
+            ]
         )
         parts = (errors.sum(0) / sum(weights)).split([3, 4, 2], dim=-1)
         means = [weight * part.mean() for weight, part in zip(POSE_WEIGHTS, parts, strict=True)]
         losses["camera"] = torch.stack(means).sum()
-    if target.depth is not None and student.depth is not None:
-        values, weight = target.depth
-        error = student.depth[0].clamp(min=NEAREST).log() - values.clamp(min=NEAREST).log()
-        losses["depth"] = (error.abs() * weight).mean()
     if target.points is not None and student.points is not None:
         values, weight = target.points
         reach = values.norm(dim=-1)  # [B, n, H, W]
         reach = reach.maximum(reach.mean((1, 2, 3), keepdim=True)).clamp(min=NEAREST)
-        losses["points"] = ((student.points[0] - values).norm(dim=-1) / reach * weight).mean()
+        found = student.points[0] / (scale.unsqueeze(-1) if isinstance(scale, Tensor) else scale)
+        losses["points"] = ((found - values).norm(dim=-1) / reach * weight).mean()
     return losses
+
+
+def rescaled(pose: Tensor, scale: Tensor | float) -> Tensor:
+    """Pose encodings [B, S, 9] of clips divided by their scale [B, 1, 1, 1]."""
+    scale = scale[..., 0] if isinstance(scale, Tensor) else scale
+    return torch.cat([pose[..., :3] / scale, pose[..., 3:]], -1)
 
 
 def confidence_loss(student: Outputs, teacher: Outputs) -> Tensor | None:
