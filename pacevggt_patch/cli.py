@@ -105,7 +105,9 @@ def add_train(commands) -> None:
         "--views", type=int, nargs="+", default=[8], help="frames of a clip, one of these a step (8)"
     )
     train.add_argument("--clips", type=int, default=1, help="clips of a step and process (1)")
-    train.add_argument("--width", type=int, help="of the frames in pixels (224 for VGGT-mini, else 518)")
+    train.add_argument(
+        "--width", type=int, help="of the frames in pixels (224 for VGGT-mini, else 518, rooms 504)"
+    )
     train.add_argument("--rate", type=float, default=1e-3, help="learning rate (0.001)")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--device", help="cpu or cuda (cuda where there is one if not given)")

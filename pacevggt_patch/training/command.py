@@ -21,7 +21,7 @@ from ..demo import usable_device
 from ..pictures import save_training_curve
 from ..report import environment, whole_file, write_json
 from ..weights import HUB_FILE, PaceWeights
-from .backbones import load_backbone
+from .backbones import is_mini, load_backbone
 from .calibration import KEEP_RATIOS
 from .clip_source import ClipSource, FolderSource, PlainRooms, RenderedScenes
 from .fit import Fit, Settings
@@ -44,7 +44,7 @@ class Options:
         images: folder of images or of clips, see `clip_source.FolderSource`; or None, with
         rooms: "plain" for the rooms of `clips.render_room`, "all" for rooms and facades with textures.
         textures: zip file or folder of photographs for "all".
-        width: pixels; None takes 224 for VGGT-mini, else 518.
+        width: pixels; None takes 224 for VGGT-mini, else 518 for images and 504 for rooms.
         device: None takes CUDA where there is one.
         resume: go on from `out`, if a run was stopped there.
         save_every: seconds between two states.
@@ -85,9 +85,8 @@ def run_training(options: Options) -> dict[str, Any]:
         raise PaceError("training needs images: pass --images DIR, or --rooms for rendered ones")
     settings = options.settings
     # What is on the disk is looked at before a large model is loaded.
-    mini = options.backbone == "mini" or options.rooms is not None
-    width = options.width or (224 if mini else 518)
-    source = make_source(options, width, "square" if mini else "crop", device)
+    mini = options.backbone == "mini" or is_mini(Path(options.backbone))
+    source = make_source(options, mini, device)
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -114,10 +113,14 @@ def run_training(options: Options) -> dict[str, Any]:
             dist.destroy_process_group()
 
 
-def make_source(options: Options, width: int, mode: str, device: torch.device) -> ClipSource:
-    """Where the clips come from."""
+def make_source(options: Options, mini: bool, device: torch.device) -> ClipSource:
+    """Where the clips come from. VGGT-mini was trained on squares."""
     if options.images is not None:
-        return FolderSource(options.images, max(options.settings.views), width, mode)
+        mode = "square" if mini else "crop"
+        return FolderSource(
+            options.images, max(options.settings.views), options.width or (224 if mini else 518), mode
+        )
+    width = options.width or (224 if mini else 504)  # an even number of patches
     if options.rooms == "plain":
         return PlainRooms(width)
     photographs = load_photographs(options.textures) if options.textures else None

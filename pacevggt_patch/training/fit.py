@@ -22,11 +22,11 @@ from ..config import PaceError
 from ..evaluation.metrics import decode_pose_encoding, pairwise_pose_errors
 from ..mini.trainer import mixed_seed
 from ..weights import PaceWeights
-from .attention_target import attention_target
+from .attention import attention_target
 from .calibration import KEEP_RATIOS, RIDGE, fit_linear
 from .clip_source import ClipSource, Sample, to_device
 from .losses import distillation_loss, token_losses, total_loss, truth_target
-from .passes import Outputs, run
+from .passes import Outputs, half_precision, run
 
 ALL_MERGED = 0.75  # share of steps in which all that is not kept is merged, as it is by default
 LARGEST_NORM = 1.0  # of the gradient
@@ -191,8 +191,7 @@ class Fit:
 
     def distil_loss(self, sample: Sample) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of stage 1."""
-        half = torch.autocast("cuda", torch.bfloat16, enabled=sample.images.is_cuda)
-        with half:
+        with half_precision(sample.images):
             features, attention = attention_target(self.model.aggregator, sample.images)
         loss = distillation_loss(self.weights.scorer(features), attention)
         return loss, {"distil": loss}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +32,11 @@ class Outputs(NamedTuple):
     points: tuple[Tensor, Tensor] | None
 
 
+def half_precision(images: Tensor) -> AbstractContextManager:
+    """bfloat16 autocast for images on CUDA; elsewhere all is computed as it is stored."""
+    return torch.autocast("cuda", torch.bfloat16) if images.is_cuda else nullcontext()
+
+
 def run(
     model: Any,
     images: Tensor,
@@ -56,8 +61,7 @@ def run(
         heads: whether to run camera, depth and point heads.
     """
     retune(model, keep_ratio, merge_budget, checkpointing=checkpointing)
-    half = torch.autocast("cuda", torch.bfloat16) if images.is_cuda else nullcontext()
-    with half:
+    with half_precision(images):
         tokens, start = model.aggregator(images)
         dense, some = tokens.select(frames), images.index_select(1, frames)
 
@@ -76,7 +80,7 @@ def run(
     poses: list[Tensor] = []
     if heads and getattr(model, "camera_head", None) is not None:
         narrow = model.aggregator.camera_token.dtype != torch.float32
-        with half if narrow else nullcontext():
+        with half_precision(images) if narrow else nullcontext():
             poses = [pose.float() for pose in model.camera_head(tokens)]
     if depth is not None:
         depth = depth[0][..., 0], depth[1]

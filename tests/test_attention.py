@@ -6,10 +6,9 @@ import torch.nn.functional as F
 from hosts import random_images, tiny_vggt
 
 from pacevggt_patch import UnsupportedModelError, accelerate
+from pacevggt_patch.training import attention as module
 from pacevggt_patch.training import attention_target
-from pacevggt_patch.training.attention_target import attention_received, chosen_queries
-
-module = __import__("pacevggt_patch.training.attention_target", fromlist=["x"])
+from pacevggt_patch.training.attention import attention_received, chosen_queries
 
 
 def reference(model, images) -> torch.Tensor:
@@ -51,11 +50,10 @@ def test_it_equals_the_whole_matrix(options, batch, frames, height, width):
 def test_some_queries_are_a_mean_over_those():
     images = random_images(3)
     model = tiny_vggt()
-    (grid,) = {(56 // 14) * (70 // 14)}
-    queries = chosen_queries(3, 5 + grid, 5, 7)
+    queries = chosen_queries(3, 5 + 20, 5, 7, images.device)
     assert len(queries) == 15 + 7 and len(set(queries.tolist())) == 22
     seen = []
-    F_sdpa = F.scaled_dot_product_attention
+    stock_attention = F.scaled_dot_product_attention
     for block in model.aggregator.global_blocks:
         attention = block.attn
 
@@ -70,7 +68,7 @@ def test_some_queries_are_a_mean_over_those():
     _, found = attention_target(model.aggregator, images, patch_queries=7)
     expected = torch.stack(seen).mean(0).view(1, 3, -1)[:, :, 5:]
     assert torch.allclose(found, expected, atol=1e-6)
-    assert F.scaled_dot_product_attention is F_sdpa
+    assert F.scaled_dot_product_attention is stock_attention
 
 
 @pytest.mark.parametrize("bytes_of_a_chunk", [1, 4 * 2 * 3 * 11 * 2, 2**28])

@@ -47,7 +47,7 @@ def attention_target(
     positions = backbone.rope_positions(aggregator, grid, images.device)
     if positions is not None:
         positions = F.pad(positions, (0, 0, n, 0)).repeat(batch, frames, 1, 1)  # special tokens sit at 0
-    queries = chosen_queries(frames, length, n, patch_queries).to(images.device)
+    queries = chosen_queries(frames, length, n, patch_queries, images.device)
     received = torch.zeros(batch, frames * length, device=images.device)
     seen = 0
 
@@ -65,7 +65,9 @@ def attention_target(
     return features, (received / seen).unflatten(1, (frames, length))[:, :, n:]
 
 
-def chosen_queries(frames: int, length: int, special: int, patch_queries: int) -> Tensor:
+def chosen_queries(
+    frames: int, length: int, special: int, patch_queries: int, device: torch.device
+) -> Tensor:
     """Numbers [n] of the tokens of a clip that are asked: all special ones, and patch tokens evenly spread.
 
     Args:
@@ -73,12 +75,13 @@ def chosen_queries(frames: int, length: int, special: int, patch_queries: int) -
         length: tokens of a frame, the `special` ones first.
         special: camera and register tokens of a frame.
         patch_queries: how many patch tokens; all if there are no more.
+        device: where the result lies; made there, nothing waits.
     """
-    numbers = torch.arange(frames * length).view(frames, length)
+    numbers = torch.arange(frames * length, device=device).view(frames, length)
     patches = numbers[:, special:].flatten()
     count = min(patch_queries, len(patches))
     # The middles of `count` equal parts.
-    places = (torch.arange(count) * 2 + 1) * len(patches) // (2 * max(count, 1))
+    places = (torch.arange(count, device=device) * 2 + 1) * len(patches) // (2 * max(count, 1))
     return torch.cat([numbers[:, :special].flatten(), patches[places]])
 
 
