@@ -495,6 +495,20 @@ def test_a_finished_run_is_not_trained_on(tiny, folder, tmp_path):
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
+def test_a_run_of_the_first_stage_alone(tiny, folder, tmp_path):
+    settings = Settings(**{**vars(SETTINGS), "distil": 1.0})
+    report = command.run_training(
+        command.Options(out=tmp_path, images=folder, width=56, settings=settings, save_every=0)
+    )
+    assert [(c["stage"], c["step"]) for c in report["checks"]] == [
+        ("training-free", 0),
+        ("calibrated", 0),
+        ("distilled", 6),
+    ]
+    weights = load_file(tmp_path / "pace.safetensors")
+    assert weights["scorer.out.weight"].any() and not weights["merge.out.weight"].any()
+
+
 def test_another_run_cannot_be_resumed(tiny, folder, tmp_path, monkeypatch):
     command.run_training(options(folder, tmp_path))
     other = Settings(**{**vars(SETTINGS), "seed": 3})

@@ -162,12 +162,9 @@ class Run:
                     while len(pending) < PREFETCH and following < steps:
                         pending.append(pool.submit(fit.draw, following))
                         following += 1
-                    between = fit.step_number == fit.settings.distil_steps
                     drawn = pending.popleft().result()
-                    if between and fit.step_number:
-                        fit.begin_refinement()
-                        self.save_weights("distilled.safetensors")
-                        self.check("distilled")
+                    if 0 < fit.step_number == fit.settings.distil_steps:
+                        self.change_stage()
                     fit.step(drawn)
                     bar.update()
                     if fit.step_number % LOG_EVERY == 0 or fit.step_number == steps:
@@ -178,9 +175,18 @@ class Run:
             finally:
                 for future in pending:
                     future.cancel()
-        if steps and (not self.checks or self.checks[-1]["step"] != steps):
-            self.check("refined")
+        if self.checks[-1]["step"] != steps:  # a finished run that is resumed has been here
+            if steps == fit.settings.distil_steps:
+                self.change_stage()
+            else:
+                self.check("refined")
         return self.finish()
+
+    def change_stage(self) -> None:
+        """End stage 1: fit the linear part anew, to the tokens that the scorer now keeps."""
+        self.fit.begin_refinement()
+        self.save_weights("distilled.safetensors")
+        self.check("distilled")
 
     def log(self, bar: Any) -> None:
         """Record the losses, show them, and stop if they are no numbers."""
