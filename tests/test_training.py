@@ -529,9 +529,7 @@ def test_another_run_cannot_be_resumed(tiny, folder, tmp_path, monkeypatch):
 
 def test_a_loss_that_is_no_number_ends_the_run(tiny, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(Fit, "latest_losses", lambda _: {"total": float("nan")})
-    with pytest.raises(
-        PaceError, match=r"the loss is nan at step 2: try a smaller --rate; .*state\.pt holds"
-    ):
+    with pytest.raises(PaceError, match=r"the loss is nan at step 2: start anew with a smaller --rate$"):
         command.run_training(options(folder, tmp_path))
 
 

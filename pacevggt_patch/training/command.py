@@ -197,8 +197,7 @@ class Run:
         )
         if not math.isfinite(losses["total"]):
             raise PaceError(
-                f"the loss is {losses['total']} at step {self.fit.step_number}: try a smaller --rate; "
-                f"{self.out / STATE_FILE} holds the last good state"
+                f"the loss is {losses['total']} at step {self.fit.step_number}: start anew with a smaller --rate"
             )
 
     def check(self, stage: str) -> None:
