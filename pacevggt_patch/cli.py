@@ -108,7 +108,7 @@ def add_train(commands) -> None:
     train.add_argument(
         "--width", type=int, help="of the frames in pixels (224 for VGGT-mini, else 518, rooms 504)"
     )
-    train.add_argument("--rate", type=float, default=1e-3, help="learning rate (0.001)")
+    train.add_argument("--rate", type=float, default=2e-3, help="learning rate (0.002)")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--device", help="cpu or cuda (cuda where there is one if not given)")
     train.add_argument("--resume", action="store_true", help="go on from DIR/state.pt, if it is there")

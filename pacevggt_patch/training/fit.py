@@ -60,7 +60,7 @@ class Settings:
     views: tuple[int, ...] = (8,)
     dense: int = 4
     keep_ratios: tuple[float, float] = (0.1, 0.6)
-    rate: float = 1e-3
+    rate: float = 2e-3
     warm_up: int = 50
     weight_decay: float = 0.01
     truth: float = 0.5
