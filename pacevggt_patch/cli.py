@@ -109,6 +109,9 @@ def add_train(commands) -> None:
         "--width", type=int, help="of the frames in pixels (224 for VGGT-mini, else 518, rooms 504)"
     )
     train.add_argument("--rate", type=float, default=2e-3, help="learning rate (0.002)")
+    train.add_argument(
+        "--scorer-rate", type=float, default=0.0, help="share of it for the scorer in the second stage (0)"
+    )
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--device", help="cpu or cuda (cuda where there is one if not given)")
     train.add_argument("--resume", action="store_true", help="go on from DIR/state.pt, if it is there")
@@ -160,6 +163,7 @@ def train_command(arguments: argparse.Namespace) -> int:
         clips=arguments.clips,
         views=tuple(arguments.views),
         rate=arguments.rate,
+        scorer_rate=arguments.scorer_rate,
         seed=arguments.seed,
     )
     names = ("out", "backbone", "images", "rooms", "textures", "width", "device", "resume")

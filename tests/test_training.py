@@ -266,11 +266,11 @@ def test_relative_error_is_one_for_the_mean():
 def test_distillation_loss_is_the_divergence():
     g = torch.Generator().manual_seed(0)
     logits, attention = torch.randn(2, 3, 7, generator=g), torch.rand(2, 3, 7, generator=g)
-    p = attention.double() ** 0.5
+    p = attention.double() ** 0.25
     p = p / p.sum(-1, keepdim=True)
     expected = (p * (p.log() - logits.double().log_softmax(-1))).sum(-1).mean()
     assert distillation_loss(logits, attention) == pytest.approx(expected.item(), rel=1e-5)
-    assert distillation_loss(0.5 * attention.log() + 3, 5 * attention) == pytest.approx(0, abs=1e-6)
+    assert distillation_loss(0.25 * attention.log() + 3, 5 * attention) == pytest.approx(0, abs=1e-6)
 
 
 # Steps
@@ -463,6 +463,15 @@ def test_a_run_writes_weights_report_and_curve(tiny, folder, tmp_path):
     assert "distilled" in command.format_checks(report["checks"])
 
 
+@pytest.mark.parametrize("scorer_rate", [0.0, 0.5])
+def test_stage_two_leaves_the_scorer_alone_unless_it_is_told(tiny, folder, tmp_path, scorer_rate):
+    settings = Settings(**{**vars(SETTINGS), "scorer_rate": scorer_rate})
+    command.run_training(command.Options(out=tmp_path, images=folder, width=56, settings=settings))
+    before, after = (load_file(tmp_path / f"{name}.safetensors") for name in ("distilled", "pace"))
+    same = [torch.equal(value, after[name]) for name, value in before.items() if name.startswith("scorer")]
+    assert all(same) if scorer_rate == 0 else not any(same)
+
+
 @pytest.mark.parametrize("dies_at", [1, 2, 4])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tiny, folder, tmp_path, monkeypatch, dies_at):
     whole = command.run_training(options(folder, tmp_path / "whole"))
@@ -653,8 +662,9 @@ dist.destroy_process_group()
             for p, a, b in zip(fit.modules.parameters(), *gradients, strict=True):
                 p.grad = None if a is None else (a + b) / 2
             torch.nn.utils.clip_grad_norm_(fit.modules.parameters(), 1.0)
-            fit.optimizer.param_groups[0]["lr"] = learning_rate(settings, step)
+            fit.set_rates()
             fit.optimizer.step()
+            fit.step_number += 1
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     for name, value in fit.modules.state_dict().items():

@@ -1,7 +1,7 @@
 """Training of pace weights: settings, what a step does, and a state from which a run goes on as if never stopped.
 
 Stage 1 (distil) teaches the scorer which tokens the unpruned model attends to. Between the stages the linear part of
-the restoration is fitted in closed form. Stage 2 (refine) trains scorer, merge and restoration together, so that the
+the restoration is fitted in closed form. Stage 2 (refine) trains merge and restoration (the scorer on demand), so that the
 pruned model says what the unpruned one says (and the truth, where it is known), at random keep ratios and budgets.
 
 Everything random of a step follows from the seed, the number of the step and of the process.
@@ -46,6 +46,9 @@ class Settings:
         dense: frames of a clip on which depth, points and dense tokens are compared.
         keep_ratios: least and largest keep ratio of a step.
         rate: learning rate.
+        scorer_rate: that of the scorer in stage 2 over `rate`. 0 leaves it as stage 1 made it: the gradient that
+            reaches it through the weights of the merge made the selection worse (250 steps, 24 rooms, keep ratio 0.15: AUC@30
+            38.9 with the scorer that came of it, 44.1 with none, 41.2 training-free).
         warm_up: steps over which it rises at the start of each stage; it falls by a cosine from there.
         weight_decay: decoupled.
         truth: how much of the camera, depth and point losses is against ground truth where clips have it.
@@ -61,6 +64,7 @@ class Settings:
     dense: int = 4
     keep_ratios: tuple[float, float] = (0.1, 0.6)
     rate: float = 2e-3
+    scorer_rate: float = 0.0
     warm_up: int = 50
     weight_decay: float = 0.01
     truth: float = 0.5
@@ -164,9 +168,20 @@ class Fit:
 
     def new_optimizer(self) -> torch.optim.Optimizer:
         """An optimizer without a past, for the stage that begins."""
+        scorer, others = self.weights.scorer, (self.weights.merge, self.weights.restoration)
+        groups = [[*scorer.parameters()], [p for module in others for p in module.parameters()]]
+        settings = self.settings
         return torch.optim.AdamW(
-            self.modules.parameters(), lr=self.settings.rate, weight_decay=self.settings.weight_decay
+            [{"params": group} for group in groups], settings.rate, weight_decay=settings.weight_decay
         )
+
+    def set_rates(self) -> None:
+        """Give the optimizer the learning rates of the step to come: of the scorer, and of all else."""
+        rate = learning_rate(self.settings, self.step_number)
+        refines = self.step_number >= self.settings.distil_steps
+        factors = (self.settings.scorer_rate if refines else 1.0, 1.0)
+        for group, factor in zip(self.optimizer.param_groups, factors, strict=True):
+            group["lr"] = rate * factor
 
     # Clips
 
@@ -227,8 +242,7 @@ class Fit:
         if self.world > 1:
             average_gradients(self.modules, self.world)
         norm = torch.nn.utils.clip_grad_norm_(self.modules.parameters(), LARGEST_NORM)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(settings, number)
+        self.set_rates()
         self.optimizer.step()
         self.logs = {"total": loss.detach(), **{k: v.detach() for k, v in parts.items()}, "norm": norm}
         self.step_number += 1
