@@ -1,8 +1,8 @@
 """Training of pace weights: settings, what a step does, and a state from which a run goes on as if never stopped.
 
 Stage 1 (distil) teaches the scorer which tokens the unpruned model attends to. Between the stages the linear part of
-the restoration is fitted in closed form. Stage 2 (refine) trains merge and restoration (the scorer on demand), so that the
-pruned model says what the unpruned one says (and the truth, where it is known), at random keep ratios and budgets.
+the restoration is fitted in closed form. Stage 2 (refine) trains merge and restoration (the scorer on demand), so that
+the pruned model says what the unpruned one says (and the truth, where it is known), at random keep ratios and budgets.
 
 Everything random of a step follows from the seed, the number of the step and of the process.
 """
@@ -47,8 +47,8 @@ class Settings:
         keep_ratios: least and largest keep ratio of a step.
         rate: learning rate.
         scorer_rate: that of the scorer in stage 2 over `rate`. 0 leaves it as stage 1 made it: the gradient that
-            reaches it through the weights of the merge made the selection worse (250 steps, 24 rooms, keep ratio 0.15: AUC@30
-            38.9 with the scorer that came of it, 44.1 with none, 41.2 training-free).
+            reaches it through the weights of the merge made the selection worse (250 steps, 24 rooms, keep ratio 0.15:
+            AUC@30 38.9 with the scorer that came of it, 44.1 with none, 41.2 training-free).
         warm_up: steps over which it rises at the start of each stage; it falls by a cosine from there.
         weight_decay: decoupled.
         truth: how much of the camera, depth and point losses is against ground truth where clips have it.
