@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from . import backbone
 from .assignment import KEPT, assign
 from .config import PaceConfig, UnsupportedModelError
-from .merging import kept_tokens, merge_tokens
+from .merging import MergeAdapter, kept_tokens, merge_tokens
 from .restoration import FeatureGuidedRestoration
 from .scorer import TokenScorer, token_scores
 from .summary import StageTimer
@@ -22,8 +22,10 @@ def aggregate(
     config: PaceConfig,
     layers: tuple[int, ...],
     scorer: TokenScorer | None,
+    adapter: MergeAdapter | None,
     restoration: FeatureGuidedRestoration | None,
     timer: StageTimer,
+    checkpointing: bool = False,
 ) -> RestoredTokens:
     """Alternating attention over a clip, on the kept tokens only.
 
@@ -33,8 +35,9 @@ def aggregate(
         grid: patch rows and columns.
         config: how many tokens are kept and merged.
         layers: AA layers whose outputs are returned.
-        scorer, restoration: trained modules, or None for the training-free path.
+        scorer, adapter, restoration: trained modules, or None for the training-free path.
         timer: keeps the stages.
+        checkpointing: compute the attention blocks once more for the backward pass instead of keeping what is in them.
 
     Raises:
         UnsupportedModelError: the host's patch embedding does not give one token for each patch.
@@ -61,7 +64,10 @@ def aggregate(
             scores = token_scores(features, grid, keep, scorer)
         with timer.stage("keep and merge", frames * patches, frames * keep):
             assignment = assign(scores, keep, merge)
-            tokens = merge_tokens(features, assignment) if merge else kept_tokens(features, assignment)
+            if merge or adapter is not None:
+                tokens = merge_tokens(features, assignment, grid, adapter)
+            else:
+                tokens = kept_tokens(features, assignment)
             kept, role = assignment.kept, assignment.role
 
     special_tokens = backbone.special_tokens(aggregator, batch, frames)  # [B, S, n, C]
@@ -72,7 +78,7 @@ def aggregate(
         positions = torch.cat([at_special, positions[kept]], dim=2)  # [B, S, n + K, 2]
     length = frames * tokens.shape[2]
     with timer.stage("alternating attention", length, length):
-        compact = backbone.alternating_attention(aggregator, tokens, positions, layers)
+        compact = backbone.alternating_attention(aggregator, tokens, positions, layers, checkpointing)
     return RestoredTokens(
         compact, backbone.depth(aggregator), features, kept, role, grid, special, restoration
     )

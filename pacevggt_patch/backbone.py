@@ -8,11 +8,17 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from .config import PaceError, UnsupportedModelError
 
@@ -284,7 +290,12 @@ def rope_positions(aggregator: Any, grid: tuple[int, int], device: torch.device)
 
 
 def alternating_attention(
-    aggregator: Any, tokens: Tensor, positions: Tensor | None, layers: tuple[int, ...]
+    aggregator: Any,
+    tokens: Tensor,
+    positions: Tensor | None,
+    layers: tuple[int, ...],
+    checkpointing: bool = False,
+    look: Callable[[Tensor, Tensor], None] | None = None,
 ) -> dict[int, Tensor]:
     """Run the frame and global blocks, by the host's own functions.
 
@@ -293,6 +304,9 @@ def alternating_attention(
         tokens: [B, S, L, C], special tokens first.
         positions: RoPE positions [B, S, L, 2], or None.
         layers: the layers whose output is wanted.
+        checkpointing: keep only the tokens between blocks for the backward pass, and compute the blocks once more.
+        look: called with the queries and keys [B, heads, S * L, d] of every global block in turn, positions applied and
+            scaled as attention takes them: softmax(queries @ keys^T) is what the block attends to.
 
     Returns:
         layer index -> [B, S, L, 2C], frame and global output concatenated.
@@ -306,13 +320,31 @@ def alternating_attention(
         first = done["frame"]
         intermediates: dict[str, list[Tensor]] = {}
         for kind in getattr(aggregator, "aa_order", ("frame", "global")):
-            tokens, done[kind], intermediates[kind] = process[kind](
-                tokens, batch, frames, length, channels, done[kind], pos=positions
-            )
+            run = partial(checkpoint, process[kind], use_reentrant=False) if checkpointing else process[kind]
+            with _Look(look) if look is not None and kind == "global" else nullcontext():
+                tokens, done[kind], intermediates[kind] = run(
+                    tokens, batch, frames, length, channels, done[kind], pos=positions
+                )
         for layer in range(first, done["frame"]):
             if layer in layers:
                 outputs[layer] = torch.cat([intermediates[kind][layer - first] for kind in process], dim=-1)
     return outputs
+
+
+class _Look(TorchFunctionMode):
+    """Shows the queries and keys of every attention inside its block of code, whatever module computes them."""
+
+    def __init__(self, look: Callable[[Tensor, Tensor], None]):
+        super().__init__()
+        self.look = look
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            names = dict(zip(("query", "key"), args, strict=False)) | kwargs
+            query, scale = names["query"], kwargs.get("scale")
+            self.look(query * (query.shape[-1] ** -0.5 if scale is None else scale), names["key"])
+        return func(*args, **kwargs)
 
 
 def static_rope(rope: Any) -> Any:

@@ -35,6 +35,7 @@ class _State:
     layers: tuple[int, ...]
     names: tuple[str, ...]  # of the patched submodules
     paused: bool = False
+    checkpointing: bool = False
     timer: StageTimer = field(default_factory=StageTimer)
 
 
@@ -63,13 +64,23 @@ class _AggregatorForward(_Forward):
                 "use `with paused(model):` for such calls"
             )
         grid = backbone.check_images(self.module, images, state.config.check_finite)
-        scorer = restoration = None
+        scorer = adapter = restoration = None
         if state.weights is not None:
             state.weights.to(images.device)
-            scorer, restoration = state.weights.scorer, state.weights.restoration
+            scorer, adapter = state.weights.scorer, state.weights.merge
+            restoration = state.weights.restoration
         state.timer.stages.clear()
         tokens = aggregate(
-            self.module, images, grid, state.config, state.layers, scorer, restoration, state.timer
+            self.module,
+            images,
+            grid,
+            state.config,
+            state.layers,
+            scorer,
+            adapter,
+            restoration,
+            state.timer,
+            state.checkpointing,
         )
         return tokens, self.module.patch_start_idx
 
@@ -165,6 +176,24 @@ def accelerate(
     for name, (module, replacement) in parts.items():
         module.forward = replacement(module, state, name)
     return model
+
+
+def retune(
+    model: nn.Module, keep_ratio: float, merge_budget: float | None = None, *, checkpointing: bool = False
+) -> None:
+    """Change the settings of an accelerated model and nothing else; for training, which does so in every step.
+
+    Args:
+        model: an accelerated model.
+        keep_ratio, merge_budget: as in `accelerate`.
+        checkpointing: compute the attention blocks once more for the backward pass instead of keeping what is in them.
+
+    Raises:
+        PaceError: a setting is out of range, or the model is not accelerated.
+    """
+    state = _state(model)
+    state.config = PaceConfig(keep_ratio, merge_budget, state.config.check_finite)
+    state.checkpointing = checkpointing
 
 
 def remove(model: Model) -> Model:

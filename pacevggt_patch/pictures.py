@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -166,6 +167,41 @@ def save_points(path: Path, points: Tensor, colours: Tensor) -> None:
         vertices[name] = values.cpu().numpy()
     with whole_file(path) as temporary:
         PlyData([PlyElement.describe(vertices, "vertex")]).write(temporary)
+
+
+def save_training_curve(path: Path, losses: list[dict[str, float]], checks: list[dict[str, Any]]) -> None:
+    """Losses over steps, and what every stage gave.
+
+    Args:
+        path: a PNG.
+        losses: records with `step` and losses by name.
+        checks: records with `stage` and, by keep ratio in `ratios`, differences from the unpruned model by name.
+    """
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    names = sorted({name for record in losses for name in record} - {"step", "total", "norm"})
+    for name in names:
+        rows = [(record["step"], record[name]) for record in losses if name in record]
+        axes[0].plot(*zip(*rows, strict=True), label=name, linewidth=0.8)
+    axes[0].set(title="training losses", xlabel="step", yscale="log" if losses else "linear")
+    if names:
+        axes[0].legend(fontsize=7)
+    ratios = list(checks[0]["ratios"]) if checks else []
+    stages = [check["stage"] for check in checks]
+    for axis, key, title in (
+        (axes[1], "rotation_deg", "rotation, degrees"),
+        (axes[2], "depth", "depth, relative"),
+    ):
+        for ratio in ratios:
+            values = [check["ratios"][ratio].get(key, np.nan) for check in checks]
+            axis.plot(range(len(checks)), values, "o-", label=f"keep {ratio}")
+        axis.set_xticks(range(len(checks)), stages, fontsize=8)
+        axis.set(title=f"difference from the unpruned model: {title}", ylim=(0, None))
+        axis.title.set_fontsize(9)
+        axis.legend(fontsize=7)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    _save(figure, path)
 
 
 def _rgb(image: Tensor) -> np.ndarray:

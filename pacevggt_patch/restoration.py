@@ -83,6 +83,30 @@ class FeatureGuidedRestoration(nn.Module):
         return self.linear[i](difference) + self.out[i](F.gelu(self.hidden[i](inputs)))
 
 
+def reading(
+    features: Tensor, kept: Tensor, grid: tuple[int, int], module: FeatureGuidedRestoration
+) -> tuple[Tensor, Tensor, Tensor]:
+    """How a learned restoration reads the kept tokens, and what it learns from.
+
+    Args:
+        features: [N, P, C], one row a frame.
+        kept: [N, K] indices into P.
+        grid: patch rows and columns.
+        module: the learned restoration.
+
+    Returns:
+        Interpolation weights [N, P, K], `difference` [N, P, C] and `offset` [N, P, 2] as the module takes them, all
+        float32.
+    """
+    weights = interpolation_weights(
+        features, kept, grid, module.log_temperature.exp(), module.log_spread.exp()
+    )
+    own = features.float()
+    difference = own - weights @ own.gather(1, kept.unsqueeze(-1).expand(-1, -1, own.shape[-1]))
+    cells = grid_cells(grid, features.device)
+    return weights, difference, (weights @ cells[kept] - cells) / max(grid)
+
+
 def restore(
     outputs: dict[int, Tensor],
     features: Tensor,
@@ -108,13 +132,7 @@ def restore(
         if module is None:
             weights = interpolation_weights(features, kept, grid)  # [N, P, K]
         else:
-            weights = interpolation_weights(
-                features, kept, grid, module.log_temperature.exp(), module.log_spread.exp()
-            )
-            own = features.float()
-            difference = own - weights @ own.gather(1, kept.unsqueeze(-1).expand(-1, -1, own.shape[-1]))
-            cells = grid_cells(grid, features.device)
-            offset = (weights @ cells[kept] - cells) / max(grid)
+            weights, difference, offset = reading(features, kept, grid, module)
         dense = {}
         for layer, output in outputs.items():
             rows = weights.to(output.dtype) @ output  # [N, P, 2C]

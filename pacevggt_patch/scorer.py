@@ -59,18 +59,24 @@ def token_scores(
         scorer: learned saliency; None scores by coverage alone (training-free).
 
     Returns:
-        Non-negative scores [B, S, P] (float32).
+        Non-negative scores [B, S, P] (float32). Which tokens are picked has no gradient; how a score changes with its
+        own token's saliency has.
     """
     flat = features.flatten(0, 1)  # [B*S, P, C]
     frames = max(1, CHUNK_BYTES // (4 * flat.shape[1] ** 2))
     if scorer is None:
         saliency = torch.ones(flat.shape[:2], device=flat.device)
     else:
-        logits = torch.cat([scorer(chunk) for chunk in flat.split(frames)])  # [B*S, P]
+        with torch.autocast(features.device.type, enabled=False):
+            logits = torch.cat([scorer(chunk) for chunk in flat.split(frames)])  # [B*S, P]
         # Only ratios matter: measured against the largest, no saliency overflows.
-        saliency = (logits - logits.amax()).clamp(min=LEAST_LOG_SALIENCY).exp()
+        saliency = (logits - logits.detach().amax()).clamp(min=LEAST_LOG_SALIENCY).exp()
     chunks = zip(flat.split(frames), saliency.split(frames), strict=True)
-    return torch.cat([coverage_scores(f, w, grid, keep) for f, w in chunks]).unflatten(0, features.shape[:2])
+    scores = torch.cat([coverage_scores(f, w, grid, keep) for f, w in chunks])
+    if saliency.requires_grad:
+        # A score is the saliency times a distance that the picks fix: a factor of exactly 1 that has its gradient.
+        scores = scores * (saliency / saliency.detach())
+    return scores.unflatten(0, features.shape[:2])
 
 
 @torch.no_grad()

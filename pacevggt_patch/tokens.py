@@ -101,6 +101,19 @@ class RestoredTokens(Sequence):
             }
         return [dense.get(i) for i in range(len(self))]
 
+    def select(self, frames: Tensor) -> RestoredTokens:
+        """The tokens of some frames, given by their numbers [n] (int64, on the device of the tokens)."""
+        return RestoredTokens(
+            {layer: tokens.index_select(1, frames) for layer, tokens in self.compact.items()},
+            self._length,
+            self.features.index_select(1, frames),
+            self.kept.index_select(1, frames),
+            self.role.index_select(1, frames),
+            self.grid,
+            self.special,
+            self.restoration,
+        )
+
     def camera(self) -> list[Tensor | None]:
         """The list a camera head reads: the last layer compact, since a camera token is never pruned."""
         return [None] * (len(self) - 1) + [self.compact[len(self) - 1]]

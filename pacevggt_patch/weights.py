@@ -1,4 +1,4 @@
-"""Trained weights of the scorer and the restoration: save, load from a file or the Hub, match with a backbone."""
+"""Trained weights of scorer, merge and restoration: save, load from a file or the Hub, match with a backbone."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from . import tensorfile
 from .backbone import BackboneSpec, Host, find_host, fingerprints, spec
 from .bundled import bundled_files
 from .config import WeightsError
+from .merging import MergeAdapter
 from .restoration import FeatureGuidedRestoration
 from .scorer import TokenScorer
 from .version import __version__
@@ -43,10 +44,11 @@ ACCEPTED = (
 
 @dataclass(eq=False)
 class PaceWeights:
-    """What makes the accelerated model better than training-free: a trained scorer and restoration.
+    """What makes the accelerated model better than training-free: a trained scorer, merge and restoration.
 
     Attributes:
         scorer: learned saliency of patch tokens.
+        merge: learned residual of the tokens that enter attention.
         restoration: learned residual of the dense tokens.
         backbone: dimensions of the backbone that it was trained for.
         fingerprints: dtype name -> fingerprint of that backbone cast to this dtype (see `backbone.fingerprints`).
@@ -57,6 +59,7 @@ class PaceWeights:
     """
 
     scorer: TokenScorer
+    merge: MergeAdapter
     restoration: FeatureGuidedRestoration
     backbone: BackboneSpec
     fingerprints: dict[str, str]
@@ -82,9 +85,11 @@ class PaceWeights:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.random.default_generator.manual_seed(0)
             scorer = TokenScorer(backbone.embed_dim)
+            merge = MergeAdapter(backbone.embed_dim)
             restoration = FeatureGuidedRestoration(backbone.embed_dim, backbone.cached_layers)
         weights = cls(
             scorer.eval(),
+            merge.eval(),
             restoration.eval(),
             backbone,
             fingerprints(host),
@@ -100,12 +105,13 @@ class PaceWeights:
         Raises:
             WeightsError: no such folder, NaN or infinity, `training` is not JSON, or the write failed.
         """
-        tensors = {name: tensor.float() for name, tensor in _modules(self).state_dict().items()}
+        tensors = {name: tensor.float() for name, tensor in self.modules().state_dict().items()}
         fields = {
             "library_version": self.library_version,
             "backbone": self.backbone.to_dict(),
             "hidden_dims": {
                 "scorer": self.scorer.hidden.weight.shape[0],
+                "merge": self.merge.out.weight.shape[1],
                 "restoration": tensors["restoration.hidden.0.weight"].shape[0],
             },
             "fingerprints": self.fingerprints,
@@ -169,12 +175,15 @@ class PaceWeights:
         if self.scorer.out.weight.device != device:
             # Parameters moved in inference mode could never be trained afterwards.
             with torch.inference_mode(False):
-                self.scorer.to(device)
-                self.restoration.to(device)
+                self.modules().to(device)
         return self
 
+    def modules(self) -> nn.ModuleDict:
+        """The trained modules by name, the modules themselves."""
+        return nn.ModuleDict({"scorer": self.scorer, "merge": self.merge, "restoration": self.restoration})
+
     def __str__(self) -> str:
-        parameters = sum(p.numel() for p in _modules(self).parameters())
+        parameters = sum(p.numel() for p in self.modules().parameters())
         ratios = ", ".join(f"{ratio:g}" for ratio in self.keep_ratios)
         trained = f"trained for keep ratios {ratios}" if ratios else "no keep ratios recorded"
         return f"{self.source} ({trained}; {parameters:,d} parameters; pacevggt-patch {self.library_version})"
@@ -228,9 +237,11 @@ def _read(path: Path, source: str) -> PaceWeights:
         # Nothing is allocated or initialised before the tensors of the file are known to fit.
         with torch.device("meta"):
             scorer = TokenScorer(backbone.embed_dim, hidden["scorer"])
+            merge = MergeAdapter(backbone.embed_dim, hidden["merge"])
             restoration = FeatureGuidedRestoration(backbone.embed_dim, layers, hidden["restoration"])
         weights = PaceWeights(
             scorer.eval(),
+            merge.eval(),
             restoration.eval(),
             backbone,
             dict(fields["fingerprints"]),
@@ -242,14 +253,10 @@ def _read(path: Path, source: str) -> PaceWeights:
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise WeightsError(f"{path} has damaged metadata: {type(error).__name__}: {error}") from error
     tensors = tensorfile.read_tensors(path, KIND)
-    modules = _modules(weights)
+    modules = weights.modules()
     tensorfile.check_tensors(path, tensors, modules.state_dict())
     modules.load_state_dict(tensors, assign=True)
     return weights
-
-
-def _modules(weights: PaceWeights) -> nn.ModuleDict:
-    return nn.ModuleDict({"scorer": weights.scorer, "restoration": weights.restoration})
 
 
 def _dimensions_fit(mine: BackboneSpec, theirs: BackboneSpec, has_dense_heads: bool) -> bool:

@@ -137,8 +137,28 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(401, {"error": "Invalid username or password."})
         asked = json.loads(body)
         name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
-        self.state.repository(name)
+        # Clients differ in how they say it.
+        private = asked.get("private") or asked.get("visibility") == "private"
+        self.state.repository(name).private = bool(private)
         return self._send(200, {"url": f"{self.state.url}/{name}", "name": name})
+
+    def _branch(self, body: bytes, repo: str, revision: str):
+        if not self._authorised():
+            return self._send(401, {"error": "Invalid username or password."})
+        refs = self.state.repository(repo).refs
+        if revision in refs:
+            return self._send(409, {"error": "Reference already exists"})
+        if "main" in refs:
+            refs[revision] = refs["main"]
+        return self._send(200, {})
+
+    def _validate_card(self, body: bytes):
+        """The real one knows all fields of a card's header; here it must be there and hold one field a line or item."""
+        header = re.match(r"---\n(.*?)\n---\n", json.loads(body)["content"], re.S)
+        lines = header[1].splitlines() if header else ["(no header)"]
+        wrong = [line for line in lines if not re.fullmatch(r"- \S+|\w+:( \S+)?", line)]
+        errors = [{"message": f"not YAML: {line}"} for line in wrong]
+        return self._send(400 if errors else 200, {"errors": errors, "warnings": []})
 
     def _preupload(self, body: bytes, repo: str, revision: str):
         files = [
@@ -176,6 +196,8 @@ class _Handler(BaseHTTPRequestHandler):
     ROUTES = (
         ("GET HEAD", r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>.+?)/(?P<file>[^/]+)", _resolve),
         ("POST", r"/api/repos/create", _create),
+        ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/branch/(?P<revision>.+)", _branch),
+        ("POST", r"/api/validate-yaml", _validate_card),
         ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/preupload/(?P<revision>.+)", _preupload),
         ("POST", r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch", _lfs_batch),
         ("PUT", r"/lfs/(?P<oid>[0-9a-f]+)", _lfs_put),

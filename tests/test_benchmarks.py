@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pacevggt_patch import PaceError
+from pacevggt_patch import PaceError, PaceWeights
 from pacevggt_patch.clips import render_room, save_clip
+from pacevggt_patch.mini import build_mini
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -118,3 +119,39 @@ def test_a_metric_that_some_clips_lack_is_not_averaged(tmp_path):
     some = [dict.fromkeys(quality.METRICS, 1.0), dict.fromkeys(quality.METRICS)]
     with pytest.raises(PaceError, match="auc5 is defined for 1 of 2 clips only: its mean would mislead"):
         quality.make_row(args, model, some)
+
+
+def test_pace_quality(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    pace_quality = script("pace_quality")
+    model = build_mini()
+    for run in range(2):
+        folder = tmp_path / f"run-{run}"
+        folder.mkdir()
+        for number, name in enumerate(("calibrated", "distilled", "pace")):
+            weights = PaceWeights.new(model)
+            with torch.no_grad():
+                generator = torch.Generator().manual_seed(run)
+                weights.merge.out.bias.normal_(std=0.3 * number, generator=generator)
+            weights.save(folder / f"{name}.safetensors")
+    arguments = ["--count", "1", "--frames", "2", "--keep-ratios", "0.2"]
+    arguments += ["--runs", str(tmp_path / "run-0"), str(tmp_path / "run-1")]
+    file, picture = tmp_path / "table.json", tmp_path / "table.png"
+    assert pace_quality.main([*arguments, "--json", str(file), "--plot", str(picture)]) == 0
+    report = json.loads(file.read_text())
+    rows = {row["stage"]: row for row in report["rows"]}
+    assert list(rows) == ["unpruned", "training-free", "calibrated", "distilled", "refined"]
+    assert [row["runs"] for row in rows.values()] == [1, 1, 2, 2, 2]
+    unpruned, free, refined = rows["unpruned"], rows["training-free"], rows["refined"]
+    assert (unpruned["keep_ratio"], refined["keep_ratio"]) == (1.0, 0.2)
+    # Untrained weights are the training-free setting; the others differ by run.
+    assert rows["calibrated"]["absrel"] == pytest.approx(free["absrel"])
+    assert rows["calibrated"]["absrel_loss_share"] == pytest.approx(100)
+    assert rows["calibrated"]["absrel_std"] == pytest.approx(0, abs=1e-9)
+    assert refined["absrel_std"] > 0 and unpruned["absrel_std"] is None
+    expected = 100 * (refined["absrel"] / unpruned["absrel"] - 1)
+    assert refined["absrel_change"] == pytest.approx(expected)
+    share = 100 * (refined["absrel"] - unpruned["absrel"]) / (free["absrel"] - unpruned["absrel"])
+    assert refined["absrel_loss_share"] == pytest.approx(share)
+    assert picture.stat().st_size > 5000
+    assert "refined" in capsys.readouterr().out

@@ -88,3 +88,30 @@ def test_summary_times_the_device(model, images):
     accelerate(model, 0.3, weights=None)
     stages = summary(model, images).stages
     assert stages and all(stage.seconds is not None and stage.seconds > 0 for stage in stages)
+
+
+def test_training_runs_on_the_device(tmp_path):
+    """Rendered on the device, bfloat16 autocast, both stages, with and without computing blocks twice."""
+    from pacevggt_patch import PaceWeights
+    from pacevggt_patch.clips.textures import texture_atlas
+    from pacevggt_patch.training.clip_source import RenderedScenes
+    from pacevggt_patch.training.fit import Fit, Settings
+    from pacevggt_patch.training.guest import guest
+
+    model = tiny_vggt().cuda()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    weights = PaceWeights.new(model)
+    source = RenderedScenes(56, texture_atlas(None, 3, device="cuda"))
+    settings = Settings(steps=6, distil=0.34, clips=2, views=(3,), dense=2, calibration=2, checks=1)
+    with guest(model, weights):
+        for checkpointing in (False, True):
+            fit = Fit(model, weights, source, settings, checkpointing=checkpointing)
+            for step in range(6):
+                if step == settings.distil_steps:
+                    fit.begin_refinement()
+                fit.step(fit.draw(step))
+            assert all(torch.isfinite(torch.tensor(value)) for value in fit.latest_losses().values())
+    assert weights.merge.out.weight.is_cuda and weights.merge.out.weight.any()
+    weights.save(tmp_path / "pace.safetensors")
+    assert PaceWeights.load(tmp_path / "pace.safetensors").scorer.out.weight.any()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -7,7 +7,6 @@ import huggingface_hub
 import pytest
 import torch
 from hosts import tiny_vggt
-from hub import Hub
 from huggingface_hub import HfApi, constants
 
 import pacevggt_patch
@@ -15,30 +14,6 @@ from pacevggt_patch import PaceWeights, WeightsError, accelerate
 
 FILE = "pace.safetensors"
 EXAMPLE = Path(__file__).parents[1] / "examples" / "hub_roundtrip.py"
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A Hub that this process uses, with an empty cache, nobody logged in, and no waiting between tries."""
-    hub = Hub()
-    # The client reads its environment when it is first imported, which may be long ago.
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("time.sleep", lambda _: None)
-    huggingface_hub.close_session()
-    with hub.serving():
-        yield hub
-    huggingface_hub.close_session()
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ from pacevggt_patch import (
     summary,
 )
 from pacevggt_patch import tokens as tokens_module
+from pacevggt_patch.patch import retune
 from pacevggt_patch.tokens import RestoredTokens
 
 warnings.filterwarnings("ignore", message=".*torch.cuda.amp.autocast.*")
@@ -851,3 +852,40 @@ def test_calls_that_need_an_accelerated_model(model, call):
     with pytest.raises(PaceError) as error:
         call(model)
     assert str(error.value) == "this model is not accelerated: call pacevggt_patch.accelerate(model) first"
+
+
+# --- what training uses
+
+
+def test_retune_changes_the_settings_and_nothing_else():
+    model, images = tiny_vggt(), random_images()
+    weights = PaceWeights.new(model)
+    with torch.inference_mode():
+        accelerate(model, 0.3, 0.2, weights=weights, check_finite=False)
+        expected = model(images)
+        retune(model, 1.0)
+        stock = model(images)
+        retune(model, 0.3, 0.2)
+        assert_equal(expected, model(images))
+        remove(model)
+        assert_equal(stock, model(images))
+    with pytest.raises(PaceError, match="this model is not accelerated"):
+        retune(model, 0.5)
+    accelerate(model, weights=None)
+    with pytest.raises(PaceError, match=r"keep_ratio must be in \(0, 1\], got 2"):
+        retune(model, 2)
+    assert summary(model).config.keep_ratio == 0.3
+
+
+def test_selected_frames_are_those_frames():
+    model, images = tiny_vggt(), random_images(5, batch=2)
+    accelerate(model, 0.3, weights=PaceWeights.new(model))
+    with torch.inference_mode():
+        tokens, start = model.aggregator(images)
+        frames = torch.tensor([3, 0])
+        some = tokens.select(frames)
+        for layer, dense in enumerate(tokens):
+            torch.testing.assert_close(some[layer], dense[:, frames])
+        depth, _ = model.depth_head(some, images[:, frames], start)
+        whole, _ = model.depth_head(tokens, images, start)
+    torch.testing.assert_close(depth, whole[:, frames])

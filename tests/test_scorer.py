@@ -95,6 +95,24 @@ def test_salient_tokens_are_picked_before_others():
     assert saliency[scores.argmax()] > saliency.quantile(0.7)
 
 
+def test_scores_have_the_gradient_of_their_saliency_and_no_other_value():
+    """A score is saliency times distance, so its derivative by the log-saliency of its token is the score itself."""
+    f = features(4, 20).unflatten(0, (2, 2))
+    scorer = TokenScorer(16)
+    with torch.no_grad():
+        scorer.out.weight.normal_(generator=torch.Generator().manual_seed(0))
+        expected = token_scores(f, (4, 5), 6, scorer)
+    scores = token_scores(f, (4, 5), 6, scorer)
+    assert torch.equal(scores, expected)
+    weight = torch.randn(scores.shape, generator=torch.Generator().manual_seed(1))
+    (found,) = torch.autograd.grad((scores * weight).sum(), scorer.out.bias)
+    assert torch.allclose(found, (expected * weight).sum()[None], rtol=1e-4)
+    (slope,) = torch.autograd.grad((scorer(f) * weight * expected).sum(), scorer.hidden.weight)
+    (own,) = torch.autograd.grad((token_scores(f, (4, 5), 6, scorer) * weight).sum(), scorer.hidden.weight)
+    assert torch.allclose(own, slope, rtol=1e-3, atol=1e-5)
+    assert slope.abs().max() > 0
+
+
 @pytest.mark.parametrize("embed_dim,backbone", [(192, 15_557_652), (1024, 1_256_537_000)])
 def test_scorer_is_under_one_percent_of_the_backbone(embed_dim, backbone):
     """VGGT-mini's parameters, and VGGT-1B's without its track head, counted on the stock classes."""

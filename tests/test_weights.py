@@ -34,9 +34,8 @@ def weights(model):
     weights = PaceWeights.new(model, keep_ratios=(0.3, 0.5), training={"steps": 12, "loss": [0.5, 0.25]})
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for module in (weights.scorer, weights.restoration):
-            for parameter in module.parameters():
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        for parameter in weights.modules().parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return weights
 
 
@@ -48,8 +47,7 @@ def file(weights, tmp_path):
 
 
 def tensors_of(weights):
-    modules = {"scorer": weights.scorer, "restoration": weights.restoration}
-    return {f"{name}.{key}": t for name, module in modules.items() for key, t in module.state_dict().items()}
+    return weights.modules().state_dict()
 
 
 def rewrite(path, *, metadata=(), drop=(), tensors=()):
@@ -155,17 +153,20 @@ def test_the_file_is_plain_safetensors_with_json_metadata(file):
 
 
 def test_other_widths_load(model, tmp_path):
+    from pacevggt_patch.merging import MergeAdapter
     from pacevggt_patch.restoration import FeatureGuidedRestoration
     from pacevggt_patch.scorer import TokenScorer
 
     wide = replace(
         PaceWeights.new(model),
         scorer=TokenScorer(32, 40),
+        merge=MergeAdapter(32, 12),
         restoration=FeatureGuidedRestoration(32, (0, 1, 2, 3), 24),
     )
     wide.save(tmp_path / "wide.safetensors")
     loaded = PaceWeights.load(tmp_path / "wide.safetensors")
     assert loaded.scorer.hidden.out_features == 40
+    assert loaded.merge.mix.out_features == 12
     assert loaded.restoration.hidden[0].out_features == 24
 
 
@@ -292,8 +293,8 @@ def test_missing_field(file, name):
     [
         {"backbone": 3},
         {"backbone": {"embed_dim": 32, "cached_layers": [0]}},
-        {"hidden_dims": {"scorer": "8", "restoration": 16}},
-        {"hidden_dims": {"scorer": -8, "restoration": 16}},
+        {"hidden_dims": {"scorer": "8", "merge": 16, "restoration": 16}},
+        {"hidden_dims": {"scorer": -8, "merge": 16, "restoration": 16}},
         {"keep_ratios": ["most"]},
         {"fingerprints": [1]},
         {"training": 7},
@@ -320,7 +321,7 @@ def test_tensors_that_do_not_fit(file):
 
 
 def test_many_wrong_tensors_are_counted(file):
-    rewrite(file, metadata={"hidden_dims": {"scorer": 9, "restoration": 17}})
+    rewrite(file, metadata={"hidden_dims": {"scorer": 9, "merge": 16, "restoration": 17}})
     with pytest.raises(
         WeightsError, match=r"scorer.hidden.weight is \[8, 32\] instead of \[9, 32\].* and \d+ more$"
     ):
@@ -334,7 +335,7 @@ def test_non_finite_tensor(file, value):
 
 
 def test_huge_widths_in_damaged_metadata_allocate_nothing(file):
-    rewrite(file, metadata={"hidden_dims": {"scorer": 2**40, "restoration": 2**40}})
+    rewrite(file, metadata={"hidden_dims": {"scorer": 2**40, "merge": 2**20, "restoration": 2**40}})
     with pytest.raises(WeightsError, match="has the wrong tensors"):
         PaceWeights.load(file)
 

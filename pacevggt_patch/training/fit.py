@@ -1,0 +1,345 @@
+"""Training of pace weights: settings, what a step does, and a state from which a run goes on as if never stopped.
+
+Stage 1 (distil) teaches the scorer which tokens the unpruned model attends to. Between the stages the linear part of
+the restoration is fitted in closed form. Stage 2 (refine) trains merge and restoration (the scorer on demand), so that
+the pruned model says what the unpruned one says (and the truth, where it is known), at random keep ratios and budgets.
+
+Everything random of a step follows from the seed, the number of the step and of the process.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..config import PaceError
+from ..evaluation.metrics import decode_pose_encoding, pairwise_pose_errors
+from ..mini.trainer import mixed_seed
+from ..weights import PaceWeights
+from .attention import attention_target
+from .calibration import KEEP_RATIOS, RIDGE, fit_linear
+from .clip_source import ClipSource, Sample, to_device
+from .losses import distillation_loss, token_losses, total_loss, truth_target
+from .passes import Outputs, half_precision, run
+
+ALL_MERGED = 0.75  # share of steps in which all that is not kept is merged, as it is by default
+LARGEST_NORM = 1.0  # of the gradient
+# Numbers in place of a process's, for clips that no step draws.
+CALIBRATION, CHECK, COMMON = -1, -2, -3
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run does.
+
+    Attributes:
+        steps: gradient steps in all; 0 calibrates only.
+        distil: share of the steps that stage 1 gets.
+        clips: clips of a step, in each process.
+        views: numbers of frames of a clip; each step has one of them.
+        dense: frames of a clip on which depth, points and dense tokens are compared.
+        keep_ratios: least and largest keep ratio of a step.
+        rate: learning rate.
+        scorer_rate: that of the scorer in stage 2 over `rate`. 0 leaves it as stage 1 made it: the gradient that
+            reaches it through the weights of the merge made the selection worse (250 steps, 24 rooms, keep ratio 0.15:
+            AUC@30 38.9 with the scorer that came of it, 44.1 with none, 41.2 training-free).
+        warm_up: steps over which it rises at the start of each stage; it falls by a cosine from there.
+        weight_decay: decoupled.
+        truth: how much of the camera, depth and point losses is against ground truth where clips have it.
+        calibration: clips that the closed-form fit takes.
+        checks: clips that no step draws, on which the run is judged.
+        seed: of everything random.
+    """
+
+    steps: int = 4000
+    distil: float = 0.1
+    clips: int = 1
+    views: tuple[int, ...] = (8,)
+    dense: int = 4
+    keep_ratios: tuple[float, float] = (0.1, 0.6)
+    rate: float = 2e-3
+    scorer_rate: float = 0.0
+    warm_up: int = 50
+    weight_decay: float = 0.01
+    truth: float = 0.5
+    calibration: int = 8
+    checks: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 0 or not 0 <= self.distil <= 1:
+            raise PaceError(
+                f"steps must not be negative and distil a share between 0 and 1, got {self.steps} and {self.distil:g}"
+            )
+        if self.clips < 1 or self.dense < 1 or not self.views or min(self.views) < 1:
+            raise PaceError(
+                f"clips, dense and views must be at least 1, got {self.clips}, {self.dense} and {list(self.views)}"
+            )
+        if self.calibration < 1 or self.checks < 1:
+            raise PaceError(
+                f"calibration and checks must be at least 1 clip, got {self.calibration} and {self.checks}"
+            )
+        low, high = self.keep_ratios
+        if not 0 < low <= high < 1:
+            raise PaceError(
+                f"keep ratios of training must lie between 0 and 1, low to high, got {low:g} to {high:g}"
+            )
+        if not 0 <= self.truth <= 1:
+            raise PaceError(f"truth is a share between 0 and 1, got {self.truth:g}")
+
+    @property
+    def distil_steps(self) -> int:
+        """Steps of stage 1."""
+        return round(self.steps * self.distil)
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What one step of stage 2 does, the same in all processes but for the frames."""
+
+    views: int
+    keep_ratio: float
+    merge_budget: float | None
+    frames: list[int]
+
+
+def step_plan(settings: Settings, step: int) -> StepPlan:
+    """The random choices of a step: views, keep ratio (uniform in its logarithm), merge budget, dense frames."""
+    generator = torch.Generator().manual_seed(mixed_seed(settings.seed, step, COMMON))
+    first, second, third = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
+    low, high = settings.keep_ratios
+    ratio = low * (high / low) ** first
+    budget = None if second < ALL_MERGED else third * (1 - ratio)
+    views = settings.views[int(torch.randint(len(settings.views), (), generator=generator))]
+    frames = torch.randperm(views, generator=generator)[: settings.dense].sort().values.tolist()
+    return StepPlan(views, ratio, budget, frames)
+
+
+def learning_rate(settings: Settings, step: int) -> float:
+    """The learning rate of a step: in each stage up in a line, then down by half a cosine."""
+    first, end = (
+        (0, settings.distil_steps)
+        if step < settings.distil_steps
+        else (settings.distil_steps, settings.steps)
+    )
+    rise = min(1.0, (step - first + 1) / max(settings.warm_up, 1))
+    return settings.rate * rise * 0.5 * (1 + math.cos(math.pi * (step - first) / max(end - first, 1)))
+
+
+class Fit:
+    """Pace weights in training. The model must be accelerated with them (see `guest`).
+
+    Args:
+        model: the VGGT.
+        weights: on its device.
+        source: of clips.
+        settings: what to do.
+        checkpointing: compute attention blocks and heads once more for the backward pass instead of keeping them.
+        rank: number of this process.
+        world: number of processes; gradients are averaged over them.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        weights: PaceWeights,
+        source: ClipSource,
+        settings: Settings,
+        *,
+        checkpointing: bool = False,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        self.model, self.weights, self.source, self.settings = model, weights, source, settings
+        self.checkpointing, self.rank, self.world = checkpointing, rank, world
+        self.device = model.aggregator.camera_token.device
+        self.dtype = model.aggregator.camera_token.dtype
+        self.modules = weights.modules()
+        self.modules.requires_grad_(True)
+        self.step_number = 0
+        self.optimizer = self.new_optimizer()
+        self.logs: dict[str, Tensor] = {}
+
+    def new_optimizer(self) -> torch.optim.Optimizer:
+        """An optimizer without a past, for the stage that begins."""
+        scorer, others = self.weights.scorer, (self.weights.merge, self.weights.restoration)
+        groups = [[*scorer.parameters()], [p for module in others for p in module.parameters()]]
+        settings = self.settings
+        return torch.optim.AdamW(
+            [{"params": group} for group in groups], settings.rate, weight_decay=settings.weight_decay
+        )
+
+    def set_rates(self) -> None:
+        """Give the optimizer the learning rates of the step to come: of the scorer, and of all else."""
+        rate = learning_rate(self.settings, self.step_number)
+        refines = self.step_number >= self.settings.distil_steps
+        factors = (self.settings.scorer_rate if refines else 1.0, 1.0)
+        for group, factor in zip(self.optimizer.param_groups, factors, strict=True):
+            group["lr"] = rate * factor
+
+    # Clips
+
+    def draw(self, step: int) -> Any:
+        """The first part of making the clips of a step of this process; may be called in other threads."""
+        seed = mixed_seed(self.settings.seed, step, self.rank)
+        return self.source.draw(seed, self.settings.clips, step_plan(self.settings, step).views)
+
+    def finish(self, drawn: Any) -> Sample:
+        """The second part."""
+        sample = self.source.finish(drawn, self.device)
+        # A float32 model takes float32 images whatever autocast does; a narrow one its own.
+        return sample._replace(images=sample.images.to(self.dtype))
+
+    def reserved(self, purpose: int, count: int) -> Iterator[Sample]:
+        """Clips that no step draws, one by one, the same in all processes."""
+        for i in range(count):
+            views = self.settings.views[i % len(self.settings.views)]
+            yield self.finish(self.source.draw(mixed_seed(self.settings.seed, i, purpose), 1, views))
+
+    # Steps
+
+    def distil_loss(self, sample: Sample) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of stage 1."""
+        with half_precision(sample.images):
+            features, attention = attention_target(self.model.aggregator, sample.images)
+        loss = distillation_loss(self.weights.scorer(features), attention)
+        return loss, {"distil": loss}
+
+    def refine_loss(self, sample: Sample, plan: StepPlan) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of stage 2."""
+        frames = to_device(torch.tensor(plan.frames), self.device)
+        with torch.no_grad():
+            teacher = run(self.model, sample.images, frames, 1.0)
+            truth = None
+            if sample.truth is not None and self.settings.truth:
+                truth = truth_target(sample.truth, frames, teacher)
+        student = run(
+            self.model,
+            sample.images,
+            frames,
+            plan.keep_ratio,
+            plan.merge_budget,
+            checkpointing=self.checkpointing,
+        )
+        return total_loss(student, teacher, truth, self.settings.truth)
+
+    def step(self, drawn: Any) -> None:
+        """Train on what `draw` gave for this step."""
+        settings, number = self.settings, self.step_number
+        sample = self.finish(drawn)
+        if number < settings.distil_steps:
+            loss, parts = self.distil_loss(sample)
+        else:
+            loss, parts = self.refine_loss(sample, step_plan(settings, number))
+        self.optimizer.zero_grad()
+        loss.backward()
+        if self.world > 1:
+            average_gradients(self.modules, self.world)
+        norm = torch.nn.utils.clip_grad_norm_(self.modules.parameters(), LARGEST_NORM)
+        self.set_rates()
+        self.optimizer.step()
+        self.logs = {"total": loss.detach(), **{k: v.detach() for k, v in parts.items()}, "norm": norm}
+        self.step_number += 1
+
+    def begin_refinement(self) -> None:
+        """What lies between the stages: the closed-form fit, and an optimizer without a past."""
+        self.calibrate()
+        self.optimizer = self.new_optimizer()
+
+    def calibrate(self) -> None:
+        """Fit the linear part of the restoration."""
+        clips = (sample.images for sample in self.reserved(CALIBRATION, self.settings.calibration))
+        fit_linear(self.model, clips, self.weights, KEEP_RATIOS, RIDGE)
+        if self.world > 1:
+            for value in self.modules.state_dict().values():
+                dist.broadcast(value, 0)
+
+    def latest_losses(self) -> dict[str, float]:
+        """Losses of the last step by name, and the norm of its gradient; waits for the device."""
+        values = torch.stack([value.float() for value in self.logs.values()]).tolist()
+        return dict(zip(self.logs, values, strict=True))
+
+    @torch.no_grad()
+    def check(self) -> dict[str, dict[str, float]]:
+        """How far the pruned model is from the unpruned one on clips that no step draws, by keep ratio.
+
+        Of each a mean over clips: `rotation_deg` and `direction_deg`, medians over frame pairs of the difference in
+        relative rotation and translation direction; `depth`, mean relative difference after one scale for the clip;
+        `tokens`, see `token_losses`.
+        """
+        rows: dict[str, list[dict[str, float]]] = {f"{ratio:g}": [] for ratio in KEEP_RATIOS}
+        for sample in self.reserved(CHECK, self.settings.checks):
+            frames = torch.arange(min(self.settings.dense, sample.images.shape[1]), device=self.device)
+            teacher = run(self.model, sample.images, frames, 1.0)
+            for ratio in KEEP_RATIOS:
+                rows[f"{ratio:g}"].append(difference(run(self.model, sample.images, frames, ratio), teacher))
+        return {
+            ratio: {name: sum(row[name] for row in found) / len(found) for name in found[0]}
+            for ratio, found in rows.items()
+        }
+
+    # To go on
+
+    def state(self) -> dict[str, Any]:
+        """All that a resumed run needs."""
+        return {
+            "modules": self.modules.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step_number,
+            "settings": asdict(self.settings),
+            "fingerprints": self.weights.fingerprints,
+            "source": self.source.description,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over a `state`.
+
+        Raises:
+            PaceError: it is of another run.
+        """
+        own = {
+            **asdict(self.settings),
+            "backbone": self.weights.fingerprints,
+            "source": self.source.description,
+        }
+        theirs = {**state["settings"], "backbone": state["fingerprints"], "source": state["source"]}
+        other = [name for name, value in own.items() if theirs.get(name) != value]
+        if other:
+            raise PaceError(
+                f"can't resume: the run was started with another {', '.join(sorted(other))}: pass the same settings, "
+                "or start anew without --resume"
+            )
+        self.modules.load_state_dict(state["modules"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step_number = state["step"]
+
+
+def difference(student: Outputs, teacher: Outputs) -> dict[str, float]:
+    """One clip's row of `Fit.check`."""
+    row = {}
+    if teacher.poses and teacher.poses[-1].shape[1] > 1:
+        found, wanted = (decode_pose_encoding(out.poses[-1][0], 1, 1)[0] for out in (student, teacher))
+        errors = pairwise_pose_errors(found, wanted)
+        row["rotation_deg"] = errors.rotation.median().item()
+        row["direction_deg"] = errors.translation.median().item()
+    if teacher.depth is not None and student.depth is not None:
+        ratio = student.depth[0] / teacher.depth[0]
+        row["depth"] = (ratio / ratio.median() - 1).abs().mean().item()
+    row["tokens"] = token_losses(student, teacher)["dense"].item()
+    return row
+
+
+def average_gradients(modules: torch.nn.Module, world: int) -> None:
+    """Average gradients over all processes, in one exchange."""
+    gradients = [p.grad for p in modules.parameters() if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= world
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))

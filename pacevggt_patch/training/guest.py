@@ -1,0 +1,42 @@
+"""Being a guest in somebody's model: it is accelerated and frozen meanwhile, and afterwards as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+
+from torch import nn
+
+from ..config import PaceError
+from ..patch import accelerate, is_accelerated, remove
+from ..weights import PaceWeights
+
+
+@contextmanager
+def guest(model: nn.Module, weights: PaceWeights) -> Generator[None]:
+    """Inside the `with` block the model is accelerated with `weights`, in evaluation mode, and needs no gradients.
+
+    Afterwards every flag (`training` of each module, `requires_grad` of each parameter) is what it was, and the model
+    is the stock one again, also after an error.
+
+    Raises:
+        PaceError: the model is accelerated already, or the weights do not fit.
+    """
+    if is_accelerated(model):
+        raise PaceError(
+            "this model is accelerated already: call pacevggt_patch.remove(model) before training"
+        )
+    # Values are looked at where they come in; a look in every step would make CUDA wait.
+    accelerate(model, weights=weights, check_finite=False)
+    training = [(module, module.training) for module in model.modules()]
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.eval()
+        model.requires_grad_(False)
+        yield
+    finally:
+        for module, flag in training:
+            module.training = flag
+        for parameter, flag in trainable:
+            parameter.requires_grad_(flag)
+        remove(model)

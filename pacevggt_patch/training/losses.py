@@ -1,0 +1,228 @@
+"""How far a pruned model is from its targets: the unpruned model's output, and the ground truth where there is one."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..evaluation.metrics import unproject
+from ..mini.losses import quaternions
+from .clip_source import Truth
+from .passes import Outputs
+
+# Of the pose encoding: translation, quaternion, field of view; a later iteration of the head counts more.
+POSE_WEIGHTS = (5.0, 6.0, 1.0)
+ITERATION_WEIGHT = 0.6
+WEIGHTS = {
+    "camera": 1.0,
+    "depth": 1.0,
+    "scale": 0.1,
+    "points": 0.5,
+    "confidence": 0.05,
+    "special": 0.5,
+    "dense": 0.5,
+}
+NEAREST = 1e-4
+# The saliency that is taught is the attention received to this power: coverage and importance must work together, and
+# with the attention itself the picks crowd together. AUC@30 on 24 rooms at keep ratio 0.15 and 0.3: 41.2 and 50.3
+# without a scorer, 41.7 and 51.5 with power 0.5, 43.0 and 51.9 with 0.25; power 1 was worse than 0.5 on eight rooms.
+ATTENTION_POWER = 0.25
+
+
+class Target(NamedTuple):
+    """What the heads should say.
+
+    Attributes:
+        pose: encodings [B, S, 9], or None.
+        depth: [B, n, H, W] and the weights of its pixels, or None.
+        points: [B, n, H, W, 3] and the weights of their pixels, or None.
+    """
+
+    pose: Tensor | None
+    depth: tuple[Tensor, Tensor] | None
+    points: tuple[Tensor, Tensor] | None
+
+
+def teacher_target(teacher: Outputs) -> Target:
+    """The unpruned model's output; pixels weigh as much as it is sure of them."""
+
+    def weighted(output: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+        if output is None:
+            return None
+        values, confidence = output
+        return values, confidence / confidence.mean((1, 2, 3), keepdim=True)
+
+    return Target(
+        teacher.poses[-1] if teacher.poses else None, weighted(teacher.depth), weighted(teacher.points)
+    )
+
+
+def truth_target(truth: Truth, frames: Tensor, teacher: Outputs) -> Target | None:
+    """Ground truth as the model would say it: seen from the first camera, in the scale that the teacher gives it.
+
+    The scale of a clip is the median over its valid pixels of the teacher's depth over the true one.
+
+    Args:
+        truth: of clips [B, S, ...].
+        frames: [n] the frames of the dense outputs.
+        teacher: output of the unpruned model.
+
+    Returns:
+        None for a model without a depth head, which does not tell its scale.
+    """
+    if teacher.depth is None:
+        return None
+    valid = truth.valid.index_select(1, frames)  # [B, n, H, W]
+    depth = truth.depth.index_select(1, frames)
+    ratio = torch.where(valid, teacher.depth[0] / depth.clamp(min=NEAREST), torch.nan)
+    scale = ratio.flatten(1).nanmedian(1).values.nan_to_num(1.0)  # [B]
+
+    world = truth.world_to_camera  # [B, S, 3, 4]
+    rotation = world[..., :3] @ world[:, :1, :, :3].mT
+    translation = (world[..., 3:] - rotation @ world[:, :1, :, 3:]) * scale[:, None, None, None]
+    depth = torch.where(valid, depth, 1.0) * scale[:, None, None, None]
+    pose = None
+    if teacher.poses:
+        quaternion = quaternions(rotation)
+        # A rotation has two quaternions: the one that the teacher is nearer to.
+        same = (quaternion * teacher.poses[-1][..., 3:7]).sum(-1, keepdim=True) >= 0
+        height, width = truth.depth.shape[2:]
+        half = torch.stack(
+            [height / 2 / truth.intrinsics[..., 1, 1], width / 2 / truth.intrinsics[..., 0, 0]], -1
+        )
+        quaternion = torch.where(same, quaternion, -quaternion)
+        pose = torch.cat([translation[..., 0], quaternion, 2 * torch.atan(half)], -1)
+    weight = valid.float() / valid.float().mean((1, 2, 3), keepdim=True).clamp(min=NEAREST)
+    points = None
+    if teacher.points is not None:
+        cameras = torch.cat([rotation, translation], -1).index_select(1, frames).flatten(0, 1)
+        intrinsics = truth.intrinsics.index_select(1, frames).flatten(0, 1)
+        points = unproject(depth.flatten(0, 1), intrinsics, cameras).unflatten(0, depth.shape[:2]), weight
+    return Target(pose, (depth, weight), points)
+
+
+def output_losses(student: Outputs, target: Target) -> dict[str, Tensor]:
+    """Camera, depth, scale and point losses, as far as the model has these heads.
+
+    What a VGGT says is true up to one scale for each clip, so that is taken out: it is the geometric mean of the
+    student's depth over the target's, by which depth, points and translations are divided. How far it is from 1 is a
+    loss of its own, and a small one.
+
+    Cameras: mean absolute error of translation, quaternion and field of view, weighted by POSE_WEIGHTS, over the
+    iterations of the head, weighted to the last. Depth: mean absolute error of the logarithm. Points: mean distance
+    over the target's distance from the first camera, or over the clip's mean distance, if that is larger.
+    """
+    losses = {}
+    scale: Tensor | float = 1.0
+    if target.depth is not None and student.depth is not None:
+        values, weight = target.depth
+        error = student.depth[0].clamp(min=NEAREST).log() - values.clamp(min=NEAREST).log()  # [B, n, H, W]
+        total = weight.sum((1, 2, 3), keepdim=True).clamp(min=NEAREST)
+        shift = (error * weight).sum((1, 2, 3), keepdim=True) / total  # [B, 1, 1, 1]
+        losses["depth"] = ((error - shift).abs() * weight).mean()
+        losses["scale"] = shift.abs().mean()
+        # No part of the camera and point losses is to be had by a change of scale.
+        scale = shift.detach().exp()
+    if target.pose is not None:
+        count = len(student.poses)
+        weights = [ITERATION_WEIGHT ** (count - 1 - i) for i in range(count)]
+        errors = torch.stack(
+            [
+                w * (rescaled(p, scale) - target.pose).abs()
+                for w, p in zip(weights, student.poses, strict=True)
+            ]
+        )
+        parts = (errors.sum(0) / sum(weights)).split([3, 4, 2], dim=-1)
+        means = [weight * part.mean() for weight, part in zip(POSE_WEIGHTS, parts, strict=True)]
+        losses["camera"] = torch.stack(means).sum()
+    if target.points is not None and student.points is not None:
+        values, weight = target.points
+        reach = values.norm(dim=-1)  # [B, n, H, W]
+        reach = reach.maximum(reach.mean((1, 2, 3), keepdim=True)).clamp(min=NEAREST)
+        found = student.points[0] / (scale.unsqueeze(-1) if isinstance(scale, Tensor) else scale)
+        losses["points"] = ((found - values).norm(dim=-1) / reach * weight).mean()
+    return losses
+
+
+def rescaled(pose: Tensor, scale: Tensor | float) -> Tensor:
+    """Pose encodings [B, S, 9] of clips divided by their scale [B, 1, 1, 1]."""
+    scale = scale[..., 0] if isinstance(scale, Tensor) else scale
+    return torch.cat([pose[..., :3] / scale, pose[..., 3:]], -1)
+
+
+def confidence_loss(student: Outputs, teacher: Outputs) -> Tensor | None:
+    """Mean absolute error of the logarithm of the confidences, so that users' thresholds go on meaning the same."""
+    pairs = [(student.depth, teacher.depth), (student.points, teacher.points)]
+    errors = [(a[1].log() - b[1].log()).abs().mean() for a, b in pairs if a is not None and b is not None]
+    return torch.stack(errors).mean() if errors else None
+
+
+def token_losses(student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
+    """Mean squared error of tokens over the variance of the teacher's, mean over layers, so that layers weigh alike.
+
+    "special": camera and register tokens of all frames and returned layers. "dense": patch tokens of the n frames with
+    dense outputs, at the layers that a learned restoration knows.
+    """
+    n = student.tokens.special
+    special = [
+        relative_error(compact[:, :, :n], teacher.tokens.compact[layer][:, :, :n])
+        for layer, compact in student.tokens.compact.items()
+    ]
+    losses = {"special": torch.stack(special).mean()}
+    module, frames = student.dense.restoration, student.dense.kept.shape[1]
+    if module is not None and frames:
+        layers = [layer for layer in module.layers if layer in student.dense.compact]
+        found: list[Any] = student.dense.frames(0, frames, layers)
+        wanted: list[Any] = teacher.dense.frames(0, frames, layers)
+        dense = [relative_error(found[layer][:, :, n:], wanted[layer][:, :, n:]) for layer in layers]
+        losses["dense"] = torch.stack(dense).mean()
+    return losses
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
+    """Mean squared error of [..., C] over the mean variance of the channels of `wanted`."""
+    found, wanted = found.float(), wanted.float()
+    variance = (wanted - wanted.flatten(0, -2).mean(0)).square().mean()
+    return (found - wanted).square().mean() / variance.clamp(min=NEAREST)
+
+
+def distillation_loss(logits: Tensor, attention: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of softmax(logits) from what the tokens of a frame should weigh.
+
+    That is the attention that they receive to the power ATTENTION_POWER, made to sum to 1.
+
+    Args:
+        logits: log-saliency [B, S, P].
+        attention: not negative, [B, S, P]; only its ratios within a frame matter.
+
+    Returns:
+        Mean over frames; 0 if and only if they agree.
+    """
+    weight = attention.float() ** ATTENTION_POWER
+    target = weight / weight.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    return F.kl_div(logits.log_softmax(-1), target, reduction="none").sum(-1).mean()
+
+
+def total_loss(
+    student: Outputs, teacher: Outputs, truth: Target | None, truth_share: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of the second stage, and its parts.
+
+    Args:
+        student: output of the pruned model.
+        teacher: output of the unpruned model on the same clips and frames.
+        truth: what is known to be true, or None.
+        truth_share: how much of the camera, depth and point losses is against the truth where it is known.
+    """
+    parts = output_losses(student, teacher_target(teacher))
+    if truth is not None:
+        true = output_losses(student, truth)
+        parts = {name: torch.lerp(parts[name], true[name], truth_share) for name in parts}
+    confidence = confidence_loss(student, teacher)
+    if confidence is not None:
+        parts["confidence"] = confidence
+    parts |= token_losses(student, teacher)
+    return torch.stack([WEIGHTS[name] * value for name, value in parts.items()]).sum(), parts
