@@ -220,5 +220,5 @@ def test_examples(name):
         [sys.executable, "-W", "ignore", script], capture_output=True, text=True, check=True
     )
     assert (
-        "depth" if name == "one_line" else "dense tokens of the last layer: [1, 8, 261, 384]"
+        "depth" if name == "one_line" else "dense tokens of the last layer: [1, 8, 261, 512]"
     ) in shown.stdout

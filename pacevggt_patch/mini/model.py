@@ -27,7 +27,7 @@ GET_VGGT = (
 
 @dataclass(frozen=True)
 class MiniConfig:
-    """Architecture of a VGGT-mini.
+    """Architecture of a VGGT-mini; the defaults are those of the bundled one.
 
     Attributes:
         image_size: pixels a side of the images that the position embedding is made for; others are interpolated.
@@ -47,17 +47,17 @@ class MiniConfig:
 
     image_size: int = 224
     patch_size: int = 14
-    embed_dim: int = 192
-    num_heads: int = 3
-    vit_depth: int = 6
+    embed_dim: int = 256
+    num_heads: int = 4
+    vit_depth: int = 5
     depth: int = 8
     cached_layers: tuple[int, ...] = (1, 3, 5, 7)
-    camera_depth: int = 2
-    camera_heads: int = 6
+    camera_depth: int = 1
+    camera_heads: int = 8
     dpt_features: int = 64
     dpt_channels: tuple[int, ...] = (64, 96, 192, 192)
     layer_scale: float = 0.1
-    point_head: bool = False
+    point_head: bool = True
 
 
 def build_mini(weights: bool | str | PathLike[str] = True, config: MiniConfig | None = None) -> Any:

@@ -39,7 +39,7 @@ from .held_out import HELD_OUT_SEED, HELD_OUT_VIEWS, evaluate, held_out_rooms
 from .journal import Journal, Timer
 from .model import MiniConfig, save_mini
 from .optim import learning_rate
-from .trainer import TRAINED, VIEWS, Inputs, Settings, Trainer, mixed_seed, sample_inputs
+from .trainer import VIEWS, Inputs, Settings, Trainer, mixed_seed, sample_inputs
 
 PREFETCH = 6  # steps sampled ahead
 AGREE_EVERY = 10  # steps after which the processes agree on when to end
@@ -243,7 +243,7 @@ def architecture(changes: dict[str, Any], size: int) -> MiniConfig:
     Raises:
         PaceError: there is no such field.
     """
-    known: dict[str, Any] = asdict(TRAINED)
+    known: dict[str, Any] = asdict(MiniConfig())
     unknown = [name for name in changes if name not in known]
     if unknown:
         raise PaceError(f"MiniConfig has no field {', '.join(unknown)}; it has {', '.join(known)}")

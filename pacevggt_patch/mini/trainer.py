@@ -30,7 +30,6 @@ from .losses import (
 from .model import MiniConfig, build_mini
 from .optim import FlatOptimizer
 
-TRAINED = MiniConfig(embed_dim=256, num_heads=4, vit_depth=5, camera_depth=1, camera_heads=8, point_head=True)
 VIEWS = (2, 4, 8, 12, 24)
 VIEW_SHARES = (0.12, 0.2, 0.38, 0.16, 0.14)
 
