@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality import METRICS, load
+from quality import METRICS, add_clip_arguments, known_values, load, parse
 from tqdm import tqdm
 
 from pacevggt_patch import PaceError, accelerate
@@ -58,8 +58,6 @@ def main(argv: list[str] | None = None) -> int:
                 report["rows"].append(make_row(stage, ratio, found, unpruned, free))
             if args.json:
                 write_json(args.json, report)
-    if args.json:
-        write_json(args.json, report)
     print_table(report)
     if args.plot:
         plot(report, args.plot)
@@ -71,24 +69,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--runs", type=Path, nargs="+", required=True, metavar="DIR")
-    parser.add_argument("--checkpoint", type=Path, help="another VGGT-mini than the bundled one")
-    parser.add_argument("--clips", default="rooms", help='"rooms", or a folder with images or a clip.json')
-    parser.add_argument("--count", type=int, default=24, help="number of rooms")
-    parser.add_argument("--frames", type=int, default=8)
-    parser.add_argument("--stride", type=int, default=1, help="step between the frames of a folder")
-    parser.add_argument(
-        "--starts", type=lambda t: [int(n) for n in t.split(",")], default=[0], help="first frames"
-    )
-    parser.add_argument(
-        "--keep-ratios", type=lambda t: [float(n) for n in t.split(",")], default=[0.5, 0.3, 0.15]
-    )
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    add_clip_arguments(parser, rooms=24)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="a PNG")
-    args = parser.parse_args(argv)
-    if args.clips != "rooms":
-        args.count = len(args.starts)
-    return args
+    return parse(parser, argv)
 
 
 def mean_metrics(model, clips: list[Clip], ratio: float, weights: Path | None) -> dict[str, float | None]:
@@ -98,12 +81,7 @@ def mean_metrics(model, clips: list[Clip], ratio: float, weights: Path | None) -
         results = [evaluate_predictions(model(clip.images), clip) for clip in clips]
     means: dict[str, float | None] = {}
     for key in METRICS:
-        values = [result[key] for result in results]
-        known = [value for value in values if value is not None]
-        if known and len(known) < len(values):
-            raise PaceError(
-                f"{key} is defined for {len(known)} of {len(values)} clips only: its mean would mislead"
-            )
+        known = known_values(results, key)
         means[key] = statistics.fmean(known) if known else None
     return means
 

@@ -55,9 +55,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--backbone", choices=("mini",), default="mini")
+    add_clip_arguments(parser, rooms=16)
+    parser.add_argument("--merge-budget", type=float, help="at most 1 - keep ratio is used")
+    parser.add_argument(
+        "--weights", default="none", help='"auto", "none" (training-free), a file, or a Hub id'
+    )
+    return parse(parser, argv)
+
+
+def add_clip_arguments(parser: argparse.ArgumentParser, rooms: int) -> None:
+    """The arguments that say what is measured on what, with `rooms` as the number of rooms if none is given."""
     parser.add_argument("--checkpoint", type=Path, help="another VGGT-mini than the bundled one")
     parser.add_argument("--clips", default="rooms", help='"rooms", or a folder with images or a clip.json')
-    parser.add_argument("--count", type=int, default=16, help="number of rooms")
+    parser.add_argument("--count", type=int, default=rooms, help="number of rooms")
     parser.add_argument("--frames", type=int, default=8)
     parser.add_argument("--stride", type=int, default=1, help="step between the frames of a folder")
     parser.add_argument(
@@ -66,12 +76,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--keep-ratios", type=lambda t: [float(n) for n in t.split(",")], default=[0.5, 0.3, 0.15]
     )
-    parser.add_argument("--merge-budget", type=float, help="at most 1 - keep ratio is used")
-    parser.add_argument(
-        "--weights", default="none", help='"auto", "none" (training-free), a file, or a Hub id'
-    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, metavar="FILE")
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """The arguments, `count` being the number of clips, also of those of a folder."""
     args = parser.parse_args(argv)
     if args.clips != "rooms":
         args.count = len(args.starts)
@@ -90,6 +100,17 @@ def load(args: argparse.Namespace):
             )
 
 
+def known_values(results: list[dict[str, float | None]], key: str) -> list[float]:
+    """A metric of all clips, or nothing where none of them has ground truth for it."""
+    values = [result[key] for result in results]
+    known = [value for value in values if value is not None]
+    if known and len(known) < len(values):
+        raise PaceError(
+            f"{key} is defined for {len(known)} of {len(values)} clips only: its mean would mislead"
+        )
+    return known
+
+
 def make_row(args: argparse.Namespace, model, results: list[dict[str, float | None]]) -> dict[str, Any]:
     """Mean over clips of each metric, and its standard deviation over clips as `<metric>_std`."""
     settings = summary(model)
@@ -102,12 +123,7 @@ def make_row(args: argparse.Namespace, model, results: list[dict[str, float | No
         "merge_budget": settings.config.merge_share,
     }
     for key in METRICS:
-        values = [result[key] for result in results]
-        known = [value for value in values if value is not None]
-        if known and len(known) < len(values):
-            raise PaceError(
-                f"{key} is defined for {len(known)} of {len(values)} clips only: its mean would mislead"
-            )
+        known = known_values(results, key)
         row[key] = statistics.fmean(known) if known else None
         row[f"{key}_std"] = statistics.stdev(known) if len(known) > 1 else None
     return row

@@ -72,6 +72,13 @@ def quaternions(rotation: Tensor) -> Tensor:
     return torch.where(quaternion[..., 3:] < 0, -quaternion, quaternion)
 
 
+def from_first_camera(world_to_camera: Tensor) -> Tensor:
+    """Extrinsics `[B, S, 3, 4]` of each clip's first camera to camera, of those of world to camera."""
+    first = world_to_camera[:, :1]
+    rotation = world_to_camera[..., :3] @ first[..., :3].mT
+    return torch.cat([rotation, world_to_camera[..., 3:] - rotation @ first[..., 3:]], 3)
+
+
 def first_camera_points(depth: Tensor, extrinsics: Tensor, focal: Tensor, step: int, first: int) -> Tensor:
     """`[B, S, h, w, 3]` points of every `step`-th pixel from pixel `first` on, in the frame of the first camera."""
     height, width = depth.shape[2:]
@@ -87,16 +94,14 @@ def first_camera_points(depth: Tensor, extrinsics: Tensor, focal: Tensor, step: 
 
 def make_targets(scenes: SceneBatch, depth: Tensor, patch: int) -> Targets:
     """Targets of scenes whose frames have z-depth `[B, S, H, W]`, for patches of `patch` pixels."""
-    world = scenes.world_to_camera()  # [B, S, 3, 4]
-    rotation = world[..., :3] @ world[:, :1, :, :3].transpose(2, 3)
-    translation = world[..., 3:] - rotation @ world[:, :1, :, 3:]
-    extrinsics = torch.cat([rotation, translation], 3)
+    extrinsics = from_first_camera(scenes.world_to_camera())  # [B, S, 3, 4]
+    rotation, translation = extrinsics[..., :3], extrinsics[..., 3:]
     distance = first_camera_points(depth, extrinsics, scenes.focal, 4, 2).norm(dim=-1).mean((1, 2, 3))  # [B]
     scale = 1 / distance.clamp(1e-2, 1e2)
     depth = depth * scale[:, None, None, None]
     extrinsics = torch.cat([rotation, translation * scale[:, None, None, None]], 3)
     view = (
-        (2 * torch.atan(0.5 / scenes.focal)).flip(1)[:, None].expand(-1, world.shape[1], -1)
+        (2 * torch.atan(0.5 / scenes.focal)).flip(1)[:, None].expand(-1, rotation.shape[1], -1)
     )  # vertical first
     pose = torch.cat([extrinsics[..., 3], quaternions(rotation), view], 2)
     points = first_camera_points(depth, extrinsics, scenes.focal, patch, patch // 2).flatten(2, 3)

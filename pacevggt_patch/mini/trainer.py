@@ -117,6 +117,13 @@ def sample_inputs(settings: Settings, views: int, seed: int, atlas_size: int, ph
     return Inputs(scenes, effects, dense.float())
 
 
+def render(inputs: Inputs, atlas: TextureAtlas, size: int) -> tuple[Tensor, Tensor]:
+    """Images `[F, 3, H, W]` as the camera delivers them, and depth `[F, H, W]`, `size` pixels a side, on the device of
+    inputs and atlas."""
+    images, depth = render_frames(inputs.scenes.frame_scenes(), atlas, size, size)
+    return apply_sensor(images, inputs.effects), depth
+
+
 def step_views(settings: Settings, step: int) -> int:
     """Number of views of a step, the same in all processes."""
     shares = dict(zip(VIEWS, VIEW_SHARES, strict=True))
@@ -165,9 +172,7 @@ class Trainer:
 
     def render(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Images `[F, 3, H, W]` and depth `[F, H, W]` of inputs on the device."""
-        size = self.settings.size
-        images, depth = render_frames(inputs.scenes.frame_scenes(), self.atlas, size, size)
-        return apply_sensor(images, inputs.effects), depth
+        return render(inputs, self.atlas, self.settings.size)
 
     def losses(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Total loss of inputs on the device, and the tensor of all losses by `self.names`, detached."""

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from ..clips import Clip, count_frames, load_clip, render_room
 from ..clips.folder import image_files, read_description
-from ..clips.raycast import render_frames
-from ..clips.sensor import apply_sensor
 from ..clips.textures import TextureAtlas
 from ..config import ClipError
 from ..mini import trainer as rooms
@@ -163,12 +161,11 @@ class RenderedScenes:
         packed = drawn.packed()
         drawn = drawn.unpack(to_device(packed, device))
         size, shape = self.size, drawn.scenes.cameras.shape[:2]
-        images, depth = render_frames(drawn.scenes.frame_scenes(), self.atlas, size, size)
-        images = apply_sensor(images, drawn.effects).unflatten(0, shape)
+        images, depth = rooms.render(drawn, self.atlas, size)
         intrinsics = torch.zeros(*shape, 3, 3, device=device)
         intrinsics[..., 0, 0], intrinsics[..., 1, 1] = (drawn.scenes.focal.T * size)[:, :, None]
         intrinsics[..., :2, 2], intrinsics[..., 2, 2] = size / 2, 1.0
-        depth = depth.unflatten(0, shape)
+        images, depth = images.unflatten(0, shape), depth.unflatten(0, shape)
         valid = torch.ones_like(depth, dtype=torch.bool)
         return Sample(images, Truth(drawn.scenes.world_to_camera(), intrinsics, depth, valid))
 

@@ -8,14 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..clips.raycast import added
 from ..evaluation.metrics import unproject
-from ..mini.losses import quaternions
+from ..mini.losses import camera_losses, from_first_camera, quaternions
 from .clip_source import Truth
 from .passes import Outputs
 
-# Of the pose encoding: translation, quaternion, field of view; a later iteration of the head counts more.
-POSE_WEIGHTS = (5.0, 6.0, 1.0)
-ITERATION_WEIGHT = 0.6
+POSE_WEIGHTS = {"translation": 5.0, "rotation": 6.0, "field_of_view": 1.0}
 WEIGHTS = {
     "camera": 1.0,
     "depth": 1.0,
@@ -80,9 +79,8 @@ def truth_target(truth: Truth, frames: Tensor, teacher: Outputs) -> Target | Non
     ratio = torch.where(valid, teacher.depth[0] / depth.clamp(min=NEAREST), torch.nan)
     scale = ratio.flatten(1).nanmedian(1).values.nan_to_num(1.0)  # [B]
 
-    world = truth.world_to_camera  # [B, S, 3, 4]
-    rotation = world[..., :3] @ world[:, :1, :, :3].mT
-    translation = (world[..., 3:] - rotation @ world[:, :1, :, 3:]) * scale[:, None, None, None]
+    cameras = from_first_camera(truth.world_to_camera)  # [B, S, 3, 4]
+    rotation, translation = cameras[..., :3], cameras[..., 3:] * scale[:, None, None, None]
     depth = torch.where(valid, depth, 1.0) * scale[:, None, None, None]
     pose = None
     if teacher.poses:
@@ -127,17 +125,8 @@ def output_losses(student: Outputs, target: Target) -> dict[str, Tensor]:
         # No part of the camera and point losses is to be had by a change of scale.
         scale = shift.detach().exp()
     if target.pose is not None:
-        count = len(student.poses)
-        weights = [ITERATION_WEIGHT ** (count - 1 - i) for i in range(count)]
-        errors = torch.stack(
-            [
-                w * (rescaled(p, scale) - target.pose).abs()
-                for w, p in zip(weights, student.poses, strict=True)
-            ]
-        )
-        parts = (errors.sum(0) / sum(weights)).split([3, 4, 2], dim=-1)
-        means = [weight * part.mean() for weight, part in zip(POSE_WEIGHTS, parts, strict=True)]
-        losses["camera"] = torch.stack(means).sum()
+        parts = camera_losses([rescaled(pose, scale) for pose in student.poses], target.pose)
+        losses["camera"] = added(POSE_WEIGHTS[name] * part for name, part in parts.items())
     if target.points is not None and student.points is not None:
         values, weight = target.points
         reach = values.norm(dim=-1)  # [B, n, H, W]
