@@ -366,11 +366,19 @@ def test_the_plan_follows_the_clock():
     assert plan == Plan()
     plan.decide(110, left=29.0, decay=30.0, seconds_per_step=0.5)
     assert plan == Plan(110, 168)
-    plan.decide(120, left=20.0, decay=30.0, seconds_per_step=9.0)
-    assert plan == Plan(110, 168)
+    plan.decide(120, left=27.0, decay=30.0, seconds_per_step=0.25)
+    assert plan == Plan(110, 228)  # steps turned out to be faster
     plan.decide(160, left=0.0, decay=30.0, seconds_per_step=0.5)
     assert plan == Plan(110, 160)
     assert Plan.of_steps(50, 100, 0.25) == Plan(125, 150)
+
+
+def test_the_plan_waits_until_it_is_known_how_long_a_step_takes():
+    plan = Plan()
+    plan.decide(10, left=29.0, decay=30.0, seconds_per_step=None)
+    assert plan == Plan()
+    plan.decide(20, left=-1.0, decay=30.0, seconds_per_step=None)
+    assert plan == Plan(20, 21)
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch, capsys):

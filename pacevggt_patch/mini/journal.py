@@ -43,13 +43,13 @@ class Journal:
     Attributes:
         records: what `curve.json` holds, in the order of time: of training `step`, `seconds` and `losses`, of
             measurements `step`, `seconds` and metrics by the name of the held-out set.
-        seconds_per_step: as of late.
+        seconds_per_step: as of late; None before it is known.
     """
 
     def __init__(self, folder: Path, begun: float, speaks: bool):
         self.folder, self.begun, self.speaks = folder, begun, speaks
         self.records: list[dict[str, Any]] = []
-        self.seconds_per_step = 1.0
+        self.seconds_per_step: float | None = None
         self.last_time, self.last_step = time.monotonic(), None
 
     def elapsed(self) -> float:
@@ -66,10 +66,11 @@ class Journal:
         now = time.monotonic()
         if self.last_step is not None:
             self.seconds_per_step = (now - self.last_time) / (step - self.last_step)
-        first, self.last_time, self.last_step = self.last_step is None, now, step
+        first = self.seconds_per_step is None
+        self.last_time, self.last_step = now, step
         self.records.append({"step": step, "seconds": self.elapsed(), "losses": losses})
         if first or step % SPEAK_EVERY == 0:
-            speed = "" if first else f"{frames / self.seconds_per_step:.0f} images/s "
+            speed = f"{frames / self.seconds_per_step:.0f} images/s " if self.seconds_per_step else ""
             self.say(
                 f"step {step} {speed}" + " ".join(f"{name} {value:.3f}" for name, value in losses.items())
             )

@@ -58,13 +58,17 @@ class Plan:
         """The plan of `steps` steps from number `first` on, the last share `decay` with a falling rate."""
         return cls(first + steps - round(steps * decay), first + steps)
 
-    def decide(self, step: int, left: float, decay: float, seconds_per_step: float) -> None:
-        """Let the learning rate fall from `step` on if only `decay` seconds are left, and end when none are."""
-        if self.decay_start is None and left <= decay:
+    def decide(self, step: int, left: float, decay: float, seconds_per_step: float | None) -> None:
+        """Let the learning rate fall from `step` on if only `decay` seconds are left, and end when none are.
+
+        The end is estimated anew each time, and not before it is known how long a step takes: the first ones compile.
+        """
+        if left > decay or (seconds_per_step is None and left > 0):
+            return
+        if self.decay_start is None:
             self.decay_start = step
-            self.end = step + max(int(left / seconds_per_step), 1)
-        elif self.end is not None and left <= 0:
-            self.end = step
+        steps_left = int(left / seconds_per_step) if seconds_per_step is not None and left > 0 else 0
+        self.end = max(step + steps_left, self.decay_start + 1)
 
     def rate(self, trainer: Trainer) -> float:
         """Factor on the learning rates of the trainer's next step."""
