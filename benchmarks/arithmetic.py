@@ -179,10 +179,16 @@ def stage_work(dims: Dimensions, frames: int, grid: tuple[int, int], kept: int) 
         # In float32: distances of all pairs; the pass over them is one write and three updates in place. Farthest
         # point sampling then reads one row of them and updates one of its own for each pick.
         similar = Work(2 * patches**2 * channels, 4 * (2 * patches * channels + patches**2))
-        work["scores"] = frames * (similar + Work(2 * patches * channels, passes=4 * patches * (6 * patches + 5 * kept)))
+        work["scores"] = frames * (
+            similar + Work(2 * patches * channels, passes=4 * patches * (6 * patches + 5 * kept))
+        )
         # Similarity to the kept tokens, and means by a matrix product.
-        near = Work(2 * patches * kept * channels, 4 * (patches * channels + kept * channels + patches * kept))
-        mean = Work(2 * patches * kept * channels, 4 * (patches * channels + kept * channels + patches * kept))
+        near = Work(
+            2 * patches * kept * channels, 4 * (patches * channels + kept * channels + patches * kept)
+        )
+        mean = Work(
+            2 * patches * kept * channels, 4 * (patches * channels + kept * channels + patches * kept)
+        )
         work["keep and merge"] = frames * (near + mean + Work(passes=4 * patches * (4 * channels + 5 * kept)))
     work["frame blocks"] = dims.depth * block(frames, length, channels, size, positions=True)
     work["global blocks"] = dims.depth * block(1, frames * length, channels, size, positions=True)
@@ -193,7 +199,9 @@ def stage_work(dims: Dimensions, frames: int, grid: tuple[int, int], kept: int) 
         )
         # Every dense head restores the cached layers for itself.
         restore = near + dims.cached * (rows + Work(passes=size * 2 * channels * (2 * kept + 2 * patches)))
-        work["restoration"] = heads * frames * (restore + Work(passes=4 * patches * (3 * channels + 8 * kept)))
+        work["restoration"] = (
+            heads * frames * (restore + Work(passes=4 * patches * (3 * channels + 8 * kept)))
+        )
     work["camera_head"] = camera_head(dims, frames)
     for name, outputs in dims.dense.items():
         work[name] = dense_head(dims, frames, grid, outputs)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -30,11 +31,12 @@ from .summary import StageTimer, device_time
 
 # Keep ratios that are tried, as shares of the largest that the merge budget leaves, and shares of the clip's frames.
 CALIBRATION = ((0.9, 1 / 4), (0.9, 1 / 8), (0.3, 1 / 4), (0.3, 1 / 8), (0.1, 1 / 2), (0.1, 1 / 8))
-# At least so many frames where the clip has them, since a call has costs that are not those of a frame; and no longer
-# sequences than this, whose attention fills any device.
-LEAST_FRAMES = 8
-MOST_TOKENS = 65536
-REPEATS = 3
+# A shorter clip counts as one of so many frames: a call has costs that are not those of a frame.
+LEAST_FRAMES = 64
+# Sequences are no longer than this, whose attention fills any device, or than this share of the unpruned clip.
+MOST_TOKENS, MOST_SHARE = 65536, 1 / 20
+# Timed runs of a setting; one is enough where it takes so long that nothing disturbs it.
+REPEATS, LONG_SECONDS = 3, 2.0
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Point:
         frames: N.
         kept: K, patch tokens of a frame that entered alternating attention.
         seconds: median wall time of a forward.
-        memory_gib: peak CUDA memory in each stage, by name; empty on the CPU.
+        memory_gib: peak CUDA memory in each stage, by name; empty if it was not measured.
     """
 
     frames: int
@@ -61,7 +63,7 @@ class CostModel:
     Attributes:
         special: special tokens of a frame.
         time: coefficients of `_time_terms`.
-        memory: of `_memory_terms`, for each stage; empty on the CPU.
+        memory: of `_memory_terms`, for each stage; empty if it was not measured.
         points: what was measured.
         calibration_seconds: wall time that measuring took.
     """
@@ -93,7 +95,7 @@ class CostModel:
         return _dot(self.time, _time_terms(frames, self.special + kept))
 
     def memory_gib(self, frames: int, kept: int) -> float | None:
-        """Predicted peak CUDA memory in GiB, weights included; None where it can't be measured."""
+        """Predicted peak CUDA memory in GiB, weights included; None if it was not measured."""
         terms = _memory_terms(frames, self.special + kept)
         return max((_dot(c, terms) for c in self.memory.values()), default=None)
 
@@ -105,7 +107,7 @@ class BudgetPlan:
     Attributes:
         keep_ratio: the largest that fits; pass it to `accelerate`.
         seconds: predicted wall time of one forward.
-        memory_gib: predicted peak CUDA memory in GiB, weights and inputs included; None on the CPU.
+        memory_gib: predicted peak CUDA memory in GiB, weights and inputs included; None if no memory budget was given.
         frames: N, frames of the clip it is for.
         size: height and width it is for, in pixels.
         calibration_seconds: wall time that the calibration took.
@@ -140,8 +142,8 @@ def fit_budget(
         frames: N, frames of the clip to come.
         size: its height and width in pixels.
         seconds: wall time that one forward may take.
-        memory_gib: peak CUDA memory that PyTorch may allocate, in GiB, weights included. (What the driver and the
-            allocator's fragments take comes on top: about 1 GiB.)
+        memory_gib: peak CUDA memory that PyTorch may allocate, in GiB, weights included; what the driver and the
+            allocator's fragments take comes on top. Measuring it resets PyTorch's peak statistics.
         run: how the model is called, given images [1, n, 3, H, W] in the dtype of the weights; `model(images)` if not
             given. Autocast that is on when this function is called is on during calibration, too.
 
@@ -207,7 +209,7 @@ def measure_costs(
     """Calibrate the cost model for clips of about `frames` frames; the arguments are those of `fit_budget`.
 
     Args:
-        memory: measure the stages' peak memory, too (CUDA only; resets PyTorch's peak statistics).
+        memory: measure the stages' peak memory, too (CUDA only).
     """
     if frames < 1:
         raise PaceError(f"frames must be at least 1, got {frames}")
@@ -250,8 +252,9 @@ def _settings(frames: int, patches: int, most: int, special: int) -> list[tuple[
     found = set()
     for ratio, share in CALIBRATION:
         kept = min(most, max(1, round(ratio * most)), max(1, patches - 1))
-        longest = max(LEAST_FRAMES, MOST_TOKENS // (special + kept))
-        found.add((kept, min(frames, longest, max(LEAST_FRAMES, math.ceil(share * frames)))))
+        tokens = max(MOST_TOKENS, MOST_SHARE * frames * patches)
+        longest = max(1, int(tokens // (special + kept)))
+        found.add((kept, min(frames, longest, math.ceil(share * max(frames, LEAST_FRAMES)))))
     return sorted(found, key=lambda setting: (special + setting[0]) * setting[1])
 
 
@@ -265,12 +268,12 @@ def _measure(
         run(images)
         state.timer = StageTimer()
         seconds = []
-        for _ in range(REPEATS):
+        while not seconds or (len(seconds) < REPEATS and seconds[0] < LONG_SECONDS):
             start = device_time()
             run(images)
             seconds.append(device_time() - start)
     peaks = timer.peaks if isinstance(timer, _MemoryTimer) else {}
-    return Point(images.shape[1], kept, sorted(seconds)[REPEATS // 2], peaks)
+    return Point(images.shape[1], kept, statistics.median(seconds), peaks)
 
 
 class _MemoryTimer(StageTimer):

@@ -152,6 +152,8 @@ def test_kernels_and_syncs():
     assert gemm == {"kernel": "gemm", "calls": 3, "seconds": 3.0, "share": 0.75}
     assert len(other["kernel"]) == 100
     assert len(stages.top_kernels(events, shown=1)) == 1
-    assert stages.count_syncs(["called a synchronizing CUDA operation (Triggered ...)", "something else"]) == 1
+    assert (
+        stages.count_syncs(["called a synchronizing CUDA operation (Triggered ...)", "something else"]) == 1
+    )
     cpu = torch.device("cpu")
     assert stages.host_syncs(lambda: None, cpu) is stages.kernels(lambda: None, cpu) is None
