@@ -4,8 +4,8 @@
 
 FLOPs are those of matrix products, convolutions and attention, two for each multiply-add; a test counts the same
 forward with torch's own counter. Bytes are what these operations read and write when each touches its operands once.
-Elementwise passes (norms, activations, scales, residuals, RoPE) can be fused into them, so they are kept apart: `passes`
-is what they read and write one by one, as the stock modules run them.
+Elementwise passes (norms, activations, scales, residuals, RoPE) can be fused into them, so they are kept apart:
+`passes` is what they read and write one by one, as the stock modules run them.
 """
 
 from __future__ import annotations
@@ -208,6 +208,14 @@ def stage_work(dims: Dimensions, frames: int, grid: tuple[int, int], kept: int) 
     return work
 
 
+def total(stages: dict[str, Work]) -> Work:
+    """All stages together."""
+    whole = Work()
+    for work in stages.values():
+        whole += work
+    return whole
+
+
 def print_tables() -> None:
     """VGGT-1B at 392x518 in bfloat16, as Markdown."""
     dims, grid = Dimensions(), (28, 37)
@@ -230,7 +238,7 @@ def print_tables() -> None:
                     f"{work[stage].passes / 1e9:.4g} / {floor:.3g}"
                 )
             print(f"| {stage} | " + " | ".join(cells) + " |")
-        sums = [sum(work.values(), Work()) for work in works]
+        sums = [total(work) for work in works]
         cells = [
             f"{w.flops / 1e12:.4g} / {w.bytes / 1e9:.4g} / {w.passes / 1e9:.4g} / {t:.3g}"
             for w, t in zip(sums, totals, strict=True)

@@ -158,17 +158,20 @@ def kernels(run: Callable[[], Any], device: torch.device) -> list[dict[str, Any]
 
 def top_kernels(events: Iterable[Any], shown: int = KERNELS_SHOWN) -> list[dict[str, Any]]:
     """The `shown` longest kernels of a profile: name, calls, seconds, share of all kernel time."""
-    rows = []
+    times = {}
     for event in events:
         # Renamed in torch 2.4.
-        time_us = getattr(event, "self_device_time_total", None)
-        if time_us is None:
-            time_us = getattr(event, "self_cuda_time_total", 0)
-        if time_us > 0:
-            rows.append({"kernel": short_name(event.key), "calls": event.count, "seconds": time_us / 1e6})
-    total = sum(row["seconds"] for row in rows)
-    rows.sort(key=lambda row: -row["seconds"])
-    return [row | {"share": row["seconds"] / total} for row in rows[:shown]]
+        microseconds = getattr(event, "self_device_time_total", None)
+        if microseconds is None:
+            microseconds = getattr(event, "self_cuda_time_total", 0)
+        if microseconds > 0:
+            times[event.key] = (microseconds / 1e6, event.count)
+    total = sum(seconds for seconds, _ in times.values())
+    longest = sorted(times.items(), key=lambda item: -item[1][0])[:shown]
+    return [
+        {"kernel": short_name(name), "calls": calls, "seconds": seconds, "share": seconds / total}
+        for name, (seconds, calls) in longest
+    ]
 
 
 def short_name(kernel: str) -> str:

@@ -4,10 +4,10 @@ What a forward costs is known up to a few coefficients. With N frames of L token
 
     seconds = a + b N + c N L + d (N L^2 + (N L)^2)
 
-b N is what does not depend on pruning (DINO and heads, on the whole grid), c N L the linear layers of the blocks, d the
-attention inside frames and across the clip; memory is a + b N + c N L in each stage, and the largest stage counts. The
-coefficients are fitted to a few short forwards. These reach the clip's sequence lengths N L with fewer frames, by keeping
-more of each: attention, which grows fastest, is measured where it will run.
+b N is what does not depend on pruning (DINO and heads, on the whole grid), c N L the linear layers of the blocks, d
+the attention inside frames and across the clip; memory is a + b N + c N L in each stage, and the largest stage counts.
+The coefficients are fitted to a few short forwards. These reach the clip's sequence lengths N L with fewer frames, by
+keeping more of each: attention, which grows fastest, is measured where it will run.
 """
 
 from __future__ import annotations
@@ -169,16 +169,17 @@ def fit_budget(
     def costs_of(kept: int) -> dict[str, float | None]:
         return {"seconds": costs.seconds(frames, kept), "memory_gib": costs.memory_gib(frames, kept)}
 
+    def exceeds(cost: float | None, budget: float | None) -> bool:
+        return cost is not None and budget is not None and cost > budget
+
     def fits(kept: int) -> bool:
-        found = costs_of(kept)
-        return all(v is None or (found[name] or 0.0) <= v for name, v in budgets.items())
+        return not any(exceeds(cost, budgets[name]) for name, cost in costs_of(kept).items())
 
     if not fits(1):
-        least = costs_of(1)
         missed = [
-            f"{name}={value:g} (the smallest possible is about {least[name]:.3g})"
-            for name, value in budgets.items()
-            if value is not None and least[name] > value
+            f"{name}={budgets[name]:g} (the smallest possible is about {least:.3g})"
+            for name, least in costs_of(1).items()
+            if exceeds(least, budgets[name])
         ]
         raise PaceError(
             f"no keep ratio fits {' and '.join(missed)} for {frames} frames of {size[0]}x{size[1]}: "

@@ -115,9 +115,8 @@ def test_stopwatch_leaves_inner_regions_out(monkeypatch):
     with watch.region("outer"):  # 0
         with watch.region("inner"):  # 1
             pass  # 2
-        with watch.region("inner"):  # 3
-            with watch.region("outer"):  # 4
-                pass  # 5
+        with watch.region("inner"), watch.region("outer"):  # 3, 4
+            pass  # 5
         # 6
     # 7
     assert watch.seconds() == {"outer": 7 - 1 - 3 + 1, "inner": 1 + 3 - 1}
