@@ -1,7 +1,7 @@
 """The models that latency.py times, and how they are called; also the program that times another VGGT's own code.
 
 latency.py --compare starts this file in a process of its own, since the other code is a package `vggt`, too. It takes a
-request as JSON on its standard input and writes one line of JSON for each number of frames.
+request as JSON on its standard input and writes a row as JSON for each number of frames.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pacevggt_patch.evaluation.timing import time_interleaved
 from pacevggt_patch.mini import build_mini
 
 SEED = 0
+ROW = "latency.py row: "
 PRECISIONS = {
     "float32": "float32 weights, no autocast",
     "autocast": "float32 weights, aggregator under bfloat16 autocast, heads in float32 (stock forward)",
@@ -141,9 +142,9 @@ def other_rows(args: Namespace, directory: Path) -> Generator[dict[str, Any]]:
         process.stdin.write(json.dumps(request))
         process.stdin.close()
         for line in process.stdout:
-            if line.startswith("{"):  # the other code may print, too
+            if line.startswith(ROW):  # the other code may print, too
                 found += 1
-                yield {"variant": name, **json.loads(line)}
+                yield {"variant": name, **json.loads(line.removeprefix(ROW))}
         if process.wait():
             errors.seek(0)
             said = [line.strip() for line in errors if line.strip()]
@@ -218,7 +219,7 @@ def serve(request: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> N
 
 
 def write_line(row: dict[str, Any]) -> None:
-    print(json.dumps(row), flush=True)
+    print(ROW + json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":
