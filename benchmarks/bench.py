@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from arithmetic import Dimensions, Work, stage_work, total
 from models import build, check_values, forward, random_clip
-from stages import host_syncs, kernels, stage_seconds
+from stages import kernels, stages_and_syncs
 
 from pacevggt_patch import accelerate, paused, summary
 from pacevggt_patch.demo import usable_device
@@ -31,17 +31,19 @@ class Job:
 
     Attributes:
         frames: N.
-        stock: whether the stock model runs, too.
+        ratios: keep ratios of the accelerated model, and None for the stock model; the dearest first.
         repeats: counted runs of each variant.
         warm_up: whether an uncounted run comes first.
-        details: whether stages, kernels and syncs are taken.
+        stages: whether stages and host syncs are taken, which is one more run.
+        kernels: whether the GPU kernels of the accelerated model are taken, which is another.
     """
 
     frames: int
-    stock: bool
+    ratios: tuple[float | None, ...]
     repeats: int
-    warm_up: bool
-    details: bool
+    warm_up: bool = True
+    stages: bool = False
+    kernels: bool = False
 
 
 class Bench:
@@ -68,10 +70,6 @@ class Bench:
         with paused(self.model):
             self.run(images)
 
-    def variants(self, job: Job) -> list[float | None]:
-        """Keep ratios, and None for stock; the dearest first."""
-        return [*([None] if job.stock else []), *sorted(self.args.keep_ratios, reverse=True)]
-
     def call(self, ratio: float | None, images: torch.Tensor) -> Callable[[], None]:
         return partial(self.stock, images) if ratio is None else partial(self.pace, images, ratio)
 
@@ -94,11 +92,10 @@ class Bench:
 
     def estimate(self, job: Job) -> float:
         """Seconds that a job will take, about."""
-        rounds = job.repeats + job.warm_up
         seconds = 0.0
-        for ratio in self.variants(job):
-            extra = 0 if not job.details else 1 if ratio is None else 3  # stages; syncs and kernels
-            seconds += (rounds + extra) * self.times_floor * self.whole_floor(job.frames, ratio)
+        for ratio in job.ratios:
+            runs = job.repeats + job.warm_up + job.stages + (job.kernels and ratio is not None)
+            seconds += runs * self.times_floor * self.whole_floor(job.frames, ratio)
         return seconds
 
 
@@ -151,16 +148,15 @@ def measure(bench: Bench, job: Job) -> tuple[list[dict[str, Any]], list[dict[str
     """Rows and details of all variants for one number of frames."""
     rows, details = [], []
     images = bench.images(job.frames)
-    variants = bench.variants(job)
     with torch.inference_mode():
-        timings = timed({ratio: bench.call(ratio, images) for ratio in variants}, job, bench.device)
-        for ratio in variants:
+        timings = timed({ratio: bench.call(ratio, images) for ratio in job.ratios}, job, bench.device)
+        for ratio in job.ratios:
             if ratio is not None:
                 retune(bench.model, ratio, bench.args.merge_budget)
             rows.append(make_row(bench, job, ratio, timings.get(ratio)))
             rows[-1] = with_speedup(rows[-1], rows)
-            if job.details and ratio in timings:
-                details.append(make_details(bench, job.frames, ratio, bench.call(ratio, images)))
+            if job.stages and ratio in timings:
+                details.append(make_details(bench, job, ratio, bench.call(ratio, images)))
     known = [row["seconds_median"] / row["floor_seconds"] for row in rows if row["seconds_median"]]
     bench.times_floor = max(known, default=bench.times_floor)
     return rows, details
@@ -194,10 +190,10 @@ def with_speedup(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, A
     return row | {"speedup": stock[0] / own if own and stock and stock[0] else None}
 
 
-def make_details(bench: Bench, frames: int, ratio: float | None, run: Callable[[], None]) -> dict[str, Any]:
-    """Where the time of one forward goes. Kernels and syncs are those of the accelerated model."""
-    seconds = stage_seconds(bench.model, run, bench.device)
-    work = bench.work(frames, ratio)
+def make_details(bench: Bench, job: Job, ratio: float | None, run: Callable[[], None]) -> dict[str, Any]:
+    """Where the time of one forward goes."""
+    seconds, syncs = stages_and_syncs(bench.model, run, bench.device)
+    work = bench.work(job.frames, ratio)
     stages = []
     for stage, taken in seconds.items():
         row: dict[str, Any] = {"stage": stage, "seconds": taken}
@@ -214,9 +210,9 @@ def make_details(bench: Bench, frames: int, ratio: float | None, run: Callable[[
         stages.append(row)
     return {
         "variant": "stock" if ratio is None else "pace",
-        "frames": frames,
+        "frames": job.frames,
         "keep_ratio": 1.0 if ratio is None else ratio,
         "stages": stages,
-        "host_syncs": None if ratio is None else host_syncs(run, bench.device),
-        "kernels": None if ratio is None else kernels(run, bench.device),
+        "host_syncs": syncs,
+        "kernels": kernels(run, bench.device) if job.kernels and ratio is not None else None,
     }

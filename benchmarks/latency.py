@@ -54,21 +54,21 @@ def main(argv: list[str] | None = None) -> int:
         "rows": [],
         "details": [],
         "skipped": [],
+        "break_even_frames": {},
+        "budget": [],
+        "largest_frames": None,  # measured on CUDA only
     }
 
     def save() -> None:  # after every size: an interrupted benchmark keeps what it has
+        if bench.device.type == "cuda":
+            report["largest_frames"] = largest_frames(report["rows"])
         if args.json:
             write_json(args.json, report)
         if args.plot:
             save_plots(report, args.plot)
 
-    print(" | ".join(f"{k} {v}" for k, v in report["environment"].items() if v))
-    jobs = plan(args)
-    parts = [(job, bench.estimate(job)) for job in jobs]
-    each = ", ".join(f"{job.frames} frames {seconds:.0f} s" for job, seconds in parts)
-    print(f"about {sum(seconds for _, seconds in parts):.0f} s in all, before what comes after: {each}")
-    with tqdm(total=len(jobs), unit="size", disable=None) as bar:
-        for job in jobs:
+    def work_off(jobs: list[Job]) -> None:
+        for job in tqdm(jobs, unit="size", disable=None):
             left = args.minutes * 60 - (time.monotonic() - start)
             if bench.estimate(job) > left:
                 report["skipped"].append({"frames": job.frames, "reason": f"--minutes {args.minutes:g}"})
@@ -78,17 +78,26 @@ def main(argv: list[str] | None = None) -> int:
                 report["rows"] += rows
                 report["details"] += details
             save()
-            bar.update()
-    report["largest_frames"] = largest_frames(report["rows"]) if bench.device.type == "cuda" else None
+
+    print(" | ".join(f"{k} {v}" for k, v in report["environment"].items() if v))
+    sizes, once = plan(args)
+    parts = [(job, bench.estimate(job)) for job in sizes + once]
+    each = ", ".join(f"{job.frames} frames {seconds:.0f} s" for job, seconds in parts)
+    print(
+        f"about {sum(seconds for _, seconds in parts):.0f} s: {each}; more for break-even, budget, other code"
+    )
+    work_off(sizes)
     report["break_even_frames"] = break_even(bench)
     save()
-    report["budget"] = [row for n in args.budget_frames for row in check_budget(bench, n, report["rows"])]
-    save()
+    for frames in args.budget_frames:
+        report["budget"] += check_budget(bench, frames, report["rows"])
+        save()
     for directory in args.compare:
         free(bench.device)  # the other process needs the memory that this one only keeps at hand
         for row in other_rows(args, directory):
             report["rows"].append(with_speedup(row, report["rows"]))
             save()
+    work_off(once)  # the longest last: if somebody ends it, all else is there
     print_report(report)
     return 0
 
@@ -106,10 +115,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--device", default="cpu")
     sizes: dict[str, Any] = {"type": several(int), "metavar": "N,N"}
-    parser.add_argument("--frames", **sizes, default=[8, 24], help="stock and accelerated, with all details")
+    parser.add_argument("--frames", **sizes, default=[8, 24], help="stock and accelerated")
     parser.add_argument("--pace-frames", **sizes, default=[], help="accelerated only")
     parser.add_argument(
-        "--once-frames", **sizes, default=[], help="accelerated only, one run without warm-up, no details"
+        "--once-frames",
+        **sizes,
+        default=[],
+        help="accelerated only, at the first keep ratio, one run without warm-up",
     )
     parser.add_argument(
         "--size", type=lambda text: tuple(int(n) for n in text.split("x")), default=(224, 224)
@@ -147,11 +159,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def plan(args: argparse.Namespace) -> list[Job]:
-    """The sizes to measure, in this order."""
-    jobs = [Job(n, True, args.repeats, True, True) for n in args.frames]
-    jobs += [Job(n, False, args.repeats, True, True) for n in args.pace_frames]
-    return jobs + [Job(n, False, 1, False, False) for n in args.once_frames]
+def plan(args: argparse.Namespace) -> tuple[list[Job], list[Job]]:
+    """The sizes to measure, and those that run once, in this order."""
+    ratios = tuple(sorted(args.keep_ratios, reverse=True))
+    sizes = [Job(n, (None, *ratios), args.repeats, stages=True, kernels=True) for n in args.frames]
+    sizes += [Job(n, ratios, args.repeats, stages=True) for n in args.pace_frames]
+    return sizes, [Job(n, (args.keep_ratios[0],), 1, warm_up=False) for n in args.once_frames]
 
 
 def largest_frames(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -191,7 +204,7 @@ def break_even(bench: Bench) -> dict[str, int | None]:
     """For each keep ratio the smallest number of frames tried at which the accelerated model is faster, or None."""
     found: dict[str, int | None] = dict.fromkeys((f"{ratio:g}" for ratio in bench.args.keep_ratios), None)
     for frames in BREAK_EVEN_CANDIDATES:
-        rows, _ = measure(bench, Job(frames, True, bench.args.repeats, True, False))
+        rows, _ = measure(bench, Job(frames, (None, *bench.args.keep_ratios), bench.args.repeats))
         for row in rows:
             name = f"{row['keep_ratio']:g}"
             if row["variant"] == "pace" and found[name] is None and (row["speedup"] or 0) > 1:

@@ -115,19 +115,22 @@ def watched(model: Any, watch: Stopwatch) -> Generator[None]:
         yield
 
 
-def stage_seconds(model: Any, run: Callable[[], Any], device: torch.device) -> dict[str, float]:
-    """Seconds of each stage of one forward; "other" is what belongs to none."""
+def stages_and_syncs(
+    model: Any, run: Callable[[], Any], device: torch.device
+) -> tuple[dict[str, float], int | None]:
+    """Seconds of each stage of one forward ("other" belongs to none), and what `host_syncs` counts in it."""
     watch = Stopwatch(device)
     with watched(model, watch), watch.region("other"):
-        run()
+        syncs = host_syncs(run, device)
     seconds = watch.seconds()
     seconds["other"] = seconds.pop("other")  # last
-    return seconds
+    return seconds, syncs
 
 
 def host_syncs(run: Callable[[], Any], device: torch.device) -> int | None:
-    """How often one forward makes the host wait for the device; None on the CPU, which has nothing to wait for."""
+    """How often `run` makes the host wait for the device; None on the CPU, which has nothing to wait for."""
     if device.type != "cuda":
+        run()
         return None
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(record=True) as caught:

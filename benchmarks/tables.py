@@ -51,7 +51,7 @@ def print_report(report: dict[str, Any]) -> None:
         print("largest number of frames for usual cards: not measured on the CPU")
     for line in report["largest_frames"] or []:
         how = "measured" if line["measured"] else "extrapolated"
-        variant = f"{line['variant']} keep {line['keep_ratio']:g}"
+        variant = line["variant"] + (f" keep {line['keep_ratio']:g}" if line["keep_ratio"] else "")
         print(f"largest N in {line['card_gib']} GB, {variant}: {line['frames']} ({how})")
     for ratio, frames in report["break_even_frames"].items():
         print(

@@ -133,7 +133,8 @@ def test_stages_of_a_model(accelerated):
     forwards = [module.__dict__.get("forward") for module in model.modules()]
     images = random_images(9)
     with torch.inference_mode():
-        seconds = stages.stage_seconds(model, lambda: model(images), torch.device("cpu"))
+        seconds, syncs = stages.stages_and_syncs(model, lambda: model(images), torch.device("cpu"))
+    assert syncs is None
     assert seconds.keys() == {*named, "other"} and min(seconds.values()) > 0
     assert [module.__dict__.get("forward") for module in model.modules()] == forwards
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

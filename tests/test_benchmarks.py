@@ -45,18 +45,8 @@ def test_latency(tmp_path, monkeypatch, capsys):
     assert latency.main(arguments) == 0
     report = json.loads(file.read_text())
     assert report["environment"]["torch"] == torch.__version__
-    settings = [
-        (1, None),
-        (1, 0.4),
-        (1, 0.2),
-        (3, None),
-        (3, 0.4),
-        (3, 0.2),
-        (4, 0.4),
-        (4, 0.2),
-        (5, 0.4),
-        (5, 0.2),
-    ]
+    ratios = (None, 0.4, 0.2)  # None is stock
+    settings = [(n, ratio) for n in (1, 3) for ratio in ratios] + [(4, 0.4), (4, 0.2), (5, 0.4)]
     assert [
         (r["frames"], r["keep_ratio"] if r["variant"] == "pace" else None) for r in report["rows"]
     ] == settings
@@ -77,7 +67,7 @@ def test_latency(tmp_path, monkeypatch, capsys):
 
     # Stages, for all but the size that runs once.
     assert [(d["frames"], d["variant"]) for d in report["details"]] == [
-        (n, "pace" if ratio else "stock") for n, ratio in settings[:-2]
+        (n, "pace" if ratio else "stock") for n, ratio in settings[:-1]
     ]
     names = [stage["stage"] for stage in report["details"][1]["stages"]]
     assert set(names) == {
@@ -186,7 +176,7 @@ VGGT.forward = picky
     assert "ValueError: not two frames" in capsys.readouterr().out
 
 
-def test_largest_clip_for_a_card(monkeypatch):
+def test_largest_clip_for_a_card(monkeypatch, capsys):
     monkeypatch.syspath_prepend(BENCHMARKS)
     latency = script("latency")
     rows = [
@@ -195,10 +185,21 @@ def test_largest_clip_for_a_card(monkeypatch):
     ]
     rows += [{"variant": "pace", "keep_ratio": 0.3, "frames": 9000, "peak_gib": None}]
     rows += [{"variant": "stock", "keep_ratio": 1.0, "frames": 100, "peak_gib": 9.0}]
-    found = {line["card_gib"]: (line["frames"], line["measured"]) for line in latency.largest_frames(rows)}
+    rows += [{"variant": "fork", "frames": n, "peak_gib": 10.0 + n, "keep_ratio": None} for n in (1, 2)]
+    lines = latency.largest_frames(rows)
+    found = {
+        line["card_gib"]: (line["frames"], line["measured"]) for line in lines if line["variant"] == "pace"
+    }
     expected = {12: 400, 16: 600, 24: 1000, 40: 1800, 80: 3800}  # (card - 1 - 3) / 0.02
     assert {card: frames for card, (frames, _) in found.items()} == pytest.approx(expected, abs=1)
     assert [found[card][1] for card in (12, 16, 40, 80)] == [True, True, False, False]
+    report = dict(
+        backbone="x", size="1x1", precision="p", repeats=1, rows=[], details=[], skipped=[], budget=[]
+    )
+    latency.print_report(report | {"largest_frames": lines, "break_even_frames": {"0.3": 4}})
+    out = capsys.readouterr().out
+    assert "largest N in 12 GB, pace keep 0.3: 400 (measured)" in out.replace("399", "400")
+    assert "largest N in 16 GB, fork: 5 (extrapolated)" in out and "stock" not in out
 
 
 def test_models_whose_times_would_mislead_are_refused(monkeypatch):

@@ -110,12 +110,12 @@ def test_a_memory_budget_is_measured_and_kept(model):
 
 def test_benchmark_watches_the_device(model, images, monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).resolve().parent.parent / "benchmarks")
-    from stages import host_syncs, kernels, stage_seconds
+    from stages import host_syncs, kernels, stages_and_syncs
 
     accelerate(model, 0.3, weights=None)
     device, mode = torch.device("cuda"), torch.cuda.get_sync_debug_mode()
     with torch.inference_mode():
-        seconds = stage_seconds(model, lambda: model(images), device)
+        seconds, _ = stages_and_syncs(model, lambda: model(images), device)
         assert {
             "DINO",
             "scores",
