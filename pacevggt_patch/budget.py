@@ -132,8 +132,9 @@ def fit_budget(
 ) -> BudgetPlan:
     """Find the largest keep ratio whose forward fits a time or memory budget on the model's device.
 
-    Runs the model a few dozen times on random images of that size, on at most half as many frames: that takes about as
-    long as a few forwards of the pruned model. The model is left as it was; apply the answer with
+    Runs the model on random images of that size: up to six settings, four times each, on at most half as many frames
+    (from 64 frames on). For a clip of hundreds of frames that takes as long as a few of its pruned forwards, for a
+    short one as long as a few dozen; the plan says how long. The model is left as it was; apply the answer with
     `accelerate(model, plan.keep_ratio)`.
 
     Args:
