@@ -1,72 +1,111 @@
 """Latency and memory of a VGGT, stock against accelerated: same inputs, interleaved runs.
 
     python benchmarks/latency.py --backbone mini --device cpu --frames 8,24 --size 224x224
-    python benchmarks/latency.py --backbone vggt-1b --device cuda --frames 100,300 --size 392x518 --precision autocast
+    python benchmarks/latency.py --backbone vggt-1b --device cuda --precision bfloat16 --size 392x518 \\
+        --frames 100,300 --pace-frames 1000 --once-frames 3000 --keep-ratios 0.3,0.15 --budget-frames 300 \\
+        --minutes 15 --json benchmarks/results/latency.json --plot benchmarks/results/latency.png
 
-vggt-1b without --checkpoint is the full shape with random weights: shapes alone decide the time, not the values.
-Needs a `vggt` on the path.
+Beside seconds and memory: the time of every stage and what part of it arithmetic alone would take (arithmetic.py),
+the longest GPU kernels, host syncs, the largest clip for usual cards, the smallest clip for which acceleration pays,
+how well `fit_budget` predicts, and with --compare another VGGT's own code. vggt-1b without --checkpoint is the full
+shape with random weights: shapes alone decide the time, not the values. Needs a `vggt` on the path.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import json
+import math
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
+from bench import Bench, Job, free, measure, with_speedup
+from models import PRECISIONS, SEED, other_rows
+from plots import save_plots
+from tables import print_report
 from tqdm import tqdm
 
-from pacevggt_patch import PaceError, accelerate, paused, summary
-from pacevggt_patch.demo import usable_device
-from pacevggt_patch.evaluation.timing import time_interleaved
-from pacevggt_patch.mini import build_mini
+from pacevggt_patch import PaceError
+from pacevggt_patch.budget import measure_costs
 from pacevggt_patch.report import environment, write_json
 
-SEED = 0
 BREAK_EVEN_CANDIDATES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-PRECISIONS = {
-    "float32": "float32 weights, no autocast",
-    "autocast": "float32 weights, aggregator under bfloat16 autocast, heads in float32 (stock forward)",
-    "bfloat16": "bfloat16 weights, heads called one by one under bfloat16 autocast",
-}
+CARDS_GIB = (12, 16, 24, 40, 80)
+RESERVE_GIB = 1.0  # of a card, for the CUDA context and the allocator's fragments
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    device = usable_device(args.device)
-    torch.manual_seed(SEED)
-    model = build(args.backbone, device, args.checkpoint)
-    if args.precision == "bfloat16":
-        model.to(torch.bfloat16)
-    accelerate(model, args.keep_ratio, args.merge_budget, weights=None)
-
+    start = time.monotonic()
+    bench = Bench(args)
     report: dict[str, Any] = {
-        "environment": environment(device),
+        "environment": environment(bench.device),
         "backbone": args.backbone
         + ("" if args.checkpoint or args.backbone == "mini" else " (random weights)"),
         "size": f"{args.size[0]}x{args.size[1]}",
         "precision": PRECISIONS[args.precision],
         "repeats": args.repeats,
         "seed": SEED,
+        "peak_flops_per_second": {name: bench.peaks[name] for name in ("float32", "bfloat16")},
+        "peak_bytes_per_second": bench.peaks["bytes"],
         "rows": [],
+        "details": [],
+        "skipped": [],
+        "break_even_frames": {},
+        "budget": [],
+        "largest_frames": None,  # measured on CUDA only
     }
+
+    def save() -> None:  # after every size: an interrupted benchmark keeps what it has
+        if bench.device.type == "cuda":
+            report["largest_frames"] = largest_frames(report["rows"])
+        if args.json:
+            write_json(args.json, report)
+        if args.plot:
+            save_plots(report, args.plot)
+
+    def work_off(jobs: list[Job]) -> None:
+        for job in tqdm(jobs, unit="size", disable=None):
+            left = args.minutes * 60 - (time.monotonic() - start)
+            if bench.estimate(job) > left:
+                report["skipped"].append({"frames": job.frames, "reason": f"--minutes {args.minutes:g}"})
+                tqdm.write(f"{job.frames} frames skipped: they would take longer than --minutes leaves")
+            else:
+                rows, details = measure(bench, job)
+                report["rows"] += rows
+                report["details"] += details
+            save()
+
     print(" | ".join(f"{k} {v}" for k, v in report["environment"].items() if v))
-    with tqdm(total=len(args.frames) * 2 * (args.repeats + 1), unit="run", disable=None) as bar:
-        for frames in args.frames:
-            report["rows"] += measure(model, frames, args, device, bar.update)
-            if args.json:  # after every size: an interrupted benchmark keeps what it has
-                write_json(args.json, report)
-    report["break_even_frames"] = break_even(model, args, device)
-    if args.json:
-        write_json(args.json, report)
-    print_table(report)
+    sizes, once = plan(args)
+    parts = [(job, bench.estimate(job)) for job in sizes + once]
+    each = ", ".join(f"{job.frames} frames {seconds:.0f} s" for job, seconds in parts)
+    print(
+        f"about {sum(seconds for _, seconds in parts):.0f} s: {each}; more for break-even, budget, other code"
+    )
+    work_off(sizes)
+    report["break_even_frames"] = break_even(bench)
+    save()
+    for frames in args.budget_frames:
+        report["budget"] += check_budget(bench, frames, report["rows"])
+        save()
+    for directory in args.compare:
+        free(bench.device)  # the other process needs the memory that this one only keeps at hand
+        for row in other_rows(args, directory):
+            report["rows"].append(with_speedup(row, report["rows"]))
+            save()
+    work_off(once)  # the longest last: if somebody ends it, all else is there
+    print_report(report)
     return 0
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    def several(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+        return lambda text: [kind(part) for part in text.split(",") if part]
+
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -75,131 +114,130 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--checkpoint", help="file or Hub id of VGGT-1B's weights (random weights if not given)"
     )
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--frames", type=lambda text: [int(n) for n in text.split(",")], default=[8, 24])
+    sizes: dict[str, Any] = {"type": several(int), "metavar": "N,N"}
+    parser.add_argument("--frames", **sizes, default=[8, 24], help="stock and accelerated")
+    parser.add_argument("--pace-frames", **sizes, default=[], help="accelerated only")
+    parser.add_argument(
+        "--once-frames",
+        **sizes,
+        default=[],
+        help="accelerated only, at the first keep ratio, one run without warm-up",
+    )
     parser.add_argument(
         "--size", type=lambda text: tuple(int(n) for n in text.split("x")), default=(224, 224)
     )
-    parser.add_argument("--keep-ratio", type=float, default=0.3)
+    parser.add_argument("--keep-ratios", type=several(float), default=[0.3], metavar="R,R")
     parser.add_argument("--merge-budget", type=float)
     parser.add_argument("--precision", choices=PRECISIONS, default="float32")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="sizes that would take longer are skipped, and say so"
+    )
+    parser.add_argument(
+        "--budget-frames",
+        **sizes,
+        default=[],
+        help="numbers of frames at which fit_budget's prediction is checked",
+    )
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="time the vggt package in this folder, too, in a process of its own",
+    )
+    parser.add_argument(
+        "--compare-arguments",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help="of that package's VGGT constructor",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="a PNG; needs matplotlib")
     return parser.parse_args(argv)
 
 
-def build(backbone: str, device: torch.device, checkpoint: str | None) -> Any:
-    """The model in float32, in eval mode."""
-    if backbone == "mini":
-        return build_mini().to(device)
-    from vggt.models.vggt import VGGT
-
-    if checkpoint and Path(checkpoint).is_file():
-        model = VGGT()
-        if checkpoint.endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            state = load_file(checkpoint)
-        else:
-            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        model.load_state_dict(state)
-    elif checkpoint:
-        model = VGGT.from_pretrained(checkpoint)
-    else:
-        with device:
-            model = VGGT()
-    model.track_head = None  # runs on query points only
-    return model.to(device).eval()
+def plan(args: argparse.Namespace) -> tuple[list[Job], list[Job]]:
+    """The sizes to measure, and those that run once, in this order."""
+    ratios = tuple(sorted(args.keep_ratios, reverse=True))
+    sizes = [Job(n, (None, *ratios), args.repeats, stages=True, kernels=True) for n in args.frames]
+    sizes += [Job(n, ratios, args.repeats, stages=True) for n in args.pace_frames]
+    return sizes, [Job(n, (args.keep_ratios[0],), 1, warm_up=False) for n in args.once_frames]
 
 
-def forward(model: Any, images: torch.Tensor, precision: str) -> Callable[[], None]:
-    """One full prediction of cameras, depth and points; outputs are dropped."""
-    kind = images.device.type
+def largest_frames(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The largest N for usual cards: peak memory = a + b N through the measured peaks of each variant.
 
-    def whole() -> None:
-        with torch.autocast(kind, torch.bfloat16) if precision == "autocast" else contextlib.nullcontext():
-            model(images)
-
-    def separate() -> None:
-        tokens, start = model.aggregator(images)
-        with torch.autocast(kind, torch.bfloat16):
-            for head in (model.depth_head, model.point_head):
-                if head is not None:
-                    head(tokens, images=images, patch_start_idx=start)
-            model.camera_head(tokens)
-
-    return separate if precision == "bfloat16" else whole
-
-
-def measure(
-    model: Any, frames: int, args: argparse.Namespace, device: torch.device, update: Callable[[], Any]
-) -> list[dict[str, Any]]:
-    """Rows of the stock and the accelerated model for one number of frames."""
-    dtype = torch.bfloat16 if args.precision == "bfloat16" else torch.float32
-    generator = torch.Generator(device).manual_seed(SEED)
-    images = torch.rand(1, frames, 3, *args.size, generator=generator, device=device).to(dtype)
-    run = forward(model, images, args.precision)
-
-    def stock() -> None:
-        with paused(model):
-            run()
-
-    rows, seconds = [], {}
-    with torch.inference_mode():
-        try:
-            timings = time_interleaved(
-                {"stock": stock, "pace": run}, args.repeats, device, keep_results=False, update=update
+    A variant that was measured at one N only has no line; a figure beyond the largest measured N is marked.
+    """
+    found = []
+    variants = dict.fromkeys((row["variant"], row.get("keep_ratio")) for row in rows)
+    for variant, ratio in variants:
+        points = {
+            row["frames"]: row["peak_gib"]
+            for row in rows
+            if (row["variant"], row.get("keep_ratio")) == (variant, ratio) and row.get("peak_gib")
+        }
+        if len(points) < 2:
+            continue
+        mean = sum(points) / len(points), sum(points.values()) / len(points)
+        slope = sum((n - mean[0]) * (gib - mean[1]) for n, gib in points.items())
+        slope /= sum((n - mean[0]) ** 2 for n in points)
+        start = mean[1] - slope * mean[0]
+        for card in CARDS_GIB:
+            frames = max(0, math.floor((card - RESERVE_GIB - start) / slope)) if slope > 0 else None
+            found.append(
+                {
+                    "variant": variant,
+                    "keep_ratio": ratio,
+                    "card_gib": card,
+                    "frames": frames,
+                    "measured": frames is not None and min(points) <= frames <= max(points),
+                }
             )
-        except torch.cuda.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            timings = time_interleaved({"pace": run}, args.repeats, device, keep_results=False, update=update)
-    for variant in ("stock", "pace"):
-        timing = timings.get(variant)
-        pace = variant == "pace"
-        if timing is not None:
-            seconds[variant] = timing.median
-        rows.append(
+    return found
+
+
+def break_even(bench: Bench) -> dict[str, int | None]:
+    """For each keep ratio the smallest number of frames tried at which the accelerated model is faster, or None."""
+    found: dict[str, int | None] = dict.fromkeys((f"{ratio:g}" for ratio in bench.args.keep_ratios), None)
+    for frames in BREAK_EVEN_CANDIDATES:
+        rows, _ = measure(bench, Job(frames, (None, *bench.args.keep_ratios), bench.args.repeats))
+        for row in rows:
+            name = f"{row['keep_ratio']:g}"
+            if row["variant"] == "pace" and found[name] is None and (row["speedup"] or 0) > 1:
+                found[name] = frames
+        if None not in found.values():
+            break
+    return found
+
+
+def check_budget(bench: Bench, frames: int, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What `fit_budget`'s calibration predicts for settings that were measured, beside the measurement."""
+    costs = measure_costs(
+        bench.model, frames, bench.args.size, run=bench.run, memory=bench.device.type == "cuda"
+    )
+    patches, checked = bench.grid[0] * bench.grid[1], []
+    for row in rows:
+        if row["variant"] != "pace" or row["frames"] != frames or row["seconds_median"] is None:
+            continue
+        kept = round(row["keep_ratio"] * patches)
+        seconds = costs.seconds(frames, kept)
+        checked.append(
             {
-                "variant": variant,
                 "frames": frames,
-                "keep_ratio": args.keep_ratio if pace else 1.0,
-                "merge_budget": summary(model).config.merge_share if pace else 0.0,
-                "seconds_median": timing and timing.median,
-                "seconds_min": timing and min(timing.seconds),
-                "seconds_max": timing and max(timing.seconds),
-                "peak_gib": timing and timing.peak_gib,
-                "speedup": seconds["stock"] / timing.median if timing and "stock" in seconds else None,
+                "keep_ratio": row["keep_ratio"],
+                "predicted_seconds": seconds,
+                "measured_seconds": row["seconds_median"],
+                "error": seconds / row["seconds_median"] - 1,
+                "predicted_gib": costs.memory_gib(frames, kept),
+                "measured_gib": row["peak_gib"],
+                "calibration_seconds": costs.calibration_seconds,
             }
         )
-    return rows
-
-
-def break_even(model: Any, args: argparse.Namespace, device: torch.device) -> int | None:
-    """The smallest number of frames tried at which the accelerated model is the faster one; None if at none."""
-    for frames in BREAK_EVEN_CANDIDATES:
-        rows = measure(model, frames, args, device, lambda: None)
-        if rows[1]["speedup"] is not None and rows[1]["speedup"] > 1:
-            return frames
-    return None
-
-
-def print_table(report: dict[str, Any]) -> None:
-    print(f"{report['backbone']}, {report['size']}, {report['precision']}, {report['repeats']} repeats")
-    columns = f"{'median s':>11s}{'min-max s':>18s}{'GiB':>7s}{'speed-up':>10s}"
-    print(f"{'frames':>7s} {'variant':8s}{'keep':>6s}{'merge':>7s}{columns}")
-    for row in report["rows"]:
-        if row["seconds_median"] is None:
-            print(f"{row['frames']:>7d} {row['variant']:8s}  out of memory")
-            continue
-        spread = f"{row['seconds_min']:.3f}-{row['seconds_max']:.3f}"
-        peak = "-" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"
-        speedup = "-" if row["speedup"] is None else f"{row['speedup']:.2f}x"
-        print(
-            f"{row['frames']:>7d} {row['variant']:8s}{row['keep_ratio']:>6g}{row['merge_budget']:>7.2g}"
-            f"{row['seconds_median']:>11.3f}{spread:>18s}{peak:>7s}{speedup:>10s}"
-        )
-    print(
-        f"break-even (smallest number of frames at which pace is faster): {report['break_even_frames'] or 'not found'}"
-    )
+    return checked
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,55 +23,195 @@ def script(name: str):
     return module
 
 
-def test_latency(tmp_path, capsys):
-    latency, file = script("latency"), tmp_path / "latency.json"
+SMALL = ["--size", "28x42", "--repeats", "2", "--merge-budget", "0.1"]
+
+
+def test_latency(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    latency, file, picture = script("latency"), tmp_path / "latency.json", tmp_path / "latency.png"
     latency.BREAK_EVEN_CANDIDATES = (1,)
     arguments = [
         "--frames",
         "1,3",
-        "--size",
-        "28x42",
-        "--repeats",
-        "2",
-        "--keep-ratio",
-        "0.4",
-        "--merge-budget",
-        "0.1",
+        "--pace-frames",
+        "4",
+        "--once-frames",
+        "5",
+        "--keep-ratios",
+        "0.4,0.2",
+        *SMALL,
     ]
-    assert latency.main([*arguments, "--json", str(file)]) == 0
+    arguments += ["--budget-frames", "3", "--plot", str(picture), "--json", str(file)]
+    assert latency.main(arguments) == 0
     report = json.loads(file.read_text())
     assert report["environment"]["torch"] == torch.__version__
-    assert [(r["variant"], r["frames"]) for r in report["rows"]] == [
-        ("stock", 1), ("pace", 1), ("stock", 3), ("pace", 3),
-    ]  # fmt: skip
+    ratios = (None, 0.4, 0.2)  # None is stock
+    settings = [(n, ratio) for n in (1, 3) for ratio in ratios] + [(4, 0.4), (4, 0.2), (5, 0.4)]
+    assert [
+        (r["frames"], r["keep_ratio"] if r["variant"] == "pace" else None) for r in report["rows"]
+    ] == settings
     assert report["rows"][0].keys() == {
-        "variant", "frames", "keep_ratio", "merge_budget", "seconds_median", "seconds_min", "seconds_max", "peak_gib",
-        "speedup",
+        "variant", "frames", "keep_ratio", "merge_budget", "runs", "seconds_median", "seconds_min", "seconds_max",
+        "peak_gib", "speedup", "tflop", "tflop_per_second", "floor_seconds", "floor_share",
     }  # fmt: skip
-    pace = report["rows"][3]
-    assert (pace["keep_ratio"], pace["merge_budget"], pace["peak_gib"]) == (0.4, 0.1, None)
+    stock, pace, less = report["rows"][3:6]
+    assert (pace["keep_ratio"], pace["merge_budget"], pace["peak_gib"], pace["runs"]) == (0.4, 0.1, None, 2)
     assert pace["seconds_min"] <= pace["seconds_median"] <= pace["seconds_max"]
-    assert pace["speedup"] == pytest.approx(report["rows"][2]["seconds_median"] / pace["seconds_median"])
-    assert report["break_even_frames"] in (1, None)
-    assert "speed-up" in capsys.readouterr().out
+    assert pace["speedup"] == pytest.approx(stock["seconds_median"] / pace["seconds_median"])
+    assert stock["tflop"] > pace["tflop"] > less["tflop"] > 0
+    assert pace["tflop_per_second"] == pytest.approx(pace["tflop"] / pace["seconds_median"])
+    assert pace["floor_share"] == pytest.approx(pace["floor_seconds"] / pace["seconds_median"])
+    alone, once = report["rows"][6], report["rows"][8]
+    assert alone["speedup"] is once["speedup"] is None and once["runs"] == 1
+    assert once["seconds_min"] == once["seconds_max"]
+
+    # Stages, for all but the size that runs once.
+    assert [(d["frames"], d["variant"]) for d in report["details"]] == [
+        (n, "pace" if ratio else "stock") for n, ratio in settings[:-1]
+    ]
+    names = [stage["stage"] for stage in report["details"][1]["stages"]]
+    assert set(names) == {
+        "DINO", "scores", "keep and merge", "frame blocks", "global blocks", "restoration", "camera_head",
+        "depth_head", "point_head", "other",
+    }  # fmt: skip
+    stage = report["details"][1]["stages"][0]
+    assert stage["seconds"] > 0 and stage["floor_share"] == pytest.approx(
+        stage["floor_seconds"] / stage["seconds"]
+    )
+    assert (
+        report["details"][1]["kernels"] is report["details"][1]["host_syncs"] is None
+    )  # the CPU has neither
+
+    assert report["largest_frames"] is None and report["skipped"] == []
+    assert report["break_even_frames"].keys() == {"0.4", "0.2"}
+    assert set(report["break_even_frames"].values()) <= {1, None}
+    checked = report["budget"]
+    assert [(row["frames"], row["keep_ratio"]) for row in checked] == [(3, 0.4), (3, 0.2)]
+    assert checked[0]["measured_seconds"] == pace["seconds_median"]
+    assert checked[0]["error"] == pytest.approx(checked[0]["predicted_seconds"] / pace["seconds_median"] - 1)
+    out = capsys.readouterr().out
+    assert (
+        "about" in out and "speed-up" in out and "not measured on the CPU" in out and "fit_budget, 3" in out
+    )
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_latency_where_stock_runs_out_of_memory(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
     latency = script("latency")
     latency.BREAK_EVEN_CANDIDATES = ()
-    real = latency.time_interleaved
+    import bench
+
+    real = bench.time_interleaved
 
     def scarce(runs, *args, **kwargs):
-        if "stock" in runs:
+        if "None" in runs:
             raise torch.cuda.OutOfMemoryError
         return real(runs, *args, **kwargs)
 
-    monkeypatch.setattr(latency, "time_interleaved", scarce)
+    monkeypatch.setattr(bench, "time_interleaved", scarce)
     file = tmp_path / "latency.json"
     assert latency.main(["--frames", "2", "--size", "28x28", "--repeats", "1", "--json", str(file)]) == 0
     stock, pace = json.loads(file.read_text())["rows"]
     assert stock["seconds_median"] is stock["speedup"] is pace["speedup"] is None
     assert pace["seconds_median"] > 0
+
+
+def test_latency_keeps_to_its_minutes_and_keeps_what_it_has(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    latency, file = script("latency"), tmp_path / "latency.json"
+    latency.BREAK_EVEN_CANDIDATES = ()
+    assert latency.main([*SMALL, "--frames", "1", "--minutes", "0", "--json", str(file)]) == 0
+    report = json.loads(file.read_text())
+    assert (report["rows"], report["skipped"]) == ([], [{"frames": 1, "reason": "--minutes 0"}])
+    assert "1 frames: skipped, --minutes 0" in capsys.readouterr().out
+
+    def interrupted(bench, job):
+        if job.frames == 2:
+            raise KeyboardInterrupt
+        return real(bench, job)
+
+    real = latency.measure
+    monkeypatch.setattr(latency, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        latency.main([*SMALL, "--frames", "1,2", "--json", str(file)])
+    assert [row["frames"] for row in json.loads(file.read_text())["rows"]] == [1, 1]
+
+
+def test_latency_beside_another_code(tmp_path, monkeypatch, capsys):
+    from hosts import fork_of_vggt
+
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    fork_of_vggt(tmp_path / "fork", "vggt")
+    code = tmp_path / "fork" / "vggt" / "models" / "vggt.py"
+    picky = """
+print("{not a row}")
+stock = VGGT.forward
+def picky(self, images):
+    if images.shape[1] == 2:
+        raise ValueError("not two frames")
+    return stock(self, images)
+VGGT.forward = picky
+"""
+    code.write_text(code.read_text() + picky)
+    (tmp_path / "half" / "vggt" / "models").mkdir(parents=True)  # must not be joined with the installed one
+    latency, file = script("latency"), tmp_path / "latency.json"
+    latency.BREAK_EVEN_CANDIDATES = ()
+    folders = [tmp_path / "fork", tmp_path / "half", tmp_path / "none"]
+    compare = [argument for folder in folders for argument in ("--compare", str(folder))]
+    assert latency.main([*SMALL, "--frames", "1,2", *compare, "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    (stock,) = (row for row in rows if (row["variant"], row["frames"]) == ("stock", 1))
+    (other,) = (row for row in rows if (row["variant"], row["frames"]) == ("fork", 1))
+    assert other["seconds_min"] <= other["seconds_median"] <= other["seconds_max"]
+    assert other["speedup"] == pytest.approx(stock["seconds_median"] / other["seconds_median"])
+    failed = [row for row in rows if "error" in row]
+    assert [(row["variant"], row["frames"]) for row in failed] == [
+        ("fork", 2), ("half", 1), ("half", 2), ("none", 1), ("none", 2),
+    ]  # fmt: skip
+    assert failed[0]["error"] == "ValueError: not two frames"
+    assert "No module named 'vggt." in failed[1]["error"]
+    assert "has no folder vggt/models: pass the folder that holds the vggt package" in failed[3]["error"]
+    assert "ValueError: not two frames" in capsys.readouterr().out
+
+
+def test_largest_clip_for_a_card(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    latency = script("latency")
+    rows = [
+        {"variant": "pace", "keep_ratio": 0.3, "frames": n, "peak_gib": 3 + 0.02 * n}
+        for n in (100, 300, 1000)
+    ]
+    rows += [{"variant": "pace", "keep_ratio": 0.3, "frames": 9000, "peak_gib": None}]
+    rows += [{"variant": "stock", "keep_ratio": 1.0, "frames": 100, "peak_gib": 9.0}]
+    rows += [{"variant": "fork", "frames": n, "peak_gib": 10.0 + n, "keep_ratio": None} for n in (1, 2)]
+    lines = latency.largest_frames(rows)
+    found = {
+        line["card_gib"]: (line["frames"], line["measured"]) for line in lines if line["variant"] == "pace"
+    }
+    expected = {12: 400, 16: 600, 24: 1000, 40: 1800, 80: 3800}  # (card - 1 - 3) / 0.02
+    assert {card: frames for card, (frames, _) in found.items()} == pytest.approx(expected, abs=1)
+    assert [found[card][1] for card in (12, 16, 40, 80)] == [True, True, False, False]
+    report = dict(
+        backbone="x", size="1x1", precision="p", repeats=1, rows=[], details=[], skipped=[], budget=[]
+    )
+    latency.print_report(report | {"largest_frames": lines, "break_even_frames": {"0.3": 4}})
+    out = capsys.readouterr().out
+    assert "largest N in 12 GB, pace keep 0.3: 400 (measured)" in out.replace("399", "400")
+    assert "largest N in 16 GB, fork: 5 (extrapolated)" in out and "stock" not in out
+
+
+def test_models_whose_times_would_mislead_are_refused(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import models
+
+    model, cpu = build_mini(), torch.device("cpu")
+    models.check_values(model, (28, 28), "float32", cpu)
+    with torch.no_grad():
+        model.aggregator.global_blocks[-1].mlp.fc2.bias.fill_(float("nan"))
+    with pytest.raises(PaceError, match="hold NaN or are all alike"):
+        models.check_values(model, (28, 28), "float32", cpu)
 
 
 def test_quality_on_rooms(tmp_path, capsys):

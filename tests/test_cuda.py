@@ -1,10 +1,13 @@
 """What only a GPU can show: no host syncs, graphs, mixed devices. Skipped without CUDA."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hosts import random_images, tiny_vggt
 
-from pacevggt_patch import PaceError, PaceWeights, accelerate, remove, summary
+from pacevggt_patch import PaceError, PaceWeights, accelerate, fit_budget, is_accelerated, remove, summary
+from pacevggt_patch.budget import measure_costs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -88,6 +91,45 @@ def test_summary_times_the_device(model, images):
     accelerate(model, 0.3, weights=None)
     stages = summary(model, images).stages
     assert stages and all(stage.seconds is not None and stage.seconds > 0 for stage in stages)
+
+
+def test_a_memory_budget_is_measured_and_kept(model):
+    plan = fit_budget(model, 40, (112, 112), memory_gib=1)
+    assert plan.keep_ratio == 1 and 0 < plan.memory_gib < 1
+    assert not is_accelerated(model)
+    with pytest.raises(PaceError, match=r"memory_gib=0\.001 \(the smallest possible is about"):
+        fit_budget(model, 40, (112, 112), memory_gib=0.001)
+    accelerate(model, 0.3, weights=None)
+    costs = measure_costs(model, 40, (112, 112), memory=True)
+    with torch.inference_mode():
+        images = torch.rand(1, 40, 3, 112, 112, device="cuda")
+        torch.cuda.reset_peak_memory_stats()
+        model(images)
+    assert costs.memory_gib(40, 19) == pytest.approx(torch.cuda.max_memory_allocated() / 2**30, rel=0.15)
+
+
+def test_benchmark_watches_the_device(model, images, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parent.parent / "benchmarks")
+    from stages import host_syncs, kernels, stages_and_syncs
+
+    accelerate(model, 0.3, weights=None)
+    device, mode = torch.device("cuda"), torch.cuda.get_sync_debug_mode()
+    with torch.inference_mode():
+        seconds, _ = stages_and_syncs(model, lambda: model(images), device)
+        assert {
+            "DINO",
+            "scores",
+            "frame blocks",
+            "global blocks",
+            "restoration",
+            "depth_head",
+        } <= seconds.keys()
+        assert min(seconds.values()) >= 0
+        assert host_syncs(lambda: model.aggregator(images), device) == 0
+        assert host_syncs(lambda: images.sum().item(), device) == 1
+        assert torch.cuda.get_sync_debug_mode() == mode
+        rows = kernels(lambda: model(images), device)
+    assert 0 < sum(row["share"] for row in rows) <= 1 + 1e-6 and all(row["calls"] > 0 for row in rows)
 
 
 def test_training_runs_on_the_device(tmp_path):

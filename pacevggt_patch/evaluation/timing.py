@@ -37,20 +37,22 @@ def time_interleaved(
     device: torch.device | str,
     *,
     keep_results: bool = True,
+    warm_up: bool = True,
     update: Callable[[], Any] = lambda: None,
 ) -> dict[str, Timing]:
     """Time functions in turn, A B A B ..., so that a drift of the machine's speed hits all of them.
 
     Args:
-        runs: name -> function. Each is run once more, first, to warm up; that run is not counted.
+        runs: name -> function.
         repeats: counted runs of each.
         device: where the functions work.
         keep_results: keep what the last run returned (which takes memory during the others).
+        warm_up: run each once more, first; that run is not counted.
         update: called after every run, for a progress bar.
     """
     device = torch.device(device)
     timings = {name: Timing() for name in runs}
-    for repeat in range(repeats + 1):
+    for repeat in range(0 if warm_up else 1, repeats + 1):
         for name, run in runs.items():
             timing = timings[name]
             if device.type == "cuda":

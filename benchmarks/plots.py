@@ -1,0 +1,77 @@
+"""Pictures of what latency.py measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pacevggt_patch.report import whole_file
+
+
+def save_plots(report: dict[str, Any], path: Path) -> None:
+    """Seconds over the number of frames, stages as bars, and peak memory where it was measured, in one PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels: list[Callable[[Any, dict[str, Any]], None]] = [draw_seconds]
+    panels += [draw_stages] if report["details"] else []
+    panels += [draw_memory] if any(row.get("peak_gib") for row in report["rows"]) else []
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(5.5 * len(panels), 4.5), layout="constrained", squeeze=False
+    )
+    for axis, draw in zip(axes[0], panels, strict=True):
+        draw(axis, report)
+    figure.suptitle(f"{report['backbone']}, {report['size']}, {report['environment']['device']}", fontsize=10)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+    pyplot.close(figure)
+
+
+def label(row: dict[str, Any]) -> str:
+    """What a line of the picture stands for."""
+    return f"keep {row['keep_ratio']:g}" if row["variant"] == "pace" else row["variant"]
+
+
+def draw_lines(axis: Any, report: dict[str, Any], key: str) -> None:
+    """A line for each variant and keep ratio over the number of frames; sizes that failed are left out."""
+    names = list(dict.fromkeys(label(row) for row in report["rows"]))
+    for name in names:
+        rows = [row for row in report["rows"] if label(row) == name and row.get(key) is not None]
+        rows.sort(key=lambda row: row["frames"])
+        axis.plot([row["frames"] for row in rows], [row[key] for row in rows], "o-", label=name)
+    axis.set_xlabel("frames")
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(fontsize=8)
+
+
+def draw_seconds(axis: Any, report: dict[str, Any]) -> None:
+    draw_lines(axis, report, "seconds_median")
+    axis.set(title="seconds, median", xscale="log", yscale="log")
+
+
+def draw_memory(axis: Any, report: dict[str, Any]) -> None:
+    draw_lines(axis, report, "peak_gib")
+    axis.set(title="peak GPU memory, GiB", ylim=(0, None))
+
+
+def draw_stages(axis: Any, report: dict[str, Any]) -> None:
+    """One bar for each profiled setting, as shares of its time."""
+    settings = report["details"]
+    names = list(dict.fromkeys(stage["stage"] for detail in settings for stage in detail["stages"]))
+    left = [0.0] * len(settings)
+    places = range(len(settings))
+    for name in names:
+        widths = []
+        for detail in settings:
+            total = sum(stage["seconds"] for stage in detail["stages"])
+            own = sum(stage["seconds"] for stage in detail["stages"] if stage["stage"] == name)
+            widths.append(100 * own / total)
+        axis.barh(places, widths, left=left, label=name.replace("_", " "))
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    axis.set_yticks(places, [f"{label(detail)}, N={detail['frames']}" for detail in settings], fontsize=8)
+    axis.invert_yaxis()
+    axis.set(title="stages, percent of a forward")
+    axis.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.08))

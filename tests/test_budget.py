@@ -1,0 +1,246 @@
+"""The budget solver: right on toys whose cost is known, and a guest in the user's model."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hosts import assert_equal, random_images, tiny_vggt
+
+import pacevggt_patch
+from pacevggt_patch import (
+    PaceConfig,
+    PaceError,
+    accelerate,
+    budget,
+    fit_budget,
+    is_accelerated,
+    paused,
+    summary,
+)
+from pacevggt_patch.budget import CostModel, Point, measure_costs, non_negative_least_squares
+
+SIZE = (14 * 28, 14 * 37)
+PATCHES, SPECIAL = 28 * 37, 5
+
+
+def large_gpu(frames, kept):
+    """Seconds about those of a large GPU, with what the cost model does not know: chunks, launches, slow short runs."""
+    tokens = frames * (SPECIAL + kept)
+    dino = 1.8e-3 * (frames + 4 * math.ceil(frames / 64)) + 3e-3 * frames
+    launches = 2.5e-5 * kept * math.ceil(frames / 250)
+    attention = 2.4e-10 * tokens**2 * (1 + 1500 / (tokens + 3000))
+    inside = 5e-10 * frames * (SPECIAL + kept) ** 2
+    return 0.02 + dino + launches + 4e-6 * tokens + attention + inside
+
+
+def small_cpu(frames, kept):
+    tokens = frames * (SPECIAL + kept)
+    return 0.005 + 0.04 * frames + 2e-5 * tokens + 3e-9 * (tokens**2 + tokens * (SPECIAL + kept))
+
+
+class Toy:
+    """Stands in for the calls of a model: every call moves the clock by what the toy says it costs."""
+
+    def __init__(self, model, cost, monkeypatch, noise=0.0):
+        self.model, self.cost, self.noise, self.now, self.calls = model, cost, noise, 0.0, []
+        monkeypatch.setattr(budget, "device_time", lambda: self.now)
+
+    def __call__(self, images):
+        kept = summary(self.model).config.kept_tokens(PATCHES)
+        self.calls.append((images.shape[1], kept))
+        wobble = 1 + self.noise * (-1) ** len(self.calls)
+        self.now += wobble * self.cost(images.shape[1], kept)
+
+
+@pytest.fixture
+def small_images(monkeypatch):
+    """Calibration images without their pixels, which the toys do not look at."""
+    rand = torch.rand
+    monkeypatch.setattr(torch, "rand", lambda *shape, **kwargs: rand(1, **kwargs).expand(shape))
+
+
+@pytest.mark.parametrize("cost", [large_gpu, small_cpu])
+@pytest.mark.parametrize("frames", [1, 2, 10, 48, 100, 300, 1000, 3000])
+@pytest.mark.parametrize("noise", [0.0, 0.02])
+def test_predictions_are_right_within_15_percent(monkeypatch, small_images, cost, frames, noise):
+    model = tiny_vggt()
+    toy = Toy(model, cost, monkeypatch, noise)
+    costs = measure_costs(model, frames, SIZE, run=toy)
+    for ratio in (0.05, 0.1, 0.15, 0.3, 0.5, 0.9):
+        kept = round(ratio * PATCHES)
+        assert costs.seconds(frames, kept) == pytest.approx(cost(frames, kept), rel=0.15)
+    # And calibration is short: a few forwards of the pruned clip, and some of a few frames.
+    assert toy.now < 5 * cost(frames, round(0.3 * PATCHES)) + 10 * cost(16, PATCHES)
+    assert max(n for n, _ in toy.calls) <= max(32, math.ceil(frames / 2))
+
+
+@pytest.mark.parametrize("frames,seconds", [(300, 5.0), (300, 2.5), (1000, 24.0), (20, 0.3)])
+def test_the_keep_ratio_is_the_largest_that_fits(monkeypatch, small_images, frames, seconds):
+    model = tiny_vggt()
+    plan = fit_budget(model, frames, SIZE, seconds=seconds, run=Toy(model, large_gpu, monkeypatch))
+    kept = PaceConfig(plan.keep_ratio).kept_tokens(PATCHES)
+    assert plan.keep_ratio == kept / PATCHES
+    assert plan.seconds <= seconds
+    assert large_gpu(frames, kept) == pytest.approx(seconds, rel=0.15)
+    assert (plan.frames, plan.size, plan.memory_gib) == (frames, SIZE, None)
+    assert plan.calibration_seconds > 0
+
+
+def test_everything_fits(monkeypatch, small_images):
+    model = tiny_vggt()
+    assert fit_budget(model, 4, SIZE, seconds=1e6, run=Toy(model, large_gpu, monkeypatch)).keep_ratio == 1
+    accelerate(model, 0.2, 0.4, weights=None)  # the merge budget stays, and leaves 0.6 to keep
+    plan = fit_budget(model, 4, SIZE, seconds=1e6, run=Toy(model, large_gpu, monkeypatch))
+    assert plan.keep_ratio == math.floor(0.6 * PATCHES) / PATCHES
+    accelerate(model, plan.keep_ratio, 0.4, weights=None)
+
+
+def test_nothing_fits(monkeypatch, small_images):
+    model = tiny_vggt()
+    toy = Toy(model, large_gpu, monkeypatch)
+    least = measure_costs(model, 300, SIZE, run=toy).seconds(300, 1)
+    with pytest.raises(PaceError) as error:
+        fit_budget(model, 300, SIZE, seconds=0.5, run=toy)
+    assert str(error.value) == (
+        f"no keep ratio fits seconds=0.5 (the smallest possible is about {least:.3g}) for 300 frames of 392x518: "
+        "use fewer or smaller frames"
+    )
+    assert not is_accelerated(model)
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (dict(), "give a budget: seconds, memory_gib, or both"),
+        (dict(seconds=0), "seconds must be positive, got 0"),
+        (dict(seconds=math.nan), "seconds must be positive, got nan"),
+        (dict(seconds=1, memory_gib=-2), "memory_gib must be positive, got -2"),
+        (
+            dict(memory_gib=8),
+            "memory_gib needs a CUDA device, where PyTorch counts what it allocates; the model is on",
+        ),
+        (dict(seconds=1, frames=0), "frames must be at least 1, got 0"),
+        (dict(seconds=1, size=(56, 60)), "height and width must be multiples of 14, got 56x60"),
+        (dict(seconds=1, size=(0, 56)), "height and width must be multiples of 14, got 0x56"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    model = tiny_vggt()
+    with pytest.raises(PaceError) as error:
+        fit_budget(model, **{"frames": 2, "size": (28, 28), **arguments})
+    assert str(error.value).startswith(message)
+    assert not is_accelerated(model)
+
+
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_the_model_is_left_as_it_was(accelerated):
+    model, images = tiny_vggt(), random_images(3)
+    model.depth_head.train()  # flags need not agree
+    if accelerated:
+        accelerate(model, 0.3, 0.2, weights=None, check_finite=False)
+    flags = [module.training for module in model.modules()]
+    called = []
+    model.register_forward_hook(lambda *_: called.append(1))
+    with torch.no_grad():
+        before = model(images)
+    random = torch.get_rng_state()
+    plan = fit_budget(model, 3, (28, 42), seconds=1e6)
+    assert plan.keep_ratio == (1 - 0.2 * accelerated if not accelerated else 4 / 6)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert [module.training for module in model.modules()] == flags
+    assert is_accelerated(model) == accelerated
+    with torch.no_grad():
+        assert_equal(model(images), before)
+    if accelerated:
+        assert summary(model).config == PaceConfig(0.3, 0.2, False)
+        with paused(model):
+            fit_budget(model, 3, (28, 42), seconds=1e6)
+            assert summary(model).paused
+    assert len(called) > 2  # hooks are still there
+
+
+def test_the_model_is_left_as_it_was_when_a_run_fails():
+    model = accelerate(tiny_vggt().train(), 0.3, weights=None)
+
+    def fail(_):
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        fit_budget(model, 3, (28, 42), seconds=1, run=fail)
+    assert model.training and summary(model).config == PaceConfig(0.3)
+    assert not summary(model).stages
+
+
+def test_memory_is_that_of_the_largest_stage():
+    stages = {
+        "DINO": lambda n, length: 3 + 0.010 * n,
+        "alternating attention": lambda n, length: 2.5 + 0.006 * n + 3e-5 * n * length,
+        "depth_head": lambda n, length: 4 + 0.004 * n + 1e-5 * n * length,
+    }
+    points = [
+        Point(n, kept, 1.0, {name: room(n, SPECIAL + kept) for name, room in stages.items()})
+        for n, kept in [(62, 932), (38, 932), (75, 311), (38, 311), (150, 104), (38, 104)]
+    ]
+    costs = CostModel.fit(points, SPECIAL)
+    for n, kept in itertools.product((10, 300, 1000), (1, 155, 311, 1036)):
+        expected = max(room(n, SPECIAL + kept) for room in stages.values())
+        assert costs.memory_gib(n, kept) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_memory_budget(monkeypatch):
+    """On a machine without CUDA the solver is asked with measured costs put in its place."""
+    model = tiny_vggt()
+    points = [
+        Point(n, kept, 0.1 * n, {"alternating attention": 2 + 1e-4 * n * (SPECIAL + kept), "DINO": 2.5})
+        for n, kept in [(8, 900), (4, 300), (8, 300), (8, 100)]
+    ]
+    costs = CostModel.fit(points, SPECIAL)
+    monkeypatch.setattr(budget, "measure_costs", lambda *args, **kwargs: costs)
+    monkeypatch.setattr(budget.backbone, "find_host", on_cuda(budget.backbone.find_host))
+    plan = fit_budget(model, 100, SIZE, memory_gib=8)
+    assert plan.memory_gib == pytest.approx(8, rel=0.01) and plan.memory_gib <= 8
+    assert plan.keep_ratio * PATCHES == pytest.approx(6 / 1e-4 / 100 - SPECIAL, abs=1)
+    # The tighter of two budgets counts.
+    assert fit_budget(model, 100, SIZE, memory_gib=8, seconds=100).keep_ratio == plan.keep_ratio
+    with pytest.raises(
+        PaceError, match=r"seconds=1 \(the .* 10\) and memory_gib=2 \(the smallest possible is about 2\.5\)"
+    ):
+        fit_budget(model, 100, SIZE, memory_gib=2, seconds=1)
+
+
+def on_cuda(find_host):
+    """The host, whose camera token says that it is on a GPU."""
+    from types import SimpleNamespace
+
+    def found(model):
+        aggregator = find_host(model).aggregator
+        token = SimpleNamespace(device=torch.device("cuda"))
+        return SimpleNamespace(
+            aggregator=SimpleNamespace(camera_token=token, patch_size=aggregator.patch_size)
+        )
+
+    return found
+
+
+def test_non_negative_least_squares():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        rows = torch.rand(6, 4, generator=generator, dtype=torch.float64)
+        exact = torch.tensor([0.5, 0.0, 2.0, 0.0], dtype=torch.float64)
+        found = non_negative_least_squares(rows.tolist(), (rows @ exact).tolist())
+        assert found == pytest.approx(exact.tolist(), abs=1e-7)
+        # Against projected gradient descent where the target has a part that no x >= 0 gives.
+        target = torch.randn(6, generator=generator, dtype=torch.float64)
+        x = torch.zeros(4, dtype=torch.float64)
+        step = 1 / torch.linalg.matrix_norm(rows, 2) ** 2
+        for _ in range(20000):
+            x = (x - step * (rows.T @ (rows @ x - target))).clamp(min=0)
+        assert non_negative_least_squares(rows.tolist(), target.tolist()) == pytest.approx(
+            x.tolist(), abs=1e-5
+        )
+    assert non_negative_least_squares([[1.0, 2.0], [1.0, 2.0]], [-1.0, -1.0]) == (0.0, 0.0)
+
+
+def test_it_is_exported():
+    assert {"BudgetPlan", "fit_budget"} <= set(pacevggt_patch.__all__)
