@@ -296,3 +296,13 @@ def test_pace_quality(tmp_path, monkeypatch, capsys):
     assert refined["absrel_loss_share"] == pytest.approx(share)
     assert picture.stat().st_size > 5000
     assert "refined" in capsys.readouterr().out
+
+
+def test_the_tables_of_the_documentation_are_those_of_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    tables = script("write_tables")
+    for path, (name, table) in tables.TABLES.items():
+        text = path.read_text()
+        assert tables.filled(text, name, table()) == text, f"{path}: run benchmarks/write_tables.py"
+        with pytest.raises(PaceError, match=f"^there must be one <!-- {name} --> and one <!-- /{name} -->$"):
+            tables.filled(text.replace(f"<!-- /{name} -->", ""), name, table())
