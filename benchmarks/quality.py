@@ -37,7 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     with tqdm(total=len(ratios) * len(clips), unit="clip", disable=None) as bar:
         for ratio in ratios:
             budget = args.merge_budget if args.merge_budget is None else min(args.merge_budget, 1 - ratio)
-            accelerate(model, ratio, budget, weights=weights, global_keys=args.global_keys if ratio < 1 else 1.0)
+            accelerate(
+                model, ratio, budget, weights=weights, global_keys=args.global_keys if ratio < 1 else 1.0
+            )
             results = []
             for clip in clips:
                 with torch.inference_mode():
