@@ -54,7 +54,7 @@ class Bench:
         self.device = usable_device(args.device)
         self.model = build(args.backbone, self.device, args.checkpoint, args.precision)
         check_values(self.model, args.size, args.precision, self.device)
-        accelerate(self.model, args.keep_ratios[0], args.merge_budget, weights=None)
+        accelerate(self.model, args.keep_ratios[0], args.merge_budget, weights=None, min_frames=1)
         narrow = {"float32": 4, "autocast": 2, "bfloat16": 2}[args.precision]
         self.dims = Dimensions.of(self.model, narrow, 2 if args.precision == "bfloat16" else 4)
         self.grid = (args.size[0] // self.dims.patch, args.size[1] // self.dims.patch)

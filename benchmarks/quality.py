@@ -37,7 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     with tqdm(total=len(ratios) * len(clips), unit="clip", disable=None) as bar:
         for ratio in ratios:
             budget = args.merge_budget if args.merge_budget is None else min(args.merge_budget, 1 - ratio)
-            accelerate(model, ratio, budget, weights=weights)
+            accelerate(
+                model, ratio, budget, weights=weights, global_keys=args.global_keys if ratio < 1 else 1.0
+            )
             results = []
             for clip in clips:
                 with torch.inference_mode():
@@ -59,6 +61,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--merge-budget", type=float, help="at most 1 - keep ratio is used")
     parser.add_argument(
         "--weights", default="none", help='"auto", "none" (training-free), a file, or a Hub id'
+    )
+    parser.add_argument(
+        "--global-keys", type=float, default=1.0, help="share of the kept tokens that global attention sees"
     )
     return parse(parser, argv)
 
@@ -121,6 +126,7 @@ def make_row(args: argparse.Namespace, model, results: list[dict[str, float | No
         "weights": settings.weights,
         "keep_ratio": settings.config.keep_ratio,
         "merge_budget": settings.config.merge_share,
+        "global_keys": settings.config.global_keys,
     }
     for key in METRICS:
         known = known_values(results, key)

@@ -92,7 +92,7 @@ def watched(model: Any, watch: Stopwatch) -> Generator[None]:
     modules += [(block, "frame blocks") for block in model.aggregator.frame_blocks]
     modules += [(block, "global blocks") for block in model.aggregator.global_blocks]
     modules += [(getattr(model, name), name) for name in HEADS if getattr(model, name, None) is not None]
-    named, frames = StageTimer.stage, RestoredTokens.frames
+    named, patches = StageTimer.stage, RestoredTokens.patches
 
     @contextmanager
     def stage(timer: StageTimer, name: str, *tokens: int) -> Generator[None]:
@@ -102,11 +102,11 @@ def watched(model: Any, watch: Stopwatch) -> Generator[None]:
 
     def restored(tokens: RestoredTokens, *args, **kwargs):
         with watch.region("restoration"):
-            return frames(tokens, *args, **kwargs)
+            return patches(tokens, *args, **kwargs)
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(StageTimer, "stage", stage))
-        stack.enter_context(mock.patch.object(RestoredTokens, "frames", restored))
+        stack.enter_context(mock.patch.object(RestoredTokens, "patches", restored))
         for module, name in modules:
             before = module.register_forward_pre_hook(lambda *_, name=name: watch.begin(name))
             after = module.register_forward_hook(lambda *_: watch.end())

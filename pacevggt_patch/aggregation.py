@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from . import backbone
 from .assignment import KEPT, assign
+from .attention import FewerKeys, key_numbers
 from .config import PaceConfig, UnsupportedModelError
 from .merging import MergeAdapter, kept_tokens, merge_tokens
 from .restoration import FeatureGuidedRestoration
@@ -55,6 +56,7 @@ def aggregate(
         )
     positions = backbone.rope_positions(aggregator, grid, images.device)  # [P, 2]
 
+    change = None
     if keep == patches:
         kept = torch.arange(patches, device=images.device).expand(batch, frames, -1)
         role = torch.full_like(kept, KEPT, dtype=torch.uint8)
@@ -72,13 +74,23 @@ def aggregate(
 
     special_tokens = backbone.special_tokens(aggregator, batch, frames)  # [B, S, n, C]
     special = special_tokens.shape[2]
-    tokens = torch.cat([special_tokens, tokens], dim=2)  # [B, S, n + K, C]
+    length = frames * (special + keep)
+    keys = config.key_tokens(patches)
+    if keys < keep:
+        best = torch.ones_like(kept) if keep == patches else assignment.scores.gather(2, kept)
+        change = FewerKeys(key_numbers(best, special, keys), length)
+    entering = [torch.cat([special_tokens, tokens], dim=2)]  # [B, S, n + K, C]
+    del tokens
     if positions is not None:
         at_special = positions.new_zeros(batch, frames, special, 2)
         positions = torch.cat([at_special, positions[kept]], dim=2)  # [B, S, n + K, 2]
-    length = frames * tokens.shape[2]
     with timer.stage("alternating attention", length, length):
-        compact = backbone.alternating_attention(aggregator, tokens, positions, layers, checkpointing)
+        # Popped, so that nobody holds them while the blocks run.
+        compact = backbone.alternating_attention(
+            aggregator, entering.pop(), positions, layers, checkpointing, change
+        )
+    if change is not None:
+        change.check()
     return RestoredTokens(
         compact, backbone.depth(aggregator), features, kept, role, grid, special, restoration
     )

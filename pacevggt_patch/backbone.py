@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable
-from contextlib import nullcontext
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -17,9 +18,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+from .attention import Change, InAttention
 from .config import PaceError, UnsupportedModelError
 
 AGGREGATOR_PARTS = (
@@ -37,6 +38,8 @@ AGGREGATOR_PARTS = (
 )
 # Rows of the RoPE table: more patches than any image has on a side.
 ROPE_TABLE = 1024
+# The hidden layer of DINO's MLPs stays below this: on the CPU so that memory is used again and again, see `heads`.
+HIDDEN_BYTES = {"cpu": 2**23, "gpu": 2**30}
 FINGERPRINT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -260,11 +263,16 @@ def autocast_enabled(device_type: str) -> bool:
         return torch.is_autocast_cpu_enabled() if device_type == "cpu" else torch.is_autocast_enabled()
 
 
-def patch_tokens(aggregator: Any, images: Tensor, frames_per_chunk: int = 64) -> Tensor:
+def patch_tokens(aggregator: Any, images: Tensor, frames_per_chunk: int | None = None) -> Tensor:
     """DINO patch tokens [B, S, P, C] of `images` [B, S, 3, H, W] in [0, 1].
 
-    The tokens are made a chunk of frames at a time, which bounds the memory of the hidden layers.
+    The tokens are made a chunk of frames at a time (None: as many as `HIDDEN_BYTES` allow), which bounds the memory of
+    the hidden layers.
     """
+    if frames_per_chunk is None:
+        patches = images.shape[-2] * images.shape[-1] // int(aggregator.patch_size) ** 2
+        hidden = 4 * aggregator.camera_token.shape[-1] * patches * 4  # bytes of a frame in an MLP, float32
+        frames_per_chunk = max(1, HIDDEN_BYTES["cpu" if images.device.type == "cpu" else "gpu"] // hidden)
     mean, std = (t.reshape(1, 3, 1, 1) for t in (aggregator._resnet_mean, aggregator._resnet_std))
     chunks = []
     for frames in images.flatten(0, 1).split(frames_per_chunk):  # [n, 3, H, W]
@@ -295,7 +303,7 @@ def alternating_attention(
     positions: Tensor | None,
     layers: tuple[int, ...],
     checkpointing: bool = False,
-    look: Callable[[Tensor, Tensor], None] | None = None,
+    change: Change | None = None,
 ) -> dict[int, Tensor]:
     """Run the frame and global blocks, by the host's own functions.
 
@@ -305,8 +313,7 @@ def alternating_attention(
         positions: RoPE positions [B, S, L, 2], or None.
         layers: the layers whose output is wanted.
         checkpointing: keep only the tokens between blocks for the backward pass, and compute the blocks once more.
-        look: called with the queries and keys [B, heads, S * L, d] of every global block in turn, positions applied and
-            scaled as attention takes them: softmax(queries @ keys^T) is what the block attends to.
+        change: of what goes into the attention of every global block, see `attention.InAttention`.
 
     Returns:
         layer index -> [B, S, L, 2C], frame and global output concatenated.
@@ -314,37 +321,34 @@ def alternating_attention(
     batch, frames, length, channels = tokens.shape
     tokens = tokens.flatten(0, 1)  # the host's own functions move between [B*S, L, C] and [B, S*L, C]
     process = {"frame": aggregator._process_frame_attention, "global": aggregator._process_global_attention}
+    if change is not None:
+        process["global"] = partial(_run_changed, change, process["global"])
     done = dict.fromkeys(process, 0)  # blocks run so far
     outputs: dict[int, Tensor] = {}
-    while done["frame"] < depth(aggregator):
-        first = done["frame"]
-        intermediates: dict[str, list[Tensor]] = {}
-        for kind in getattr(aggregator, "aa_order", ("frame", "global")):
-            run = partial(checkpoint, process[kind], use_reentrant=False) if checkpointing else process[kind]
-            with _Look(look) if look is not None and kind == "global" else nullcontext():
-                tokens, done[kind], intermediates[kind] = run(
+    with nullcontext() if torch.compiler.is_compiling() else _shared_rotations():
+        while done["frame"] < depth(aggregator):
+            first = done["frame"]
+            wanted: dict[str, dict[int, Tensor]] = {}
+            for kind in getattr(aggregator, "aa_order", ("frame", "global")):
+                run = (
+                    partial(checkpoint, process[kind], use_reentrant=False)
+                    if checkpointing
+                    else process[kind]
+                )
+                tokens, done[kind], intermediates = run(
                     tokens, batch, frames, length, channels, done[kind], pos=positions
                 )
-        for layer in range(first, done["frame"]):
-            if layer in layers:
-                outputs[layer] = torch.cat([intermediates[kind][layer - first] for kind in process], dim=-1)
+                wanted[kind] = {i: t for i, t in enumerate(intermediates, first) if i in layers}
+                del intermediates  # a layer that nobody asked for is not held while the next block runs
+            for layer in wanted["frame"]:
+                outputs[layer] = torch.cat([wanted[kind][layer] for kind in process], dim=-1)
     return outputs
 
 
-class _Look(TorchFunctionMode):
-    """Shows the queries and keys of every attention inside its block of code, whatever module computes them."""
-
-    def __init__(self, look: Callable[[Tensor, Tensor], None]):
-        super().__init__()
-        self.look = look
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            names = dict(zip(("query", "key"), args, strict=False)) | kwargs
-            query, scale = names["query"], kwargs.get("scale")
-            self.look(query * (query.shape[-1] ** -0.5 if scale is None else scale), names["key"])
-        return func(*args, **kwargs)
+def _run_changed(change: Change, process: Callable, tokens: Tensor, *args, **kwargs):
+    """Run global blocks with a change of their attention, also where a checkpoint runs them once more."""
+    with InAttention(change, args[4]):  # (tokens, batch, frames, length, channels, block)
+        return process(tokens, *args, **kwargs)
 
 
 def static_rope(rope: Any) -> Any:
@@ -353,7 +357,7 @@ def static_rope(rope: Any) -> Any:
     The copy has tables of its own, so that the host's stay as they are. Whether `rotate` does what the host does is
     tried on a small example, since forks may change one and not the other.
     """
-    if not (hasattr(rope, "_compute_frequency_components") and hasattr(rope, "_apply_1d_rope")):
+    if not hasattr(rope, "_compute_frequency_components"):
         return None
     static = copy.copy(rope)
     static.__dict__.pop("forward", None)
@@ -370,17 +374,57 @@ def static_rope(rope: Any) -> Any:
 def rotate(rope: Any, tokens: Tensor, positions: Tensor) -> Tensor:
     """Apply RoPE without the host's look at the largest position, which waits for the device in every block.
 
-    The table has the same rows whatever its length, so the outputs are the host's own.
+    The table has the same rows whatever its length, and every channel sees the host's two products and their sum, so
+    the outputs are the host's own.
 
     Args:
         rope: of `static_rope`.
         tokens: queries or keys [B, heads, L, D].
         positions: [B, L, 2].
     """
-    tables = rope._compute_frequency_components(
-        tokens.shape[-1] // 2, ROPE_TABLE, tokens.device, tokens.dtype
-    )
-    vertical, horizontal = tokens.chunk(2, dim=-1)
-    vertical = rope._apply_1d_rope(vertical, positions[..., 0], *tables)
-    horizontal = rope._apply_1d_rope(horizontal, positions[..., 1], *tables)
-    return torch.cat([vertical, horizontal], dim=-1)
+    cos, sin = _rotation(rope, tokens, positions)
+    # Each half of the channels, for y and for x, turns its own two halves against each other.
+    turned = tokens.unflatten(-1, (2, 2, -1)).flip(-2).flatten(-3)
+    return (tokens * cos).add_(turned.mul_(sin))
+
+
+def _rotation(rope: Any, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [B, 1, L, D] of `positions` [B, L, 2], those of the first halves negative.
+
+    Inside `_shared_rotations` they are gathered once: every block asks for the same positions twice.
+    """
+    known = None if torch.compiler.is_compiling() else getattr(_rotations, "known", None)
+    # A fake tensor lies nowhere.
+    if known is None or type(positions) is not Tensor or not positions.is_contiguous():
+        return _gathered_rotation(rope, tokens, positions)
+    key = (id(rope), positions.data_ptr(), positions.numel(), tokens.shape[-1], tokens.dtype)
+    if key not in known:
+        # The entry holds the positions: what lies at their address stays what it is.
+        known[key] = positions, _gathered_rotation(rope, tokens, positions)
+    cos, sin = known[key][1]
+    shape = (len(positions), 1, positions.shape[1], tokens.shape[-1])
+    return cos.view(shape), sin.view(shape)
+
+
+def _gathered_rotation(rope: Any, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    width = tokens.shape[-1] // 2
+    cos, sin = rope._compute_frequency_components(
+        width, ROPE_TABLE, tokens.device, tokens.dtype
+    )  # [rows, width]
+    sin = torch.cat([-sin[:, : width // 2], sin[:, width // 2 :]], dim=-1)
+    cos, sin = (F.embedding(positions, table).flatten(-2).unsqueeze(1) for table in (cos, sin))
+    return cos, sin
+
+
+_rotations = threading.local()
+
+
+@contextmanager
+def _shared_rotations() -> Generator[None]:
+    """Blocks that run inside, in this thread, share the cosines and sines of their positions."""
+    before = getattr(_rotations, "known", None)
+    _rotations.known = {}
+    try:
+        yield
+    finally:
+        _rotations.known = before

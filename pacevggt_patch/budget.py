@@ -18,14 +18,14 @@ import statistics
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import backbone
-from .config import PaceConfig, PaceError
+from .config import PaceError
 from .patch import _state, accelerate, is_accelerated, remove
 from .summary import StageTimer, device_time
 
@@ -220,12 +220,13 @@ def measure_costs(
         if not is_accelerated(model):
             accelerate(model, weights=None)
         state, host = _state(model), backbone.find_host(model)
-        token, merge = host.aggregator.camera_token, state.config.merge_budget
+        token = host.aggregator.camera_token
         patches, special = _patches(model, size), int(host.aggregator.patch_start_idx)
         state.paused = state.checkpointing = False
         points = []
         for kept, n in _settings(frames, patches, _largest_keep(model, size), special):
-            state.config = PaceConfig(kept / patches, merge, state.config.check_finite)
+            # Every clip is pruned here, however short: what is fitted is the cost of a pruned one.
+            state.config = replace(state.config, keep_ratio=kept / patches, min_frames=1)
             generator = torch.Generator(token.device).manual_seed(0)
             images = torch.rand(1, n, 3, *size, generator=generator, device=token.device).to(token.dtype)
             points.append(_measure(model, images, kept, run or model, memory))

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from numbers import Real
 
+import torch
+
 DEFAULT_KEEP_RATIO = 0.3
 
 
@@ -35,6 +37,10 @@ class PaceConfig:
             the rest is pruned. None merges all that is not kept.
         check_finite: look for NaN and infinity in the images before work starts. None checks on the CPU and
             leaves CUDA alone, where the check would make the host wait for the device.
+        min_frames: clips of fewer frames run the stock aggregator on all tokens; None: where that is the faster one
+            (see `break_even.fewest_frames`).
+        global_keys: share of the kept patch tokens of a frame whose keys and values the global blocks see, in (0, 1].
+        output_device: where dense heads put their outputs; None: where they are made.
 
     Raises:
         PaceError: a value is out of range or not a number.
@@ -43,6 +49,9 @@ class PaceConfig:
     keep_ratio: float = DEFAULT_KEEP_RATIO
     merge_budget: float | None = None
     check_finite: bool | None = None
+    min_frames: int | None = None
+    global_keys: float = 1.0
+    output_device: torch.device | None = None
 
     def __post_init__(self):
         keep = _number("keep_ratio", self.keep_ratio)
@@ -61,10 +70,23 @@ class PaceConfig:
             object.__setattr__(self, "merge_budget", merge)
         if self.check_finite not in (None, True, False):
             raise PaceError(f"check_finite must be True, False or None, got {self.check_finite!r}")
+        least = self.min_frames
+        if least is not None and (isinstance(least, bool) or not isinstance(least, int) or least < 1):
+            raise PaceError(f"min_frames must be a whole number of at least 1, or None, got {least!r}")
+        keys = _number("global_keys", self.global_keys)
+        if not 0 < keys <= 1:
+            raise PaceError(
+                f"global_keys must be in (0, 1], got {keys:g}: it is the share of the kept tokens that serve as keys"
+            )
+        object.__setattr__(self, "global_keys", keys)
 
     def kept_tokens(self, patches: int) -> int:
         """K: patch tokens kept in each frame of `patches` patch tokens."""
         return min(patches, max(1, round(self.keep_ratio * patches)))
+
+    def key_tokens(self, patches: int) -> int:
+        """Patch tokens of each frame of `patches` patch tokens that serve as keys in global attention."""
+        return max(1, round(self.global_keys * self.kept_tokens(patches)))
 
     def merged_tokens(self, frames: int, patches: int) -> int:
         """M: patch tokens merged in a clip of `frames` frames with `patches` patch tokens each."""
@@ -77,6 +99,20 @@ class PaceConfig:
     def merge_share(self) -> float:
         """Share of the patch tokens that is merged: the merge budget, or all that is not kept."""
         return 1 - self.keep_ratio if self.merge_budget is None else self.merge_budget
+
+
+def device_of(name: torch.device | str | None) -> torch.device | None:
+    """A device by its name; None stays None.
+
+    Raises:
+        PaceError: there is no such device.
+    """
+    try:
+        return None if name is None else torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise PaceError(
+            f'output_device must be a torch device such as "cpu", or None, got {name!r}'
+        ) from error
 
 
 def _number(name: str, value) -> float:

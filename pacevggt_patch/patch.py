@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from os import PathLike
 from typing import Any, TypeVar
@@ -18,12 +18,15 @@ from torch import Tensor, nn
 
 from . import backbone
 from .aggregation import aggregate
-from .config import DEFAULT_KEEP_RATIO, PaceConfig, PaceError, UnsupportedModelError
-from .heads import restored_argument, run_camera_head, run_dense_head
+from .break_even import fewest_frames
+from .config import DEFAULT_KEEP_RATIO, PaceConfig, PaceError, UnsupportedModelError, device_of
+from .dpt import is_dense_head
+from .heads import moved, restored_argument, run_camera_head, run_dense_head
 from .summary import StageTimer, Summary
 from .weights import PaceWeights, resolve
 
 Model = TypeVar("Model", bound=nn.Module)
+STOCK_AGGREGATOR = "stock aggregator (few frames)"
 
 
 @dataclass
@@ -70,6 +73,11 @@ class _AggregatorForward(_Forward):
             scorer, adapter = state.weights.scorer, state.weights.merge
             restoration = state.weights.restoration
         state.timer.stages.clear()
+        frames, patches = images.shape[1], grid[0] * grid[1]
+        if frames < self.fewest_frames(images.device.type, patches):
+            length = frames * (patches + int(self.module.patch_start_idx))
+            with state.timer.stage(STOCK_AGGREGATOR, length, length):
+                return self.stock(images)
         tokens = aggregate(
             self.module,
             images,
@@ -84,6 +92,15 @@ class _AggregatorForward(_Forward):
         )
         return tokens, self.module.patch_start_idx
 
+    def fewest_frames(self, device: str, patches: int) -> int:
+        """Clips of fewer frames are not pruned."""
+        config = self.state.config
+        if config.min_frames is not None:
+            return config.min_frames
+        channels = self.module.camera_token.shape[-1]
+        special, blocks = int(self.module.patch_start_idx), backbone.depth(self.module)
+        return fewest_frames(device, patches, config.kept_tokens(patches), special, channels, blocks)
+
 
 class _RopeForward(_Forward):
     def __init__(self, module: Any, state: _State, name: str):
@@ -97,13 +114,21 @@ class _RopeForward(_Forward):
 
 
 class _DenseHeadForward(_Forward):
+    def __init__(self, module: Any, state: _State, name: str, fast: bool):
+        super().__init__(module, state, name)
+        self.fast = type(module) if fast else None  # the class that was tried: somebody may put in another
+
     def __call__(self, *args, **kwargs):
+        # A head inside another module, such as a track head, feeds that module: it stays on its device.
+        device = None if "." in self.name or self.state.paused else self.state.config.output_device
         tokens = restored_argument(args, kwargs)
         if tokens is None:
-            return self.stock(*args, **kwargs)
+            return moved(self.stock(*args, **kwargs), device)
         frames, kept = tokens.kept.shape[1:]
         with self.state.timer.stage(self.name, frames * kept, frames * tokens.features.shape[2]):
-            return run_dense_head(self.module, self.stock, tokens, args, kwargs)
+            return run_dense_head(
+                self.module, self.stock, tokens, args, kwargs, self.fast is type(self.module), device
+            )
 
 
 class _CameraHeadForward(_Forward):
@@ -123,6 +148,9 @@ def accelerate(
     *,
     weights: str | PathLike[str] | PaceWeights | None = "auto",
     check_finite: bool | None = None,
+    min_frames: int | None = None,
+    global_keys: float = 1.0,
+    output_device: torch.device | str | None = None,
 ) -> Model:
     """Accelerate a VGGT in place: only some of its patch tokens enter alternating attention.
 
@@ -140,6 +168,14 @@ def accelerate(
             training-free; else a path, a Hugging Face Hub id "user/repo[@revision]", or `PaceWeights`.
         check_finite: look for NaN and infinity in the images before work starts. None checks on the CPU only, since
             on CUDA the check makes the host wait for the device.
+        min_frames: clips of fewer frames run the stock aggregator, on all tokens: `keep_ratio` is not applied to them,
+            and their quality is the stock model's. None takes the number from which on pruning is the faster one (1 on
+            the CPU, see `break_even.fewest_frames`); 1 prunes every clip. `summary` says which one ran.
+        global_keys: share of the kept patch tokens of each frame whose keys and values the global blocks see, in
+            (0, 1]; all queries stay, and so do the keys of camera and register tokens.
+        output_device: where the outputs of dense heads go, a chunk of frames at a time; "cpu" leaves the memory of the
+            GPU to clips whose depth and points would fill it (the host waits at the end of each head). None leaves them
+            on the model's device. Cameras and images stay where they are.
 
     Returns:
         `model`.
@@ -148,10 +184,18 @@ def accelerate(
         PaceError: a setting is out of range (`UnsupportedModelError`: the model does not fit; `WeightsError`: the
             weights do not fit or can't be read). The model is as it was before the call.
     """
-    config = PaceConfig(keep_ratio, merge_budget, check_finite)
+    config = PaceConfig(
+        keep_ratio, merge_budget, check_finite, min_frames, global_keys, device_of(output_device)
+    )
     host = backbone.find_host(model)
-    parts: dict[str, tuple[Any, type[_Forward]]] = {"aggregator": (host.aggregator, _AggregatorForward)}
-    parts |= {name: (head, _DenseHeadForward) for name, head in host.dense_heads.items()}
+    parts: dict[str, tuple[Any, Callable[..., _Forward]]] = {
+        "aggregator": (host.aggregator, _AggregatorForward)
+    }
+    for name, head in host.dense_heads.items():
+        fast = is_dense_head(
+            head, 2 * host.aggregator.camera_token.shape[-1], backbone.depth(host.aggregator)
+        )
+        parts[name] = (head, partial(_DenseHeadForward, fast=fast))
     if host.camera_head is not None:
         parts["camera_head"] = (host.camera_head, _CameraHeadForward)
     if host.rope is not None and _foreign(host.rope) is None:
@@ -192,7 +236,7 @@ def retune(
         PaceError: a setting is out of range, or the model is not accelerated.
     """
     state = _state(model)
-    state.config = PaceConfig(keep_ratio, merge_budget, state.config.check_finite)
+    state.config = replace(state.config, keep_ratio=keep_ratio, merge_budget=merge_budget)
     state.checkpointing = checkpointing
 
 

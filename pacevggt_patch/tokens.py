@@ -83,23 +83,25 @@ class RestoredTokens(Sequence):
 
     def frames(self, start: int, stop: int, layers: Iterable[int]) -> list[Tensor | None]:
         """Dense tokens [B, stop - start, n + P, 2C] of some layers and frames, None for all other layers."""
-        wanted = {range(len(self))[i] for i in layers} & self.compact.keys()
-        compact = {i: self.compact[i][:, start:stop] for i in sorted(wanted)}
-        kept = self.kept[:, start:stop]  # [B, s, K]
-        lead, patches = kept.shape[:2], self.features.shape[2]
-        if kept.shape[-1] == patches:
-            dense = compact
+        if self.kept.shape[-1] == self.features.shape[2]:
+            wanted = {range(len(self))[i] for i in layers} & self.compact.keys()
+            dense = {i: self.compact[i][:, start:stop] for i in wanted}
         else:
-            patch_outputs = {
-                i: t[:, :, self.special :].flatten(0, 1) for i, t in compact.items()
-            }  # [B*s, K, 2C]
-            features = self.features[:, start:stop].flatten(0, 1)
-            restored = restore(patch_outputs, features, kept.flatten(0, 1), self.grid, self.restoration)
+            lead = len(self.kept), -1
             dense = {
-                i: torch.cat([t[:, :, : self.special], restored[i].unflatten(0, lead)], dim=2)
-                for i, t in compact.items()
+                i: torch.cat([self.compact[i][:, start:stop, : self.special], t.unflatten(0, lead)], dim=2)
+                for i, t in self.patches(start, stop, layers).items()
             }
         return [dense.get(i) for i in range(len(self))]
+
+    def patches(self, start: int, stop: int, layers: Iterable[int]) -> dict[int, Tensor]:
+        """Layer -> dense patch tokens [B * (stop - start), P, 2C], for those of `layers` that the host caches."""
+        wanted = {range(len(self))[i] for i in layers} & self.compact.keys()
+        compact = {
+            i: self.compact[i][:, start:stop, self.special :].flatten(0, 1) for i in sorted(wanted)
+        }  # [B*s, K, 2C]
+        features, kept = (t[:, start:stop].flatten(0, 1) for t in (self.features, self.kept))
+        return restore(compact, features, kept, self.grid, self.restoration)
 
     def select(self, frames: Tensor) -> RestoredTokens:
         """The tokens of some frames, given by their numbers [n] (int64, on the device of the tokens)."""

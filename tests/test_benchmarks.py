@@ -227,10 +227,13 @@ def test_quality_on_rooms(tmp_path, capsys):
         "0.5",
         "--weights",
         "none",
+        "--global-keys",
+        "0.6",
     ]
     assert quality.main([*arguments, "--json", str(file)]) == 0
     unpruned, pruned = json.loads(file.read_text())["rows"]
-    assert (unpruned["keep_ratio"], unpruned["merge_budget"]) == (1.0, 0.0)
+    assert (unpruned["keep_ratio"], unpruned["merge_budget"], unpruned["global_keys"]) == (1.0, 0.0, 1.0)
+    assert pruned["global_keys"] == 0.6
     assert (pruned["keep_ratio"], pruned["merge_budget"], pruned["count"]) == (0.3, 0.5, 2)
     assert {"clips", "frames", "weights", *quality.METRICS} <= pruned.keys()
     assert unpruned["absrel"] != pruned["absrel"] and pruned["absrel_std"] > 0

@@ -36,7 +36,7 @@ def test_close_to_the_cpu(model, images):
 @pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_nothing_waits_for_the_device(model, images, learned, autocast):
-    accelerate(model, 0.3, 0.4, weights=PaceWeights.new(model) if learned else None)
+    accelerate(model, 0.3, 0.4, weights=PaceWeights.new(model) if learned else None, min_frames=1)
     with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=autocast):
         model(images)  # fills the host's caches
         torch.cuda.synchronize()
@@ -45,12 +45,13 @@ def test_nothing_waits_for_the_device(model, images, learned, autocast):
             tokens, _ = model.aggregator(images)
             model.camera_head(tokens)
             tokens.frames(0, 4, [3])
+            model.point_head(tokens, images, 5)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
 
 def test_aggregator_in_a_cuda_graph(model, images):
-    accelerate(model, 0.3, weights=None)
+    accelerate(model, 0.3, weights=None, min_frames=1)
     with torch.inference_mode():
         expected = model.aggregator(images)[0].compact[3].clone()
         stream = torch.cuda.Stream()
@@ -72,11 +73,23 @@ def test_aggregator_in_a_cuda_graph(model, images):
 
 def test_model_moved_after_accelerate():
     model = tiny_vggt()
-    accelerate(model, 0.3, weights=PaceWeights.new(model))
+    accelerate(model, 0.3, weights=PaceWeights.new(model), min_frames=1)
     model.cuda()
     with torch.inference_mode():
         assert model(random_images(2).cuda())["depth"].is_cuda
     remove(model.cpu())
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_outputs_on_the_cpu_are_the_same(model, images, autocast, monkeypatch):
+    monkeypatch.setattr("pacevggt_patch.heads.GPU_BYTES", 2 * 8 * 56 * 70 * 4)  # chunks of two frames
+    with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        expected = accelerate(model, 0.3, weights=None, min_frames=1)(images)
+        found = accelerate(model, 0.3, weights=None, min_frames=1, output_device="cpu")(images)
+    for key in ("depth", "depth_conf", "world_points", "world_points_conf"):
+        assert found[key].device.type == "cpu" and found[key].is_pinned()
+        assert torch.equal(found[key], expected[key].cpu())
+    assert found["pose_enc"].is_cuda
 
 
 def test_finite_check_only_when_asked(model):
@@ -88,7 +101,7 @@ def test_finite_check_only_when_asked(model):
 
 
 def test_summary_times_the_device(model, images):
-    accelerate(model, 0.3, weights=None)
+    accelerate(model, 0.3, weights=None, min_frames=1)
     stages = summary(model, images).stages
     assert stages and all(stage.seconds is not None and stage.seconds > 0 for stage in stages)
 

@@ -22,7 +22,7 @@ from pacevggt_patch.clips.training_scenes import sample_scenes
 from pacevggt_patch.evaluation.metrics import decode_pose_encoding
 from pacevggt_patch.mini import MiniConfig, build_mini
 from pacevggt_patch.mini import fetch_textures as fetch
-from pacevggt_patch.mini.forward import FastForward, dense_head, dense_tables, layer_list
+from pacevggt_patch.mini.forward import FastForward, layer_list
 from pacevggt_patch.mini.losses import (
     PAIR_FLOOR,
     PAIR_HALF,
@@ -91,23 +91,6 @@ def test_the_fast_forward_pass_is_that_of_the_stock_model():
         torch.testing.assert_close(tokens, stock[layer], rtol=1e-4, atol=1e-5)
     assert features.patches.shape == (6, 9, 32)
     assert start == 5
-
-
-@pytest.mark.parametrize(("name", "side"), [("depth_head", 4), ("point_head", 6)])
-def test_the_fast_dense_head_is_the_stock_one(name, side):
-    config = MiniConfig(
-        **{**TINY, "dpt_channels": (8, 12, 16, 8), "cached_layers": (0, 1, 2, 3)}, point_head=True
-    )
-    head = getattr(build_mini(False, config), name)
-    generator = torch.Generator().manual_seed(0)
-    layers = [torch.randn(2, 5 + side * side, 64, generator=generator) for _ in range(4)]
-    images = torch.zeros(1, 2, 3, 14 * side, 14 * side)
-    tables = dense_tables(head, side, 14, torch.device("cpu"), torch.float32)
-    with torch.no_grad():
-        stock = head([x[None] for x in layers], images, 5, frames_chunk_size=None)
-        values, confidence = dense_head(head, [x[:, 5:] for x in layers], tables)
-    torch.testing.assert_close(values, stock[0][0], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(confidence, stock[1][0], rtol=1e-5, atol=1e-6)
 
 
 def test_all_parameters_of_the_model_get_a_gradient(atlas):

@@ -4,14 +4,13 @@ A block is cut where attention mixes tokens: what comes before and after it work
 same shape for the image embedding, for frame and for global blocks and for any number of views. So four small functions
 are compiled in all, with the parameters as arguments, and attention itself is the only part that differs.
 
-Dense heads enlarge by two matrix products, since a bilinear enlargement is linear in rows and in columns: the stock
-operation took a third of the time of a head.
+Dense heads are those of `dpt`, which enlarge by two matrix products here: the stock operation took a third of the time
+of a head, most of it in the backward pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,6 @@ from torch import Tensor, nn
 
 from ..clips.raycast import faster
 
-POSITION_SHARE = 0.1  # of the position embedding that the stock dense heads add
 ROPE_POSITIONS = 64  # more than any grid of patches that is trained on
 
 
@@ -166,92 +164,3 @@ class FastForward:
 def layer_list(features: Features, depth: int) -> list[Tensor | None]:
     """The cached layers as the stock heads take them: one entry a layer, None where it is not cached."""
     return [features.layers.get(layer) for layer in range(depth)]
-
-
-class DenseTables(NamedTuple):
-    """Constants of the dense heads for one square grid of patches.
-
-    Attributes:
-        enlarge: `[n_out, n_in]` bilinear enlargements of a side: of the four fusion blocks from coarse to fine, then to
-            the image.
-        positions: `[1, C, n, n]` what is added at the four levels, then at the image.
-        activate: stock function that makes values and confidence of the last convolution's output.
-    """
-
-    enlarge: list[Tensor]
-    positions: list[Tensor]
-    activate: Callable[..., tuple[Tensor, Tensor]]
-
-
-def dense_tables(head: Any, side: int, patch: int, device: torch.device, dtype: torch.dtype) -> DenseTables:
-    """Tables of a stock DPT head for images of `side` x `side` patches of `patch` pixels; `side` is even."""
-    # Here, so that without vggt the model itself says what is missing.
-    from vggt.heads.head_act import activate_head
-    from vggt.heads.utils import create_uv_grid, position_grid_to_embed
-
-    sides = [side // 2, side, 2 * side, 4 * side, 8 * side, patch * side]
-
-    def enlargement(small: int, large: int) -> Tensor:
-        unit = torch.eye(small, device=device)[None, None]
-        return F.interpolate(unit, (large, small), mode="bilinear", align_corners=True)[0, 0].to(dtype)
-
-    def position(channels: int, n: int) -> Tensor:
-        grid = create_uv_grid(n, n, aspect_ratio=1.0, dtype=torch.float32, device=device)
-        embedding = POSITION_SHARE * position_grid_to_embed(grid, channels)  # [n, n, C]
-        return embedding.permute(2, 0, 1)[None].to(dtype)
-
-    last = head.scratch.output_conv1.out_channels
-    widths = [project.out_channels for project in head.projects]
-    return DenseTables(
-        [enlargement(small, large) for small, large in pairwise(sides)],
-        [position(width, side) for width in widths] + [position(last, patch * side)],
-        activate_head,
-    )
-
-
-def enlarged(x: Tensor, matrix: Tensor) -> Tensor:
-    """`[N, C, n, n]` enlarged to `[N, C, m, m]` by a matrix `[m, n]`, rows first."""
-    count, channels, rows, columns = x.shape
-    down = matrix @ x.permute(0, 2, 3, 1).reshape(count, rows, columns * channels)  # [N, m, n * C]
-    both = matrix @ down.view(-1, columns, channels)  # [N * m, m, C]
-    return both.view(count, len(matrix), len(matrix), channels).permute(0, 3, 1, 2)
-
-
-def residual_unit(unit: Any, x: Tensor) -> Tensor:
-    """A residual convolution unit; its first activation works in place, so that it acts on the residual as well."""
-    x = F.relu(x)
-    return unit.conv2(F.relu(unit.conv1(x))) + x
-
-
-def fused(stage: Any, x: Tensor, level: Tensor | None, matrix: Tensor) -> Tensor:
-    """A fusion block; its last convolution sees one pixel at a time, so that it may come before the enlargement."""
-    if level is not None:
-        x = x + residual_unit(stage.resConfUnit1, level)
-    return enlarged(stage.out_conv(residual_unit(stage.resConfUnit2, x)), matrix)
-
-
-def dense_head(head: Any, layers: list[Tensor], tables: DenseTables) -> tuple[Tensor, Tensor]:
-    """What a stock DPT head makes of the patch tokens of its four layers.
-
-    Args:
-        head: the head.
-        layers: `[N, P, 2C]` each, P the patches of a square image.
-        tables: of this head and grid.
-
-    Returns:
-        Values `[N, H, W, c]` and confidence `[N, H, W]`, float32.
-    """
-    side = tables.positions[0].shape[-1]
-    scratch, levels = head.scratch, []
-    narrow = (scratch.layer1_rn, scratch.layer2_rn, scratch.layer3_rn, scratch.layer4_rn)
-    for i, x in enumerate(layers):
-        project = head.projects[i]
-        x = F.linear(head.norm(x), project.weight.flatten(1), project.bias)  # a convolution of 1 x 1
-        x = x.transpose(1, 2).unflatten(2, (side, side)) + tables.positions[i]
-        levels.append(narrow[i](head.resize_layers[i](x)))
-    x = fused(scratch.refinenet4, levels[3], None, tables.enlarge[0])
-    x = fused(scratch.refinenet3, x, levels[2], tables.enlarge[1])
-    x = fused(scratch.refinenet2, x, levels[1], tables.enlarge[2])
-    x = fused(scratch.refinenet1, x, levels[0], tables.enlarge[3])
-    x = enlarged(scratch.output_conv1(x), tables.enlarge[4]) + tables.positions[4]
-    return tables.activate(scratch.output_conv2(x).float(), head.activation, head.conf_activation)

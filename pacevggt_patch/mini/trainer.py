@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +17,8 @@ from ..clips.sensor import SensorEffects, apply_sensor, sample_effects
 from ..clips.textures import TextureAtlas
 from ..clips.training_scenes import PLAIN, SceneBatch, sample_scenes
 from ..config import PaceError
-from .forward import FastForward, dense_head, dense_tables, layer_list
+from ..dpt import dense_head, dense_tables
+from .forward import FastForward, layer_list
 from .losses import (
     WEIGHTS,
     AuxiliaryHeads,
@@ -132,6 +135,13 @@ def step_views(settings: Settings, step: int) -> int:
     return settings.views[int(torch.multinomial(weights, 1, generator=generator))]
 
 
+def activated(
+    activate: Callable[..., tuple[Tensor, Tensor]], out: Tensor, **kinds: str
+) -> tuple[Tensor, Tensor]:
+    """Values and confidence in float32 of a dense head's last convolution, whatever that was computed in."""
+    return activate(out.float(), **kinds)
+
+
 class Trainer:
     """A model, its optimiser and the step that trains it.
 
@@ -158,7 +168,10 @@ class Trainer:
         self.optimizer = FlatOptimizer([self.model, self.auxiliary])
         side = settings.size // config.patch_size
         half = torch.bfloat16 if self.on_gpu else torch.float32
-        self.tables = dense_tables(self.model.depth_head, side, config.patch_size, device, half)
+        self.grid = side, side
+        tables = dense_tables(self.model.depth_head, self.grid, half)
+        assert tables.activate is not None  # only feature extractors have none
+        self.tables = tables._replace(activate=partial(activated, tables.activate))
         self.forward = FastForward(self.model, half)
         self.rates = torch.zeros(3, device=device)  # Muon, AdamW, number of the step
         self.step_number = 0
@@ -199,10 +212,10 @@ class Trainer:
                 for layer in self.config.cached_layers
             ]  # [N, P, 2C] each
             dense = faster(dense_head, self.on_gpu)
-            depths, confidence = dense(model.depth_head, tokens, self.tables)
+            depths, confidence = dense(model.depth_head, tokens, self.grid, self.tables, True)
             parts |= depth_losses(depths[..., 0], confidence, truth)
             if model.point_head is not None:
-                world, confidence = dense(model.point_head, tokens, self.tables)
+                world, confidence = dense(model.point_head, tokens, self.grid, self.tables, True)
                 parts["points"] = point_loss(world, confidence, points, truth)
         # A few tokens only: in full precision for nothing.
         poses = model.camera_head(layer_list(features, self.config.depth))

@@ -51,12 +51,13 @@ def attention_target(
     received = torch.zeros(batch, frames * length, device=images.device)
     seen = 0
 
-    def look(query: Tensor, key: Tensor) -> None:
+    def look(number: int, query: Tensor, key: Tensor, value: Tensor, scale: float):
         nonlocal seen
         seen += 1
-        received.add_(attention_received(query[:, :, queries], key))
+        received.add_(attention_received(query[:, :, queries] * scale, key))
+        return query, key, value
 
-    backbone.alternating_attention(aggregator, tokens, positions, (), look=look)
+    backbone.alternating_attention(aggregator, tokens, positions, (), change=look)
     if seen == 0:
         raise UnsupportedModelError(
             "the global blocks of this model do not call scaled_dot_product_attention, so what they attend to can't be "

@@ -1,0 +1,266 @@
+"""The DPT head as a function of patch tokens, against stock heads of every kind."""
+
+import copy
+
+import pytest
+import torch
+from hosts import random_images, tiny_vggt
+from torch import nn
+from vggt.heads.dpt_head import DPTHead
+
+from pacevggt_patch import accelerate, dpt, heads, summary
+
+LAYERS = [0, 1, 2, 3]
+KINDS = {
+    "depth": {"output_dim": 2, "activation": "exp"},
+    "points": {"output_dim": 4, "activation": "inv_log"},
+    "sigmoid": {"output_dim": 3, "activation": "sigmoid", "conf_activation": "expp0"},
+    "no positions": {"output_dim": 2, "activation": "relu", "pos_embed": False},
+    "half size": {"output_dim": 4, "activation": "norm_exp", "down_ratio": 2},
+    "track features": {"feature_only": True, "down_ratio": 2, "pos_embed": False},
+    "features with positions": {"feature_only": True},
+}
+# Rounding of a few dozen layers; bfloat16 has 8 bits of fraction.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05}
+
+
+def make_head(kind: str, channels: tuple[int, ...] = (8, 12, 16, 8)) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        options = {"features": 16, "out_channels": list(channels), "intermediate_layer_idx": LAYERS}
+        return DPTHead(dim_in=24, **options, **KINDS[kind]).eval()
+
+
+def inputs(grid: tuple[int, int], frames: int = 2, batch: int = 1):
+    generator = torch.Generator().manual_seed(1)
+    tokens = [torch.randn(batch, frames, 5 + grid[0] * grid[1], 24, generator=generator) for _ in LAYERS]
+    return tokens, torch.zeros(batch, frames, 3, 14 * grid[0], 14 * grid[1])
+
+
+def ours(head, tokens, grid, by_products: bool = False):
+    layers = [t[:, :, 5:].flatten(0, 1) for t in tokens]
+    outputs = dpt.dense_head(head, layers, grid, dpt.dense_tables(head, grid), by_products)
+    outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+    return tuple(o.unflatten(0, tokens[0].shape[:2]) for o in outputs)
+
+
+def stock(head, tokens, images):
+    outputs = head(list(tokens), images, 5, frames_chunk_size=None)
+    return (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+
+
+def assert_close(found, expected, tolerance: float) -> None:
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        assert (a - b).abs().max() <= tolerance * b.abs().max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("grid", [(1, 1), (1, 4), (3, 5), (6, 4)])
+@pytest.mark.parametrize("by_products", [False, True])
+def test_it_does_what_the_stock_head_does(kind, grid, by_products):
+    head, (tokens, images) = make_head(kind), inputs(grid, frames=3)
+    with torch.no_grad():
+        assert_close(ours(head, tokens, grid, by_products), stock(head, tokens, images), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("kind", ["depth", "points", "track features", "features with positions"])
+def test_in_every_precision(kind, dtype):
+    """float64 and float32 weights as they are, and float32 weights under bfloat16 autocast."""
+    head, (tokens, images) = make_head(kind), inputs((3, 5))
+    if dtype == torch.float64:
+        head, tokens = head.double(), [t.double() for t in tokens]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        assert_close(ours(head, tokens, (3, 5)), stock(head, tokens, images), TOLERANCE[dtype])
+
+
+def test_bfloat16_is_as_far_from_float32_as_the_stock_head():
+    head, (tokens, images) = make_head("points"), inputs((4, 6), frames=4)
+    with torch.no_grad():
+        exact = stock(head, tokens, images)[0]
+        with torch.autocast("cpu", torch.bfloat16):
+            theirs, mine = stock(head, tokens, images)[0], ours(head, tokens, (4, 6))[0]
+    noise = (theirs.float() - exact).square().mean().sqrt()
+    assert 0 < (mine.float() - exact).square().mean().sqrt() < 1.2 * noise
+
+
+@pytest.mark.parametrize("by_products", [False, True])
+def test_gradients_are_those_of_the_stock_head(by_products):
+    head, (tokens, images) = make_head("depth").double(), inputs((3, 5))
+    tokens = [t.double().requires_grad_() for t in tokens]
+    expected, found = (
+        torch.autograd.grad(sum(o.square().mean() for o in outputs), [*head.parameters(), *tokens])
+        for outputs in (stock(head, tokens, images), ours(head, tokens, (3, 5), by_products))
+    )
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_it_compiles_in_one_graph():
+    head, (tokens, _) = make_head("points"), inputs((2, 3))
+    layers, tables = [t[0, :, 5:] for t in tokens], dpt.dense_tables(head, (2, 3))
+    with torch.no_grad():
+        expected = dpt.dense_head(head, layers, (2, 3), tables)
+        compiled = torch.compile(dpt.dense_head, backend="aot_eager", fullgraph=True)
+        found = compiled(head, layers, (2, 3), tables)
+    torch._dynamo.reset()
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_input_is_left_alone():
+    head, (tokens, _) = make_head("depth"), inputs((2, 2))
+    before = [t.clone() for t in tokens]
+    with torch.no_grad():
+        ours(head, tokens, (2, 2))
+    assert all(map(torch.equal, tokens, before))
+
+
+# ---- which heads it fits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_stock_heads_are_known(kind, dtype):
+    head = make_head(kind).to(dtype)
+    calls = []
+    for module in head.modules():
+        module.register_forward_hook(lambda *_: calls.append(1))
+    before = {name: value.clone() for name, value in head.state_dict().items()}
+    assert dpt.is_dense_head(head, 24, 4)
+    assert not calls and all(torch.equal(value, before[name]) for name, value in head.state_dict().items())
+    assert head.training is False and all(len(module._forward_hooks) == 1 for module in head.modules())
+
+
+def corners(stage):
+    stage.align_corners = False
+
+
+def subclass(module: nn.Module, **methods) -> None:
+    module.__class__ = type("Fork", (type(module),), methods)
+
+
+def changed_outputs(head: nn.Module, change) -> None:
+    def forward(self, tokens, images, patch_start_idx, frames_chunk_size=8):
+        return change(DPTHead.forward(self, tokens, images, patch_start_idx, frames_chunk_size))
+
+    subclass(head, forward=forward)
+
+
+def louder_fusion(stage: nn.Module) -> None:
+    stock_forward = type(stage).forward
+    subclass(stage, forward=lambda self, *xs, size=None: 1.01 * stock_forward(self, *xs, size=size))
+
+
+CHANGES = {
+    "enlarges otherwise": lambda head: corners(head.scratch.refinenet2),
+    "other values": lambda head: changed_outputs(head, lambda out: (out[0] + 0.01, out[1])),
+    "one output": lambda head: changed_outputs(head, lambda out: out[0]),
+    "other fusion": lambda head: louder_fusion(head.scratch.refinenet1),
+    "no fourth stage": lambda head: delattr(head.scratch, "refinenet4"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_other_heads_run_their_own_forward(change):
+    model, images = tiny_vggt(), random_images(3)
+    CHANGES[change](model.depth_head)
+    if change == "no fourth stage":
+        assert not dpt.is_dense_head(model.depth_head, 64, 4)
+        return
+    plain = copy.deepcopy(model.depth_head)
+    accelerate(model, 0.4, weights=None)
+    assert not dpt.is_dense_head(model.depth_head, 64, 4)
+    with torch.inference_mode():
+        tokens, start = model.aggregator(images)
+        found = model.depth_head(tokens, images, start)
+        expected = plain(list(tokens), images, start)
+    pairs = [(found, expected)] if isinstance(found, torch.Tensor) else zip(found, expected, strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_hooks_on_a_bypassed_part_still_run():
+    model, images, calls = tiny_vggt(), random_images(3), []
+    accelerate(model, 0.4, weights=None)
+    model.depth_head.scratch.refinenet2.register_forward_hook(lambda *_: calls.append(1))
+    with torch.inference_mode():
+        model(images)
+    assert calls == [1]
+
+
+def test_a_head_put_in_later_is_not_taken_for_the_one_that_was_tried():
+    model, images = tiny_vggt(), random_images(3)
+    accelerate(model, 0.4, weights=None)
+    changed_outputs(model.depth_head, lambda out: (2 * out[0], out[1]))
+    with torch.inference_mode():
+        doubled = model(images)["depth"]
+        model.depth_head.__class__ = DPTHead
+        torch.testing.assert_close(doubled, 2 * model(images)["depth"])
+
+
+# ---- chunks and where outputs go
+
+
+def test_accelerated_heads_equal_the_stock_heads_on_the_restored_tokens():
+    model, images = tiny_vggt(track=True), random_images(9, batch=2)
+    accelerate(model, 0.4, weights=None)
+    plain = tiny_vggt(track=True)
+    with torch.inference_mode():
+        tokens, start = model.aggregator(images)
+        for head, reference in (
+            (model.depth_head, plain.depth_head),
+            (model.point_head, plain.point_head),
+            (model.track_head.feature_extractor, plain.track_head.feature_extractor),
+        ):
+            outputs = head(tokens, images, start), reference(list(tokens), images, start)
+            found, expected = ((o,) if isinstance(o, torch.Tensor) else o for o in outputs)
+            assert_close(found, expected, 1e-4)
+
+
+@pytest.mark.parametrize(("budget", "asked", "expected"), [
+    (2**40, "default", [9]), (2**40, 4, [4, 4, 1]), (1, "default", [1] * 9), (3.5, "default", [3, 3, 3]),
+    (3.5, 2, [2, 2, 2, 2, 1]), (3.5, 100, [3, 3, 3]), (3.5, None, [3, 3, 3]),
+])  # fmt: skip
+def test_chunks_fit_the_budget_and_the_caller(budget, asked, expected, monkeypatch):
+    model, images = tiny_vggt(), random_images(9)
+    accelerate(model, 0.4, weights=None)
+    one = 8 * 56 * 70 * 4  # bytes: half of the features, float32
+    monkeypatch.setattr(heads, "CPU_BYTES", int(budget * one))
+    seen = []
+    real = dpt.dense_head
+    monkeypatch.setattr(
+        dpt, "dense_head", lambda h, layers, *a, **k: seen.append(len(layers[0])) or real(h, layers, *a, **k)
+    )
+    with torch.inference_mode():
+        tokens, start = model.aggregator(images)
+        options = {} if asked == "default" else {"frames_chunk_size": asked}
+        model.depth_head(tokens, images, start, **options)
+    assert seen == expected
+
+
+@pytest.mark.parametrize("keep_ratio", [0.4, 1.0])
+@pytest.mark.parametrize("min_frames", [1, 100])
+def test_outputs_on_another_device_are_the_same(keep_ratio, min_frames, monkeypatch):
+    """On this machine the other device is the CPU, too: the values, and that every one is written."""
+    monkeypatch.setattr(heads, "CPU_BYTES", 3 * 8 * 56 * 70 * 4)
+    model, images = tiny_vggt(track=True), random_images(7, batch=2)
+    points = torch.tensor([[[10.0, 20.0]]] * 2)
+    with torch.inference_mode():
+        accelerate(model, keep_ratio, weights=None, min_frames=min_frames)
+        expected = model(images, query_points=points)
+        accelerate(model, keep_ratio, weights=None, min_frames=min_frames, output_device="cpu")
+        found = model(images, query_points=points)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in found if key != "pose_enc_list")
+    assert summary(model).config.output_device == torch.device("cpu")
+
+
+def test_dense_outputs_go_where_they_are_asked_for():
+    model, images = tiny_vggt(), random_images(9)
+    accelerate(model, 0.4, weights=None, output_device="meta")
+    with torch.inference_mode():
+        out = model(images)
+    where = {key: value.device.type for key, value in out.items() if key != "pose_enc_list"}
+    dense = ("depth", "depth_conf", "world_points", "world_points_conf")
+    assert where == {"pose_enc": "cpu", "images": "cpu"} | dict.fromkeys(dense, "meta")
