@@ -120,8 +120,8 @@ def convolution(pixels: float, inputs: int, outputs: int, kernel: int, size: int
     return Work(2 * pixels * kernel**2 * inputs * outputs, size * moved)
 
 
-def dense_head(dims: Dimensions, frames: int, grid: tuple[int, int], outputs: int) -> Work:
-    """A DPT head on dense tokens."""
+def dense_head(dims: Dimensions, frames: int, grid: tuple[int, int], outputs: int, accelerated: bool) -> Work:
+    """A DPT head on dense tokens; accelerated, the last convolution of a fusion block comes before the enlargement."""
     size, width, channels = dims.head_bytes, dims.dpt_features, dims.dpt_channels
     patches = frames * grid[0] * grid[1]
     image = patches * dims.patch**2
@@ -142,7 +142,7 @@ def dense_head(dims: Dimensions, frames: int, grid: tuple[int, int], outputs: in
         work += 2 * units * convolution(levels[level], width, width, 3, size)
         work += Work(passes=size * levels[level] * width * (7 * units + 3 * (units - 1)))
         finer = levels[level - 1] if level else 4 * levels[0]
-        work += convolution(finer, width, width, 1, size)
+        work += convolution(levels[level] if accelerated else finer, width, width, 1, size)
         work += Work(passes=size * width * (levels[level] + finer))  # interpolation
     finest = 4 * levels[0]
     work += convolution(finest, width, width // 2, 3, size)
@@ -204,7 +204,7 @@ def stage_work(dims: Dimensions, frames: int, grid: tuple[int, int], kept: int) 
         )
     work["camera_head"] = camera_head(dims, frames)
     for name, outputs in dims.dense.items():
-        work[name] = dense_head(dims, frames, grid, outputs)
+        work[name] = dense_head(dims, frames, grid, outputs, kept < patches)
     return work
 
 

@@ -1,6 +1,6 @@
 """Write the quality tables of README.md and weights/README.md from the files in results/, between their markers.
 
-    python benchmarks/write_tables.py
+python benchmarks/write_tables.py
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ def pruning_table() -> str:
             pairs = [("none", row), ("bundled", trained)]
             for weights, found in [("", row)] if row["keep_ratio"] == 1 else pairs:
                 ratio = "unpruned" if found["keep_ratio"] == 1 else f"{found['keep_ratio']:g}"
-                lines.append(
-                    f"| {title} | {ratio} | {weights} | {spread(found, 'auc30', 1)} | {found['auc15']:.1f} | "
-                    f"{found['rotation_deg']:.1f}° | {spread(found, 'absrel', 4)} | {number(found['delta125'], 1, ' %')} |"
-                )
+                cells = [title, ratio, weights, spread(found, "auc30", 1), number(found["auc15"], 1)]
+                cells += [number(found["rotation_deg"], 1, "°"), spread(found, "absrel", 4)]
+                cells += [number(found["delta125"], 1, " %")]
+                lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
