@@ -17,6 +17,9 @@ from torch import Tensor
 from .config import WeightsError
 from .report import whole_file
 
+ROW_SCALE = ".row_scale"  # appended to the name of a tensor in 8 bits
+SMALLEST_SCALE = 2.0**-24  # above zero in float16
+
 
 def write(
     path: str | PathLike[str], tensors: Mapping[str, Tensor], kind: str, version: int, fields: dict[str, Any]
@@ -82,8 +85,28 @@ def read_metadata(path: str | PathLike[str], kind: str, newest: int) -> dict[str
     return fields
 
 
+def in_8_bits(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors for `write` in half the size of float16: matrices as int8, with a float16 scale for each row.
+
+    A row is all but the first dimension, flattened: most often what makes one output channel. Vectors, and what is one
+    row only, become float16.
+    `read_tensors` undoes it, up to rounding.
+    """
+    result = {}
+    for name, tensor in tensors.items():
+        if tensor.ndim < 2 or len(tensor) == 1:
+            result[name] = tensor.half()
+            continue
+        rows = tensor.float().flatten(1)
+        scale = (rows.abs().amax(1, keepdim=True) / 127).clamp(min=SMALLEST_SCALE).half()  # [rows, 1]
+        whole = (rows / scale.float()).round().clamp(-127, 127)
+        result[name] = whole.to(torch.int8).view(tensor.shape)
+        result[name + ROW_SCALE] = scale[:, 0]
+    return result
+
+
 def read_tensors(path: str | PathLike[str], kind: str) -> dict[str, Tensor]:
-    """All tensors of a weight file, as float32 on the CPU.
+    """All tensors of a weight file, as float32 on the CPU; those in 8 bits are expanded, see `in_8_bits`.
 
     They are copies: the file may change or vanish afterwards.
 
@@ -93,6 +116,12 @@ def read_tensors(path: str | PathLike[str], kind: str) -> dict[str, Tensor]:
     with _open(path, kind) as file:
         tensors = {name: file.get_tensor(name).to(torch.float32, copy=True) for name in sorted(file.keys())}
     _check_finite(path, tensors)
+    scales = {name: tensors.pop(name) for name in list(tensors) if name.endswith(ROW_SCALE)}
+    for name, scale in scales.items():
+        tensor = tensors.get(name.removesuffix(ROW_SCALE))
+        if tensor is None or len(tensor) != len(scale):
+            raise WeightsError(f"{path} is damaged: {name} belongs to no tensor")
+        tensor *= scale.view(-1, *[1] * (tensor.ndim - 1))
     return tensors
 
 

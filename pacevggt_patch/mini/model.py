@@ -16,7 +16,7 @@ from ..config import PaceError, WeightsError
 from ..version import __version__
 
 KIND = "a VGGT-mini checkpoint"
-FORMAT = 1
+FORMAT = 2  # 1 had no tensors in 8 bits
 BUNDLED_FILE = "vggt-mini.safetensors"
 GET_VGGT = (
     "VGGT-mini is built from the stock vggt package, which is not installed: put a git checkout of "
@@ -97,13 +97,16 @@ def build_mini(weights: bool | str | PathLike[str] = True, config: MiniConfig | 
     return model
 
 
-def save_mini(model: Any, path: str | PathLike[str], training: dict[str, Any] | None = None) -> None:
+def save_mini(
+    model: Any, path: str | PathLike[str], training: dict[str, Any] | None = None, eight_bits: bool = False
+) -> None:
     """Write a VGGT-mini made by `build_mini` as one safetensors file, in float16, at once or not at all.
 
     Args:
         model: the model; its `mini_config` goes into the file's metadata.
         path: the file; its folder must exist.
         training: how it was trained, as JSON values.
+        eight_bits: write matrices in 8 bits, see `tensorfile.in_8_bits`.
 
     Raises:
         WeightsError: no such folder, or a tensor holds NaN, infinity, or more than float16 can.
@@ -114,7 +117,10 @@ def save_mini(model: Any, path: str | PathLike[str], training: dict[str, Any] | 
         raise PaceError(
             f"{type(model).__name__} has no mini_config: save_mini takes a model made by build_mini"
         )
-    tensors = {name: tensor.half() for name, tensor in model.state_dict().items()}
+    state = model.state_dict()
+    tensors = (
+        tensorfile.in_8_bits(state) if eight_bits else {name: tensor.half() for name, tensor in state.items()}
+    )
     metadata = {"library_version": __version__, "config": asdict(config), "training": training or {}}
     tensorfile.write(path, tensors, KIND, FORMAT, metadata)
 

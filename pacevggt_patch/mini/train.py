@@ -29,12 +29,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..clips.textures import load_photographs, texture_atlas
 from ..config import PaceError
 from ..report import whole_file
+from ..tensorfile import read_tensors
 from .held_out import HELD_OUT_SEED, HELD_OUT_VIEWS, evaluate, held_out_rooms
 from .journal import Journal, Timer
 from .model import MiniConfig, save_mini
@@ -110,9 +111,9 @@ def load_weights(trainer: Trainer, path: Path) -> None:
             f"{path} does not exist: pass the level.safetensors of an earlier run, or a checkpoint"
         )
     try:
-        tensors = {name: tensor.float() for name, tensor in load_file(path).items()}
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
+        tensors = read_tensors(path, "weights to start from")
         if "step" in metadata:
             parts = {"model": trainer.model, "auxiliary": trainer.auxiliary}
             for name, module in parts.items():
