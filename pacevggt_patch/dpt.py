@@ -11,7 +11,6 @@ This module knows the names inside a DPT head, and no other does.
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -20,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# Elements of an enlarged map: some kernels for channels-last maps count in 32 bits.
+MOST_ELEMENTS = 2**31 - 1
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -116,7 +117,12 @@ def dense_head(
 def enlarged(x: Tensor, size: Sequence[int], by_products: bool = False) -> Tensor:
     """`x` [N, C, h, w] enlarged bilinearly to `size`, corners on corners, channels-last."""
     if not by_products:
-        return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=True)
+        images = max(1, MOST_ELEMENTS // (x.shape[1] * size[0] * size[1]))
+        parts = [
+            F.interpolate(part, size=tuple(size), mode="bilinear", align_corners=True)
+            for part in x.split(images)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
     count, channels, rows, columns = x.shape
     down, across = (
         F.interpolate(
@@ -149,14 +155,16 @@ def is_dense_head(head: Any, channels: int, layers: int) -> bool:
     try:
         bare, grid = _bare_copy(head), (2, 3)
         patch = int(bare.patch_size)
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            tokens = [torch.randn(1, 2, 7, channels, generator=generator) for _ in range(layers)]
-            images = torch.zeros(1, 2, 3, patch * grid[0], patch * grid[1])
+            # Said out loud: users may have changed torch's default device and dtype.
+            here: Any = {"device": "cpu", "dtype": torch.float32}
+            tokens = [torch.randn(1, 2, 7, channels, generator=generator, **here) for _ in range(layers)]
+            images = torch.zeros(1, 2, 3, patch * grid[0], patch * grid[1], **here)
             theirs = type(head).forward(bare, list(tokens), images, 1)
             read = [tokens[i][0, :, 1:] for i in bare.intermediate_layer_idx]
             ours = dense_head(bare, read, grid, dense_tables(bare, grid))
-        if isinstance(theirs, Tensor) != isinstance(ours, Tensor):
+        if type(theirs) is not type(ours):  # named tuples, say
             return False
         theirs, ours = ((a,) if isinstance(a, Tensor) else tuple(a) for a in (theirs, ours))
         return len(theirs) == len(ours) and all(map(_alike, theirs, ours))
@@ -165,11 +173,16 @@ def is_dense_head(head: Any, channels: int, layers: int) -> bool:
 
 
 def is_open(head: Any) -> bool:
-    """Whether nobody watches or replaced the parts that `dense_head` does not call as modules."""
+    """Whether nobody watches or replaced the parts that `dense_head` does not run as the stock head does.
+
+    It does not call the fusion blocks, gives their last convolutions smaller maps, and writes on what the projections
+    return.
+    """
     scratch = head.scratch
     stages = (scratch.refinenet1, scratch.refinenet2, scratch.refinenet3, scratch.refinenet4)
+    parts = (*stages, *(stage.out_conv for stage in stages), *head.projects)
     return not any(
-        "forward" in stage.__dict__ or any(stage.__dict__.get(hooks) for hooks in HOOKS) for stage in stages
+        "forward" in part.__dict__ or any(part.__dict__.get(hooks) for hooks in HOOKS) for part in parts
     )
 
 
@@ -181,11 +194,13 @@ def _alike(theirs: Tensor, ours: Tensor) -> bool:
 
 
 def _bare_copy(module: Any) -> Any:
-    """The module with its tensors in float32 on the CPU, shared where they are, without hooks or instance forwards."""
-    bare = copy.copy(module)
+    """The module with its tensors in float32 on the CPU, shared where they are, without hooks or instance forwards.
+
+    In evaluation mode: batch norms would write on the shared tensors, dropout would draw from the user's random state.
+    """
+    bare = type(module).__new__(type(module))
     bare.__dict__ = {key: value for key, value in module.__dict__.items() if key != "forward"}
-    for hooks in HOOKS:
-        bare.__dict__[hooks] = OrderedDict()
+    bare.__dict__ |= {hooks: OrderedDict() for hooks in HOOKS} | {"training": False}
     bare._parameters = {
         name: None if p is None else nn.Parameter(p.detach().to("cpu", torch.float32), requires_grad=False)
         for name, p in module._parameters.items()

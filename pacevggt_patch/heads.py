@@ -149,7 +149,7 @@ def room(part: Any, frames: int, total: int, device: torch.device | None, head: 
     if isinstance(part, dict):
         return {key: room(value, frames, total, device, head) for key, value in part.items()}
     if isinstance(part, (tuple, list)):
-        return type(part)(room(value, frames, total, device, head) for value in part)
+        return like(part, [room(value, frames, total, device, head) for value in part])
     if part is None:
         return None
     what = f"a tensor {list(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
@@ -162,11 +162,17 @@ def room(part: Any, frames: int, total: int, device: torch.device | None, head: 
 def write(outputs: Any, part: Any, start: int) -> None:
     """Write what a head returned for some frames to their place, from frame `start` on."""
     if isinstance(part, Tensor):
-        outputs[:, start : start + part.shape[1]].copy_(part, non_blocking=outputs.device != part.device)
+        # Off CUDA nothing is pinned, and nothing waits for a copy that is on its way.
+        outputs[:, start : start + part.shape[1]].copy_(part, non_blocking=part.is_cuda)
     elif part is not None:
         keys = part.keys() if isinstance(part, dict) else range(len(part))
         for key in keys:
             write(outputs[key], part[key], start)
+
+
+def like(outputs: tuple | list, values: list) -> Any:
+    """`values` in a tuple, list or named tuple as `outputs` is one."""
+    return type(outputs)(*values) if hasattr(outputs, "_fields") else type(outputs)(values)
 
 
 def moved(outputs: Any, device: torch.device | None) -> Any:
@@ -178,5 +184,5 @@ def moved(outputs: Any, device: torch.device | None) -> Any:
     if isinstance(outputs, dict):
         return {key: moved(value, device) for key, value in outputs.items()}
     if isinstance(outputs, (tuple, list)):
-        return type(outputs)(moved(value, device) for value in outputs)
+        return like(outputs, [moved(value, device) for value in outputs])
     return outputs

@@ -1,6 +1,7 @@
 """The DPT head as a function of patch tokens, against stock heads of every kind."""
 
 import copy
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -133,6 +134,28 @@ def test_stock_heads_are_known(kind, dtype):
     assert head.training is False and all(len(module._forward_hooks) == 1 for module in head.modules())
 
 
+def test_a_head_in_training_is_tried_without_touching_it_or_the_random_state():
+    head = make_head("depth")
+    parts = [head.scratch.layer1_rn, nn.BatchNorm2d(16), nn.Dropout(0.5)]
+    head.scratch.layer1_rn = nn.Sequential(*parts)
+    head.train()
+    before, random = copy.deepcopy(head.state_dict()), torch.get_rng_state()
+    assert dpt.is_dense_head(head, 24, 4)
+    assert all(torch.equal(value, before[name]) for name, value in head.state_dict().items())
+    assert all(module.training for module in head.modules()) and torch.equal(torch.get_rng_state(), random)
+
+
+def test_heads_are_known_whatever_torch_makes_tensors_of():
+    head = make_head("points")
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        assert dpt.is_dense_head(head, 24, 4)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+
+
 def corners(stage):
     stage.align_corners = False
 
@@ -148,6 +171,11 @@ def changed_outputs(head: nn.Module, change) -> None:
     subclass(head, forward=forward)
 
 
+class Named(NamedTuple):
+    values: torch.Tensor
+    confidence: torch.Tensor
+
+
 def louder_fusion(stage: nn.Module) -> None:
     stock_forward = type(stage).forward
     subclass(stage, forward=lambda self, *xs, size=None: 1.01 * stock_forward(self, *xs, size=size))
@@ -156,6 +184,7 @@ def louder_fusion(stage: nn.Module) -> None:
 CHANGES = {
     "enlarges otherwise": lambda head: corners(head.scratch.refinenet2),
     "other values": lambda head: changed_outputs(head, lambda out: (out[0] + 0.01, out[1])),
+    "a named tuple": lambda head: changed_outputs(head, lambda out: Named(*out)),
     "one output": lambda head: changed_outputs(head, lambda out: out[0]),
     "other fusion": lambda head: louder_fusion(head.scratch.refinenet1),
     "no fourth stage": lambda head: delattr(head.scratch, "refinenet4"),
@@ -187,6 +216,43 @@ def test_hooks_on_a_bypassed_part_still_run():
     with torch.inference_mode():
         model(images)
     assert calls == [1]
+
+
+@pytest.mark.parametrize("part", ["projects.1", "scratch.refinenet3.out_conv"])
+def test_hooks_see_what_they_see_in_the_stock_head(part):
+    """Where the fast head would write on an output later, or hand a layer smaller maps."""
+    images, plain, fast = random_images(3), tiny_vggt(), tiny_vggt()
+    seen = []
+    for model in (plain, accelerate(fast, 0.4, weights=None)):
+        module = model.depth_head.get_submodule(part)
+        module.register_forward_hook(lambda module, inputs, output: seen.append((output, output.clone())))
+        module.register_full_backward_hook(lambda module, inputs, outputs: None)
+        model(images)["depth"].sum().backward()
+    (_, first), (kept, second) = seen
+    assert first.shape == second.shape and torch.equal(kept, second)
+
+
+@pytest.mark.parametrize("output_device", [None, "cpu"])
+def test_named_tuples_stay_what_they_are(output_device):
+    model, images = tiny_vggt(), random_images(9)  # two chunks of the stock head
+    changed_outputs(model.depth_head, lambda out: Named(*out))
+    accelerate(model, 0.4, weights=None, output_device=output_device)
+    with torch.inference_mode():
+        tokens, start = model.aggregator(images)
+        for given in (tokens, list(tokens)):
+            found = model.depth_head(given, images, start)
+            assert isinstance(found, Named) and found.confidence.shape == (1, 9, 56, 70)
+
+
+def test_maps_of_too_many_elements_are_enlarged_a_few_at_a_time(monkeypatch):
+    x = torch.randn(5, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+    expected = dpt.enlarged(x, (8, 9))
+    calls, real = [], torch.nn.functional.interpolate
+    monkeypatch.setattr(
+        torch.nn.functional, "interpolate", lambda x, **k: calls.append(len(x)) or real(x, **k)
+    )
+    monkeypatch.setattr(dpt, "MOST_ELEMENTS", 2 * 3 * 8 * 9 + 1)
+    assert torch.equal(dpt.enlarged(x, (8, 9)), expected) and calls == [2, 2, 1]
 
 
 def test_a_head_put_in_later_is_not_taken_for_the_one_that_was_tried():
