@@ -56,11 +56,14 @@ def aggregate(
         )
     positions = backbone.rope_positions(aggregator, grid, images.device)  # [P, 2]
 
-    change = None
+    keys = config.key_tokens(patches)
     if keep == patches:
         kept = torch.arange(patches, device=images.device).expand(batch, frames, -1)
         role = torch.full_like(kept, KEPT, dtype=torch.uint8)
         tokens = features
+        if keys < keep:
+            with timer.stage("scores", frames * patches, frames * patches):
+                best = token_scores(features, grid, keys, scorer)
     else:
         with timer.stage("scores", frames * patches, frames * patches):
             scores = token_scores(features, grid, keep, scorer)
@@ -71,14 +74,12 @@ def aggregate(
             else:
                 tokens = kept_tokens(features, assignment)
             kept, role = assignment.kept, assignment.role
+            best = assignment.scores.gather(2, kept)  # [B, S, K]
 
     special_tokens = backbone.special_tokens(aggregator, batch, frames)  # [B, S, n, C]
     special = special_tokens.shape[2]
     length = frames * (special + keep)
-    keys = config.key_tokens(patches)
-    if keys < keep:
-        best = torch.ones_like(kept) if keep == patches else assignment.scores.gather(2, kept)
-        change = FewerKeys(key_numbers(best, special, keys), length)
+    change = FewerKeys(key_numbers(best, special, keys), length) if keys < keep else None
     entering = [torch.cat([special_tokens, tokens], dim=2)]  # [B, S, n + K, C]
     del tokens
     if positions is not None:

@@ -38,7 +38,7 @@ class PaceConfig:
         check_finite: look for NaN and infinity in the images before work starts. None checks on the CPU and
             leaves CUDA alone, where the check would make the host wait for the device.
         min_frames: clips of fewer frames run the stock aggregator on all tokens; None: where that is the faster one
-            (see `break_even.fewest_frames`).
+            (see `break_even.pruning_pays`).
         global_keys: share of the kept patch tokens of a frame whose keys and values the global blocks see, in (0, 1].
         output_device: where dense heads put their outputs; None: where they are made.
 
@@ -105,13 +105,13 @@ def device_of(name: torch.device | str | None) -> torch.device | None:
     """A device by its name; None stays None.
 
     Raises:
-        PaceError: there is no such device.
+        PaceError: there is no such device on this machine.
     """
     try:
-        return None if name is None else torch.device(name)
-    except (RuntimeError, TypeError) as error:
+        return None if name is None else torch.empty(0, device=torch.device(name)).device
+    except (RuntimeError, TypeError, AssertionError) as error:
         raise PaceError(
-            f'output_device must be a torch device such as "cpu", or None, got {name!r}'
+            f'output_device must be a torch device of this machine such as "cpu", or None, got {name!r}'
         ) from error
 
 

@@ -7,6 +7,7 @@ from hosts import random_images, tiny_vggt
 
 from pacevggt_patch import PaceError, UnsupportedModelError, accelerate
 from pacevggt_patch.attention import FewerKeys, InAttention, key_numbers
+from pacevggt_patch.scorer import token_scores
 
 
 def test_the_best_scored_tokens_and_all_special_ones_are_keys():
@@ -59,6 +60,18 @@ def test_global_blocks_alone_see_fewer_keys(keep_ratio, keys, monkeypatch):
     assert not torch.allclose(few["pose_enc"], every["pose_enc"], atol=1e-5)
 
 
+def test_keys_of_an_unpruned_clip_are_spread_over_its_frames(monkeypatch):
+    model, images, seen = tiny_vggt(), random_images(2), []
+    real = FewerKeys.__init__
+    monkeypatch.setattr(FewerKeys, "__init__", lambda self, *a: seen.append(a[0]) or real(self, *a))
+    with torch.inference_mode():
+        tokens, _ = accelerate(model, 1.0, weights=None, global_keys=0.3)(images) and model.aggregator(images)
+    scores = token_scores(tokens.features, tokens.grid, 6)
+    assert torch.equal(seen[0], key_numbers(scores, 5, 6))
+    patches = seen[0].view(2, 11)[:, 5:] - torch.tensor([[5], [30]])  # numbers in their frames, of 20
+    assert (patches < 10).any(1).all() and (patches >= 10).any(1).all()
+
+
 def test_checkpointing_sees_the_same_keys():
     from pacevggt_patch.patch import retune
 
@@ -101,7 +114,11 @@ def test_a_host_whose_keys_can_not_be_chosen_is_refused():
         ({"min_frames": True}, "min_frames must be a whole number of at least 1, or None, got True"),
         (
             {"output_device": "disk"},
-            "output_device must be a torch device such as \"cpu\", or None, got 'disk'",
+            "output_device must be a torch device of this machine such as \"cpu\", or None, got 'disk'",
+        ),
+        (
+            {"output_device": "cuda:99"},
+            "output_device must be a torch device of this machine such as \"cpu\", or None, got 'cuda:99'",
         ),
     ],
 )
