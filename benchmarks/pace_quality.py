@@ -76,7 +76,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def mean_metrics(model, clips: list[Clip], ratio: float, weights: Path | None) -> dict[str, float | None]:
     """Mean of each metric over the clips; None where the clips have no ground truth for it."""
-    accelerate(model, ratio, weights=weights)
+    accelerate(model, ratio, weights=weights, min_frames=1)
     with torch.inference_mode():
         results = [evaluate_predictions(model(clip.images), clip) for clip in clips]
     means: dict[str, float | None] = {}

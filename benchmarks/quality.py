@@ -37,9 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     with tqdm(total=len(ratios) * len(clips), unit="clip", disable=None) as bar:
         for ratio in ratios:
             budget = args.merge_budget if args.merge_budget is None else min(args.merge_budget, 1 - ratio)
-            accelerate(
-                model, ratio, budget, weights=weights, global_keys=args.global_keys if ratio < 1 else 1.0
-            )
+            keys = args.global_keys if ratio < 1 else 1.0
+            # Pruned however short the clip: a stock row must not pass for a pruned one.
+            accelerate(model, ratio, budget, weights=weights, min_frames=1, global_keys=keys)
             results = []
             for clip in clips:
                 with torch.inference_mode():

@@ -21,19 +21,17 @@ def saved_flops(frames: int, patches: int, kept: int, special: int, channels: in
     """
 
     def flops(tokens: int) -> float:
-        linear = (
-            2 * 2 * 12 * frames * tokens * channels**2
-        )  # projections and an MLP of 4C, in both blocks of a pair
+        linear = 2 * 2 * 12 * frames * tokens * channels**2  # projections and an MLP of 4C, in both blocks
         attention = 4 * channels * (frames * tokens**2 + (frames * tokens) ** 2)
         return blocks * float(linear + attention)
 
     return flops(special + patches) - flops(special + kept)
 
 
-def fewest_frames(device: str, patches: int, kept: int, special: int, channels: int, blocks: int) -> int:
-    """The number of frames of a clip from which on pruning is the faster one on a type of device; see `saved_flops`."""
-    overhead = 0.0 if device == "cpu" else GPU_FLOPS_PER_PICK * kept
-    frames = 1
-    while kept < patches and saved_flops(frames, patches, kept, special, channels, blocks) < overhead:
-        frames += 1
-    return frames
+def pruning_pays(
+    device: str, clips: int, frames: int, patches: int, kept: int, special: int, channels: int, blocks: int
+) -> bool:
+    """Whether pruning is the faster one on a type of device, for a batch of `clips`; see `saved_flops`."""
+    if device == "cpu" or kept == patches:
+        return True
+    return clips * saved_flops(frames, patches, kept, special, channels, blocks) >= GPU_FLOPS_PER_PICK * kept

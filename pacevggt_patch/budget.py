@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from . import backbone
 from .config import PaceError
 from .patch import _state, accelerate, is_accelerated, remove
-from .summary import StageTimer, device_time
+from .summary import StageTimer, current_device, device_time
 
 # Keep ratios that are tried, as shares of the largest that the merge budget leaves, and shares of the clip's frames.
 CALIBRATION = ((0.9, 1 / 4), (0.9, 1 / 8), (0.3, 1 / 4), (0.3, 1 / 8), (0.1, 1 / 2), (0.1, 1 / 8))
@@ -297,12 +297,12 @@ class _MemoryTimer(StageTimer):
 
 @contextmanager
 def _as_it_was(model: nn.Module) -> Generator[None]:
-    """Evaluation mode inside the `with` block; afterwards the model and the random state are as before."""
+    """Evaluation mode, on the model's device, inside the `with` block; then model and random state are as before."""
     training = [(module, module.training) for module in model.modules()]
     accelerated = is_accelerated(model)
     before = dict(vars(_state(model))) if accelerated else None
     device = backbone.find_host(model).aggregator.camera_token.device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), current_device(device):
         model.eval()
         try:
             yield

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from . import backbone
 from .aggregation import aggregate
-from .break_even import fewest_frames
+from .break_even import pruning_pays
 from .config import DEFAULT_KEEP_RATIO, PaceConfig, PaceError, UnsupportedModelError, device_of
 from .dpt import is_dense_head
 from .heads import moved, restored_argument, run_camera_head, run_dense_head
-from .summary import StageTimer, Summary
+from .summary import StageTimer, Summary, current_device
 from .weights import PaceWeights, resolve
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -74,7 +74,7 @@ class _AggregatorForward(_Forward):
             restoration = state.weights.restoration
         state.timer.stages.clear()
         frames, patches = images.shape[1], grid[0] * grid[1]
-        if frames < self.fewest_frames(images.device.type, patches):
+        if not self.prunes(images, patches):
             length = frames * (patches + int(self.module.patch_start_idx))
             with state.timer.stage(STOCK_AGGREGATOR, length, length):
                 return self.stock(images)
@@ -92,14 +92,15 @@ class _AggregatorForward(_Forward):
         )
         return tokens, self.module.patch_start_idx
 
-    def fewest_frames(self, device: str, patches: int) -> int:
-        """Clips of fewer frames are not pruned."""
-        config = self.state.config
+    def prunes(self, images: Tensor, patches: int) -> bool:
+        """Whether clips of that many frames are pruned."""
+        config, (clips, frames) = self.state.config, images.shape[:2]
         if config.min_frames is not None:
-            return config.min_frames
+            return frames >= config.min_frames
         channels = self.module.camera_token.shape[-1]
         special, blocks = int(self.module.patch_start_idx), backbone.depth(self.module)
-        return fewest_frames(device, patches, config.kept_tokens(patches), special, channels, blocks)
+        kept = config.kept_tokens(patches)
+        return pruning_pays(images.device.type, clips, frames, patches, kept, special, channels, blocks)
 
 
 class _RopeForward(_Forward):
@@ -170,7 +171,7 @@ def accelerate(
             on CUDA the check makes the host wait for the device.
         min_frames: clips of fewer frames run the stock aggregator, on all tokens: `keep_ratio` is not applied to them,
             and their quality is the stock model's. None takes the number from which on pruning is the faster one (1 on
-            the CPU, see `break_even.fewest_frames`); 1 prunes every clip. `summary` says which one ran.
+            the CPU, see `break_even.pruning_pays`); 1 prunes every clip. `summary` says which one ran.
         global_keys: share of the kept patch tokens of each frame whose keys and values the global blocks see, in
             (0, 1]; all queries stay, and so do the keys of camera and register tokens.
         output_device: where the outputs of dense heads go, a chunk of frames at a time; "cpu" leaves the memory of the
@@ -290,17 +291,17 @@ def summary(model: nn.Module, images: Tensor | None = None) -> Summary:
     Raises:
         PaceError: the model is not accelerated.
     """
-    state = _state(model)
+    state, host = _state(model), backbone.find_host(model)
     if images is not None:
         state.timer.timing = True
         state.timer.stages.clear()
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), current_device(host.aggregator.camera_token.device):
                 model(images)
         finally:
             state.timer.timing = False
     return Summary(
-        backbone=str(backbone.spec(backbone.find_host(model))),
+        backbone=str(backbone.spec(host)),
         config=state.config,
         weights="none (training-free)" if state.weights is None else str(state.weights),
         paused=state.paused,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -46,10 +46,15 @@ class StageTimer:
 
 
 def device_time() -> float:
-    """Wall clock in seconds, read after the device's work is done."""
+    """Wall clock in seconds, read after the work of the current CUDA device is done; see `current_device`."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def current_device(device: torch.device) -> AbstractContextManager:
+    """Makes a CUDA device the current one, whose times and peak memory are taken, inside the `with` block."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,13 @@
 """From how many frames on pruning is used, and what runs below."""
 
+import math
+
 import pytest
 import torch
 from hosts import assert_equal, random_images, tiny_vggt
 
-from pacevggt_patch import accelerate, is_accelerated, summary
-from pacevggt_patch.break_even import fewest_frames, saved_flops
+from pacevggt_patch import accelerate, is_accelerated, patch, summary
+from pacevggt_patch.break_even import pruning_pays, saved_flops
 from pacevggt_patch.tokens import RestoredTokens
 
 VGGT_1B = {"patches": 1036, "kept": 311, "special": 5, "channels": 1024, "blocks": 24}
@@ -25,18 +27,39 @@ def test_saved_operations_of_a_clip_counted_one_by_one():
 
 
 def test_the_cpu_prunes_from_one_frame_on():
-    assert fewest_frames("cpu", **VGGT_1B) == 1
+    assert pruning_pays("cpu", 1, 1, **VGGT_1B)
 
 
 def test_vggt_1b_on_a_gpu():
     """Measured on an H100: stock is the faster one below 6 frames."""
-    assert fewest_frames("cuda", **VGGT_1B) == 6
-    assert fewest_frames("cuda", **(VGGT_1B | {"kept": 155})) < 6
-    assert (
-        fewest_frames("cuda", **(VGGT_1B | {"kept": 1036})) == 1
-    )  # nothing is pruned, so nothing is to be had
-    few, many = (saved_flops(n, 1036, 311, 5, 1024, 24) for n in (5, 6))
-    assert few < 311 * 25e9 <= many
+    assert [pruning_pays("cuda", 1, n, **VGGT_1B) for n in (1, 5, 6, 7, 1000)] == [
+        False,
+        False,
+        True,
+        True,
+        True,
+    ]
+    assert pruning_pays("cuda", 1, 5, **(VGGT_1B | {"kept": 155}))  # fewer picks, and more is saved
+    assert pruning_pays("cuda", 1, 1, **(VGGT_1B | {"kept": 1036}))  # nothing is picked
+
+
+def test_the_clips_of_a_batch_share_the_picks():
+    few = saved_flops(3, 1036, 311, 5, 1024, 24)
+    enough = math.ceil(311 * 25e9 / few)
+    assert enough > 1
+    assert [pruning_pays("cuda", n, 3, **VGGT_1B) for n in (enough - 1, enough)] == [False, True]
+
+
+@pytest.mark.parametrize(("batch", "frames"), [(1, 3), (4, 2)])
+def test_the_model_is_asked_about_its_own_sizes(batch, frames, monkeypatch):
+    asked = []
+    monkeypatch.setattr(patch, "pruning_pays", lambda *sizes: asked.append(sizes) or len(asked) > 1)
+    model = accelerate(tiny_vggt(), 0.4, weights=None)
+    images = random_images(frames, batch=batch)
+    with torch.inference_mode():
+        kinds = [type(model.aggregator(images)[0]) for _ in range(2)]
+    assert kinds == [list, RestoredTokens]
+    assert asked == [("cpu", batch, frames, 20, 8, 5, 32, 4)] * 2
 
 
 @pytest.mark.parametrize("frames", [1, 3])

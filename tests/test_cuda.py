@@ -112,7 +112,7 @@ def test_a_memory_budget_is_measured_and_kept(model):
     assert not is_accelerated(model)
     with pytest.raises(PaceError, match=r"memory_gib=0\.001 \(the smallest possible is about"):
         fit_budget(model, 40, (112, 112), memory_gib=0.001)
-    accelerate(model, 0.3, weights=None)
+    accelerate(model, 0.3, weights=None, min_frames=1)
     costs = measure_costs(model, 40, (112, 112), memory=True)
     with torch.inference_mode():
         images = torch.rand(1, 40, 3, 112, 112, device="cuda")
@@ -125,7 +125,7 @@ def test_benchmark_watches_the_device(model, images, monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).resolve().parent.parent / "benchmarks")
     from stages import host_syncs, kernels, stages_and_syncs
 
-    accelerate(model, 0.3, weights=None)
+    accelerate(model, 0.3, weights=None, min_frames=1)
     device, mode = torch.device("cuda"), torch.cuda.get_sync_debug_mode()
     with torch.inference_mode():
         seconds, _ = stages_and_syncs(model, lambda: model(images), device)
@@ -143,6 +143,17 @@ def test_benchmark_watches_the_device(model, images, monkeypatch):
         assert torch.cuda.get_sync_debug_mode() == mode
         rows = kernels(lambda: model(images), device)
     assert 0 < sum(row["share"] for row in rows) <= 1 + 1e-6 and all(row["calls"] > 0 for row in rows)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_model_on_another_than_the_current_device_is_measured_there():
+    model = tiny_vggt().to("cuda:1")
+    accelerate(model, 0.3, weights=None, min_frames=1)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
+    with torch.cuda.device(0):
+        costs = measure_costs(model, 40, (112, 112), memory=True)
+        assert torch.cuda.current_device() == 0
+    assert all(gib >= weights for point in costs.points for gib in point.memory_gib.values())
 
 
 def test_training_runs_on_the_device(tmp_path):

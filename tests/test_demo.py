@@ -56,6 +56,13 @@ def test_report_and_pictures(tmp_path):
     assert "camera AUC@30" in table and f"{report['speedup']:.1f}x" in table
 
 
+def test_clips_too_short_to_gain_are_pruned_all_the_same(tmp_path, monkeypatch):
+    """As on a GPU, where a few frames of VGGT-mini would run the stock aggregator."""
+    monkeypatch.setattr("pacevggt_patch.patch.pruning_pays", lambda *_: False)
+    report, written, _ = run_demo(tmp_path, frames=2, weights=None, repeats=1, device="cpu")
+    assert "tokens.png" in written and report["stock"] != report["pace"]
+
+
 def test_folder_of_images_has_no_ground_truth(tmp_path, capsys):
     status = cli.main(
         [
