@@ -135,7 +135,8 @@ def fit_budget(
     Runs the model on random images of that size: up to six settings, four times each, on at most half as many frames
     (from 64 frames on). For a clip of hundreds of frames that takes as long as a few of its pruned forwards, for a
     short one as long as a few dozen; the plan says how long. The model is left as it was; apply the answer with
-    `accelerate(model, plan.keep_ratio)`.
+    `accelerate(model, plan.keep_ratio)`. It is for a pruned clip: where the clip has so few frames that the stock
+    aggregator would run instead, pass `min_frames=1` as well.
 
     Args:
         model: a VGGT on its device. If it is accelerated, its weights and merge budget are in force during calibration;
