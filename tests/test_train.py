@@ -398,13 +398,13 @@ def test_another_run_starts_from_the_weights_before_the_fall(tmp_path):
     first = [*ARGUMENTS, "--out", str(tmp_path / "first"), "--steps", "4", "--decay", "0.5"]
     assert main(first) == 0
     level = tmp_path / "first" / "level.safetensors"
-    second = [*ARGUMENTS, "--out", str(tmp_path / "second"), "--steps", "2", "--start", str(level)]
+    second = [*ARGUMENTS, "--out", str(tmp_path / "second"), "--steps", "2", "--from-weights", str(level)]
     assert main(second) == 0
     state = torch.load(tmp_path / "second" / "state.pt", weights_only=True)
     assert (state["step"], state["since_start"]) == (4, 2)  # from step 2 on, to scenes not seen before
     # A checkpoint without the auxiliary heads will do as well.
     checkpoint = str(tmp_path / "second" / "mini.safetensors")
-    assert main([*ARGUMENTS, "--out", str(tmp_path / "third"), "--steps", "1", "--start", checkpoint]) == 0
+    assert main([*ARGUMENTS, "--out", str(tmp_path / "third"), "--steps", "1", "--from-weights", checkpoint]) == 0
     state = torch.load(tmp_path / "third" / "state.pt", weights_only=True)
     assert (state["step"], state["since_start"]) == (5, 1)
     with pytest.raises(PaceError, match="another architecture"):
@@ -478,7 +478,7 @@ def test_training_brings_the_loss_down(atlas):
         (["--decay", "1.5", "--steps", "1"], "decay is a share of the run"),
         (["--config", '{"width": 3}', "--steps", "1"], "MiniConfig has no field width; it has image_size"),
         (["--textures", "nowhere.zip", "--steps", "1"], r"nowhere\.zip is neither a folder nor a zip file"),
-        (["--start", "nowhere.safetensors", "--steps", "1"], r"nowhere\.safetensors does not exist"),
+        (["--from-weights", "nowhere.safetensors", "--steps", "1"], r"nowhere\.safetensors does not exist"),
     ],
 )
 def test_wrong_arguments_are_named(tmp_path, arguments, message):

@@ -1,8 +1,9 @@
 """Scenes and cameras for training, many at a time: plain rooms, furnished rooms with photographs, and facades.
 
 Plain rooms follow `rooms.py` (same furniture, same cameras, procedural textures). Furnished rooms add tables, shelves,
-chairs and piles, small things on top of them, photographs on every surface, and cameras that scatter, walk or circle.
-Facades are one wall with rows of windows and columns in relief, seen from wide apart.
+chairs and piles, often in one group, small things on top of them, photographs on every surface, and cameras that
+scatter, walk or circle. Most of these look down on furniture from near, as who scans a room does. Facades are one wall
+with rows of windows and columns in relief, seen from wide apart.
 
 All scenes of a call are sampled together as `[B, ...]` tensors on the CPU, so that a seed gives the same scenes
 whatever device renders them.
@@ -34,6 +35,9 @@ FAR_AWAY = 1e3  # where solids go that a scene does not have
 CLEARANCE = 0.22
 WALL_CLEARANCE = 0.2
 CANDIDATES = 6
+SCANNED = 0.65  # share of furnished rooms whose cameras are turned to their furniture
+GATHERED = 0.6  # share of furnished rooms whose furniture stands in a group
+FLAT_SHARES = (0.0, 0.3, 0.15)  # of the surfaces of each kind of scene: many real ones show next to nothing
 
 # Pieces of furniture from six boxes each: centre and half-size in shares of width, depth and height, front towards -y.
 PIECE_PARTS = torch.tensor(
@@ -225,9 +229,11 @@ def sample_solids(
     """Centre, rotation, half-size and presence of all solids but the room, in the order of `raycast.FrameScenes`."""
     count = len(kind)
     is_plain, is_facade = kind == PLAIN, kind == FACADE
+    hub = s.uniform(count, 2, low=-0.7, high=0.7) * room[:, :2]
+    gathered = (kind == FURNISHED) & s.chance(count, p=GATHERED)
     wall_boxes = sample_wall_boxes(s, room, is_plain)
-    furniture = sample_furniture(s, room, is_plain)
-    pieces, tops = sample_pieces(s, room)
+    furniture = sample_furniture(s, room, is_plain, hub, gathered)
+    pieces, tops = sample_pieces(s, room, hub, gathered)
     # Small things stand on furniture and on pieces.
     upright = furniture[0][..., 2] - furniture[2][..., 2] <= 1e-4 - room[:, None, 2]
     yaw = furniture[1]
@@ -291,8 +297,17 @@ def sample_wall_boxes(s: Sampler, room: torch.Tensor, is_plain: torch.Tensor) ->
     return [centre, torch.eye(3).expand(count, WALL_BOXES, 3, 3), half_size]
 
 
-def sample_furniture(s: Sampler, room: torch.Tensor, is_plain: torch.Tensor) -> list[torch.Tensor]:
-    """Boxes of 0.2 to 2 m, most of them upright on the floor, in furnished rooms often along a wall."""
+def near(s: Sampler, hub: torch.Tensor, room: torch.Tensor, count: int) -> torch.Tensor:
+    """`[B, count, 2]` places about a metre from `hub` `[B, 2]`, within the room."""
+    away = F.normalize(s.normal(len(hub), count, 2), dim=2) * s.uniform(len(hub), count, 1, low=0.2, high=1.4)
+    limit = (0.92 * room[:, None, :2]).expand_as(away)
+    return (hub[:, None] + away).maximum(-limit).minimum(limit)
+
+
+def sample_furniture(
+    s: Sampler, room: torch.Tensor, is_plain: torch.Tensor, hub: torch.Tensor, gathered: torch.Tensor
+) -> list[torch.Tensor]:
+    """Boxes of 0.2 to 2 m, most of them upright on the floor, in furnished rooms often along a wall or by the hub."""
     shape = (len(room), FURNITURE)
     half_size = torch.cat(
         [s.log_uniform(*shape, 2, low=0.1, high=0.6), s.log_uniform(*shape, 1, low=0.1, high=0.7)], 2
@@ -313,18 +328,23 @@ def sample_furniture(s: Sampler, room: torch.Tensor, is_plain: torch.Tensor) -> 
     )
     side = torch.where(s.chance(*shape, p=0.5), 1.0, -1.0)[..., None]
     at_wall = side * (room[:, None, :2] - half_size[..., :2])
-    centre = torch.cat([torch.where(wall, at_wall, centre[..., :2]), centre[..., 2:]], 2)
+    by_hub = (gathered[:, None] & s.chance(*shape, p=0.4))[..., None]
+    place = torch.where(by_hub, near(s, hub, room, FURNITURE), centre[..., :2])
+    centre = torch.cat([torch.where(wall, at_wall, place), centre[..., 2:]], 2)
     rotation = torch.where(tilted[..., None, None], s.rotations(*shape), turn(yaw))
     return [centre, rotation, half_size]
 
 
-def sample_pieces(s: Sampler, room: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def sample_pieces(
+    s: Sampler, room: torch.Tensor, hub: torch.Tensor, gathered: torch.Tensor
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Tables, shelves, chairs and piles, as their boxes `[B, PIECES * PARTS, ...]` and as the boxes around them."""
     shape = (len(room), PIECES)
     which = s.integers(*shape, high=len(PIECE_PARTS))
     least, most = PIECE_LEAST[which], PIECE_MOST[which]
     size = least * (most / least) ** s.uniform(*shape, 3)  # [B, n, 3]
     place = s.uniform(*shape, 2, low=-0.85, high=0.85) * room[:, None, :2]
+    place = torch.where(gathered[:, None, None], near(s, hub, room, PIECES), place)
     square = s.chance(*shape, p=0.5)
     quarter = s.integers(*shape, high=4) * (math.pi / 2) + 0.03 * s.normal(*shape)
     rotation = turn(torch.where(square, quarter, s.uniform(*shape, high=2 * math.pi)))  # [B, n, 3, 3]
@@ -429,6 +449,9 @@ def sample_views(
     )
     at_wall = torch.cat([targets[:, 0, :1] * 0.6, room[:, 1:2] * 0.95, targets[:, 0, 2:] * 0.5], 1)
     middle, target = torch.where(is_facade, before, middle), torch.where(is_facade, at_wall, target)
+    scan, scanned = sample_scan(s, room, centre)
+    is_scan = (kind == FURNISHED)[:, None] & s.chance(count, 1, p=SCANNED)
+    middle, target = torch.where(is_scan, scan, middle), torch.where(is_scan, scanned, target)
     away = (target - middle).norm(dim=1, keepdim=True)  # [B, 1]
 
     motion = s.choice(torch.tensor(MOTION_SHARES)[kind])[:, None, None]  # [B, 1, 1]
@@ -479,6 +502,22 @@ def sample_views(
     focal = 0.5 / torch.tan(torch.deg2rad(degrees) / 2)  # over the width
     squeeze = 1 + torch.where(is_plain, 0.0, 0.02) * s.normal(count, 1).clamp(-2, 2)
     return position, orientation, torch.cat([focal, focal * squeeze], 1)
+
+
+def sample_scan(s: Sampler, room: torch.Tensor, centre: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`[B, 3]` places of a camera that looks at furniture from near and above, and `[B, 3]` what it looks at."""
+    count = len(room)
+    things = centre[:, WALL_BOXES:BOXES]
+    here = (things.abs().amax(2) < FAR_AWAY / 2).float() + 1e-6
+    target = things[torch.arange(count), s.choice(here)]
+    target = target.maximum(-room).minimum(room) + 0.15 * s.normal(count, 3)
+    # From the side of the room that is open, rather than from the wall behind.
+    side = F.normalize(s.normal(count, 2) * 0.7 - target[:, :2] / room[:, :2], dim=1)
+    distance = s.log_uniform(count, 1, low=0.7, high=2.8)
+    height = s.uniform(count, 1, low=0.05, high=0.8) * distance
+    limit = room - WALL_CLEARANCE
+    place = target + torch.cat([side * distance, height], 1)
+    return place.maximum(-limit).minimum(limit), target
 
 
 def first_clear(
@@ -532,7 +571,7 @@ def sample_surfaces(
 
     # Paint: contrast and brightness of the surface, and a tint; procedural textures have their colours.
     contrast = torch.where(is_plain, 1.0, s.log_uniform(*shape, low=0.5, high=1.5))
-    flat = ~is_plain & s.chance(*shape, p=0.15)  # many real surfaces show next to nothing
+    flat = s.chance(*shape, p=torch.tensor(FLAT_SHARES)[kind][:, None])
     contrast = torch.where(flat, contrast * 0.15, contrast)
     brightness = torch.where(is_plain, 0.0, 0.12 * s.normal(*shape)) + torch.where(
         flat, s.uniform(*shape, low=-0.1, high=0.4), 0.0

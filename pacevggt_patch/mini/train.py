@@ -5,7 +5,7 @@
 
 Scenes are drawn by the number of the step, so that a run that was killed goes on with `--resume` as if it had not been.
 The learning rate rises, stays level, and falls to zero over the last part of the run; the weights from before that fall
-are kept in `level.safetensors`, from which `--start` goes on training another time. On several GPUs, gradients are
+are kept in `level.safetensors`, from which `--from-weights` goes on training another time. On several GPUs, gradients are
 averaged over the processes that torchrun starts.
 
 `DIR` receives `mini.safetensors` (the model, as `build_mini` reads it), `level.safetensors`, `state.pt` (to resume),
@@ -217,7 +217,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--resume", action="store_true", help="go on from DIR/state.pt, if it is there, as planned"
     )
     parser.add_argument(
-        "--start",
+        "--from-weights",  # torchrun would take --start for an option of its own
         type=Path,
         metavar="FILE",
         help="begin with the weights of a level.safetensors or a checkpoint",
@@ -277,8 +277,8 @@ def main(argv: list[str] | None = None) -> int:
         trainer = Trainer(settings, config, atlas, rank, world)
         trainer.use_graphs = not args.no_graphs
         journal = Journal(args.out, args.begun, rank == 0)
-        if args.start:
-            load_weights(trainer, args.start)
+        if args.from_weights:
+            load_weights(trainer, args.from_weights)
         plan = Plan.of_steps(trainer.step_number, args.steps, settings.decay) if args.steps else Plan()
         if args.resume and (args.out / "state.pt").is_file():
             state = torch.load(args.out / "state.pt", map_location=device, weights_only=True)
