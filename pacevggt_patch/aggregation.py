@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from . import backbone
+from .adaptation import BlockAdaptation, strength
 from .assignment import KEPT, assign
 from .attention import FewerKeys, key_numbers
 from .config import PaceConfig, UnsupportedModelError
@@ -25,6 +28,7 @@ def aggregate(
     scorer: TokenScorer | None,
     adapter: MergeAdapter | None,
     restoration: FeatureGuidedRestoration | None,
+    adaptation: BlockAdaptation | None,
     timer: StageTimer,
     checkpointing: bool = False,
 ) -> RestoredTokens:
@@ -36,7 +40,7 @@ def aggregate(
         grid: patch rows and columns.
         config: how many tokens are kept and merged.
         layers: AA layers whose outputs are returned.
-        scorer, adapter, restoration: trained modules, or None for the training-free path.
+        scorer, adapter, restoration, adaptation: trained modules, or None for the training-free path.
         timer: keeps the stages.
         checkpointing: compute the attention blocks once more for the backward pass instead of keeping what is in them.
 
@@ -79,6 +83,9 @@ def aggregate(
     special_tokens = backbone.special_tokens(aggregator, batch, frames)  # [B, S, n, C]
     special = special_tokens.shape[2]
     length = frames * (special + keep)
+    # The stock model, to which keep ratio 1 belongs, runs with its own parameters.
+    adapts = adaptation is not None and keep < patches
+    adapt = partial(adaptation, strength=strength(config.keep_ratio)) if adapts else None
     change = FewerKeys(key_numbers(best, special, keys), length) if keys < keep else None
     entering = [torch.cat([special_tokens, tokens], dim=2)]  # [B, S, n + K, C]
     del tokens
@@ -88,7 +95,7 @@ def aggregate(
     with timer.stage("alternating attention", length, length):
         # Popped, so that nobody holds them while the blocks run.
         compact = backbone.alternating_attention(
-            aggregator, entering.pop(), positions, layers, checkpointing, change
+            aggregator, entering.pop(), positions, layers, checkpointing, change, adapt
         )
     if change is not None:
         change.check()

@@ -23,6 +23,9 @@ from torch.utils.checkpoint import checkpoint
 from .attention import Change, InAttention
 from .config import PaceError, UnsupportedModelError
 
+# Parameters of blocks by their names in the aggregator -> those to run with instead.
+Adapt = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
 AGGREGATOR_PARTS = (
     "patch_embed",
     "frame_blocks",
@@ -304,6 +307,7 @@ def alternating_attention(
     layers: tuple[int, ...],
     checkpointing: bool = False,
     change: Change | None = None,
+    adapt: Adapt | None = None,
 ) -> dict[int, Tensor]:
     """Run the frame and global blocks, by the host's own functions.
 
@@ -314,6 +318,7 @@ def alternating_attention(
         layers: the layers whose output is wanted.
         checkpointing: keep only the tokens between blocks for the backward pass, and compute the blocks once more.
         change: of what goes into the attention of every global block, see `attention.InAttention`.
+        adapt: gives the parameters that blocks run with in place of their own.
 
     Returns:
         layer index -> [B, S, L, 2C], frame and global output concatenated.
@@ -323,6 +328,8 @@ def alternating_attention(
     process = {"frame": aggregator._process_frame_attention, "global": aggregator._process_global_attention}
     if change is not None:
         process["global"] = partial(_run_changed, change, process["global"])
+    if adapt is not None:
+        process = {kind: partial(_run_adapted, aggregator, kind, adapt, run) for kind, run in process.items()}
     done = dict.fromkeys(process, 0)  # blocks run so far
     outputs: dict[int, Tensor] = {}
     with nullcontext() if torch.compiler.is_compiling() else _shared_rotations():
@@ -349,6 +356,45 @@ def _run_changed(change: Change, process: Callable, tokens: Tensor, *args, **kwa
     """Run global blocks with a change of their attention, also where a checkpoint runs them once more."""
     with InAttention(change, args[4]):  # (tokens, batch, frames, length, channels, block)
         return process(tokens, *args, **kwargs)
+
+
+class _Around(nn.Module):
+    """A function of a module as the forward of another, so that `functional_call` can run it."""
+
+    def __init__(self, aggregator: nn.Module):
+        super().__init__()
+        self.aggregator = aggregator
+
+    def forward(self, process: Callable, *args, **kwargs):
+        return process(*args, **kwargs)
+
+
+def block_parameters(aggregator: Any, kind: str, first: int, blocks: int) -> dict[str, Tensor]:
+    """Parameters of "frame" or "global" blocks by their names in the aggregator."""
+    modules = getattr(aggregator, f"{kind}_blocks")
+    return {
+        f"{kind}_blocks.{i}.{name}": parameter
+        for i in range(first, first + blocks)
+        for name, parameter in modules[i].named_parameters()
+    }
+
+
+def all_block_parameters(aggregator: Any) -> dict[str, Tensor]:
+    """Parameters of all frame and global blocks by their names in the aggregator."""
+    kinds = ("frame", "global")
+    return {
+        name: p for kind in kinds for name, p in block_parameters(aggregator, kind, 0, depth(aggregator)).items()
+    }
+
+
+def _run_adapted(aggregator: Any, kind: str, adapt: Adapt, process: Callable, tokens: Tensor, *args, **kwargs):
+    """Run blocks with other parameters than their own, which they have again afterwards."""
+    first = args[4]  # (tokens, batch, frames, length, channels, block)
+    own = block_parameters(aggregator, kind, first, getattr(aggregator, "aa_block_size", 1))
+    others = {f"aggregator.{name}": parameter for name, parameter in adapt(own).items()}
+    return torch.func.functional_call(
+        _Around(aggregator), others, (process, tokens, *args), kwargs, tie_weights=False
+    )
 
 
 def static_rope(rope: Any) -> Any:

@@ -104,7 +104,12 @@ def add_train(commands) -> None:
     train.add_argument(
         "--views", type=int, nargs="+", default=[8], help="frames of a clip, one of these a step (8)"
     )
-    train.add_argument("--clips", type=int, default=1, help="clips of a step and process (1)")
+    train.add_argument(
+        "--clips", type=int, default=1, help="clips of a step and process, fewer if they have more frames (1)"
+    )
+    train.add_argument(
+        "--dense", type=int, default=4, help="frames of a clip on which depth and points are compared (4)"
+    )
     train.add_argument(
         "--width", type=int, help="of the frames in pixels (224 for VGGT-mini, else 518, rooms 504)"
     )
@@ -161,6 +166,7 @@ def train_command(arguments: argparse.Namespace) -> int:
         steps=0 if arguments.calibrate else arguments.steps,
         distil=arguments.distil,
         clips=arguments.clips,
+        dense=arguments.dense,
         views=tuple(arguments.views),
         rate=arguments.rate,
         scorer_rate=arguments.scorer_rate,

@@ -1,4 +1,4 @@
-"""Trained weights of scorer, merge and restoration: save, load from a file or the Hub, match with a backbone."""
+"""Trained weights of scorer, merge, restoration and adaptation: save, load from a file or the Hub, match with a backbone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from huggingface_hub.utils import (
 from torch import nn
 
 from . import tensorfile
-from .backbone import BackboneSpec, Host, find_host, fingerprints, spec
+from .adaptation import BlockAdaptation
+from .backbone import BackboneSpec, Host, all_block_parameters, find_host, fingerprints, spec
 from .bundled import bundled_files
 from .config import WeightsError
 from .merging import MergeAdapter
@@ -33,7 +34,7 @@ from .scorer import TokenScorer
 from .version import __version__
 
 KIND = "pace weights"
-FORMAT = 1
+FORMAT = 2  # 1 had no adaptation
 HUB_FILE = "pace.safetensors"
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^@\s]+))?")
 ACCEPTED = (
@@ -44,12 +45,13 @@ ACCEPTED = (
 
 @dataclass(eq=False)
 class PaceWeights:
-    """What makes the accelerated model better than training-free: a trained scorer, merge and restoration.
+    """What makes the accelerated model better than training-free: a trained scorer, merge, restoration and adaptation.
 
     Attributes:
         scorer: learned saliency of patch tokens.
         merge: learned residual of the tokens that enter attention.
         restoration: learned residual of the dense tokens.
+        adaptation: learned changes of the attention blocks.
         backbone: dimensions of the backbone that it was trained for.
         fingerprints: dtype name -> fingerprint of that backbone cast to this dtype (see `backbone.fingerprints`).
         keep_ratios: keep ratios that it was trained for.
@@ -61,6 +63,7 @@ class PaceWeights:
     scorer: TokenScorer
     merge: MergeAdapter
     restoration: FeatureGuidedRestoration
+    adaptation: BlockAdaptation
     backbone: BackboneSpec
     fingerprints: dict[str, str]
     keep_ratios: tuple[float, ...] = ()
@@ -87,10 +90,14 @@ class PaceWeights:
             scorer = TokenScorer(backbone.embed_dim)
             merge = MergeAdapter(backbone.embed_dim)
             restoration = FeatureGuidedRestoration(backbone.embed_dim, backbone.cached_layers)
+            adaptation = BlockAdaptation(
+                {name: tuple(p.shape) for name, p in all_block_parameters(host.aggregator).items()}
+            )
         weights = cls(
             scorer.eval(),
             merge.eval(),
             restoration.eval(),
+            adaptation.eval(),
             backbone,
             fingerprints(host),
             tuple(float(ratio) for ratio in keep_ratios),
@@ -113,7 +120,9 @@ class PaceWeights:
                 "scorer": self.scorer.hidden.weight.shape[0],
                 "merge": self.merge.out.weight.shape[1],
                 "restoration": tensors["restoration.hidden.0.weight"].shape[0],
+                "adaptation": self.adaptation.rank,
             },
+            "adapted": self.adaptation.shapes(),
             "fingerprints": self.fingerprints,
             "keep_ratios": list(self.keep_ratios),
             "training": self.training,
@@ -155,6 +164,13 @@ class PaceWeights:
             raise WeightsError(
                 f"pace weights {self.source} are for a VGGT with {mine}; this model has {theirs}"
             )
+        shapes = {name: tuple(p.shape) for name, p in all_block_parameters(host.aggregator).items()}
+        other = [name for name, shape in self.adaptation.shapes().items() if shapes.get(name) != shape]
+        if other:
+            raise WeightsError(
+                f"pace weights {self.source} change {other[0]} and {len(other) - 1} other parameters that this model's "
+                "attention blocks do not have in that shape"
+            )
         known = fingerprints(host)
         if not self.fingerprints.keys() & known.keys():
             raise WeightsError(
@@ -180,7 +196,8 @@ class PaceWeights:
 
     def modules(self) -> nn.ModuleDict:
         """The trained modules by name, the modules themselves."""
-        return nn.ModuleDict({"scorer": self.scorer, "merge": self.merge, "restoration": self.restoration})
+        names = ("scorer", "merge", "restoration", "adaptation")
+        return nn.ModuleDict({name: getattr(self, name) for name in names})
 
     def __str__(self) -> str:
         parameters = sum(p.numel() for p in self.modules().parameters())
@@ -239,10 +256,13 @@ def _read(path: Path, source: str) -> PaceWeights:
             scorer = TokenScorer(backbone.embed_dim, hidden["scorer"])
             merge = MergeAdapter(backbone.embed_dim, hidden["merge"])
             restoration = FeatureGuidedRestoration(backbone.embed_dim, layers, hidden["restoration"])
+            adapted, rank = (fields["adapted"], hidden["adaptation"]) if fields["format"] > 1 else ({}, 0)
+            adaptation = BlockAdaptation({name: tuple(shape) for name, shape in adapted.items()}, rank)
         weights = PaceWeights(
             scorer.eval(),
             merge.eval(),
             restoration.eval(),
+            adaptation.eval(),
             backbone,
             dict(fields["fingerprints"]),
             tuple(float(ratio) for ratio in fields["keep_ratios"]),

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hosts import random_images, tiny_vggt
 from PIL import Image
 from safetensors.torch import load_file
+from scipy.spatial.transform import Rotation
 
 import pacevggt_patch
 from pacevggt_patch import PaceError, PaceWeights, accelerate
@@ -189,7 +192,22 @@ def test_output_losses_by_hand():
         pose += weight * (5 * translation + 6 * error[..., 3:7].mean() + error[..., 7:].mean())
     assert found["camera"] == pytest.approx(pose.item(), rel=1e-5)
     same = output_losses(teacher, target)
-    assert all(value == pytest.approx(0, abs=1e-6) for name, value in same.items() if name != "camera")
+    exact = {name: value for name, value in same.items() if name not in ("camera", "pairs")}
+    assert all(value == pytest.approx(0, abs=1e-6) for value in exact.values())
+    assert same["pairs"] < 1e-3  # a length has a gradient at 0, and so is not quite 0 there
+
+    pairs = []
+    for b in range(2):
+        guess, truth = student.poses[-1][b].double().numpy(), teacher.poses[-1][b].double().numpy()
+        turns = [Rotation.from_quat(poses[:, 3:7]).as_matrix() for poses in (guess, truth)]
+        shifts = [guess[:, :3] / scales[b].item(), truth[:, :3]]
+        for i, j in itertools.permutations(range(3), 2):
+            # x_j = R_j R_i^T (x_i - t_i) + t_j
+            relative = [r[j] @ r[i].T for r in turns]
+            moved = [t[j] - r @ t[i] for r, t in zip(relative, shifts, strict=True)]
+            far = np.linalg.norm(moved[0] - moved[1]) / (np.linalg.norm(moved[1]) + 0.03)
+            pairs.append(far / (far + 0.5) + 0.5 * np.linalg.norm(relative[0] - relative[1]))
+    assert found["pairs"] == pytest.approx(np.mean(pairs), rel=1e-3)
 
 
 def test_scale_is_a_small_loss_of_its_own():
@@ -203,7 +221,7 @@ def test_scale_is_a_small_loss_of_its_own():
         (student.points[0] * factor[:, None, None, None, None], student.points[1]),
     )
     before, after = output_losses(student, target), output_losses(larger, target)
-    for name in ("camera", "depth", "points"):
+    for name in ("camera", "pairs", "depth", "points"):
         assert after[name] == pytest.approx(before[name].item(), rel=1e-4), name
     assert after["scale"] > before["scale"] + 0.3
 
@@ -320,7 +338,7 @@ def test_every_trained_tensor_gets_a_gradient_and_the_host_none(folder, checkpoi
         plan = next(p for p in (step_plan(settings, i) for i in range(50)) if p.merge_budget is None)
         loss, parts = fit.refine_loss(fit.finish(source.draw(0, 2, plan.views)), plan)
         loss.backward()
-        assert set(parts) == {"camera", "depth", "scale", "points", "confidence", "special", "dense"}
+        assert set(parts) == {"camera", "pairs", "depth", "scale", "points", "confidence", "special", "dense"}
         silent = [name for name, p in fit.modules.named_parameters() if p.grad is None or not p.grad.any()]
         assert set(silent) <= {"scorer.out.bias"}  # only ratios of saliency matter
         assert all(p.grad is None for p in model.parameters())
@@ -416,7 +434,7 @@ def test_total_loss_blends_truth_in(folder):
     true = output_losses(student, Target(truth.pose, *teacher_target(teacher)[1:]))["camera"]
     assert blended["camera"] == pytest.approx((0.75 * parts["camera"] + 0.25 * true).item(), rel=1e-5)
     assert blended["depth"] == pytest.approx(parts["depth"].item(), rel=1e-5)
-    weights = dict(camera=1, depth=1, points=0.5, confidence=0.05, special=0.5, dense=0.5)
+    weights = dict(camera=1, pairs=1, depth=1, points=0.5, confidence=0.05, special=0.5, dense=0.5)
     weights["scale"] = 0.1
     expected = sum(parts[name].item() * weight for name, weight in weights.items())
     assert plain.item() == pytest.approx(expected, rel=1e-5)

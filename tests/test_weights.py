@@ -146,7 +146,9 @@ def test_the_file_is_plain_safetensors_with_json_metadata(file):
     with safe_open(file, "pt") as opened:
         metadata = {name: json.loads(text) for name, text in opened.metadata().items()}
     assert metadata["kind"] == "pace weights"
-    assert metadata["format"] == 1
+    assert metadata["format"] == 2
+    assert metadata["hidden_dims"]["adaptation"] == 16
+    assert metadata["adapted"]["global_blocks.3.attn.qkv.weight"] == [96, 32]
     assert metadata["backbone"]["embed_dim"] == 32
     assert metadata["backbone"]["cached_layers"] == [0, 1, 2, 3]
     assert set(metadata["fingerprints"]) == {"float32", "bfloat16", "float16"}
@@ -272,16 +274,17 @@ def test_other_kind(file):
 
 
 def test_newer_format(file):
-    rewrite(file, metadata={"format": 2})
+    rewrite(file, metadata={"format": 3})
     refused(
         file,
-        f"{file} has format 2, this version of pacevggt-patch reads up to 1: "
+        f"{file} has format 3, this version of pacevggt-patch reads up to 2: "
         "upgrade with `pip install -U pacevggt-patch`",
     )
 
 
 @pytest.mark.parametrize(
-    "name", ["backbone", "hidden_dims", "fingerprints", "keep_ratios", "training", "library_version"]
+    "name",
+    ["backbone", "hidden_dims", "adapted", "fingerprints", "keep_ratios", "training", "library_version"],
 )
 def test_missing_field(file, name):
     rewrite(file, drop=[name])
@@ -293,8 +296,10 @@ def test_missing_field(file, name):
     [
         {"backbone": 3},
         {"backbone": {"embed_dim": 32, "cached_layers": [0]}},
-        {"hidden_dims": {"scorer": "8", "merge": 16, "restoration": 16}},
-        {"hidden_dims": {"scorer": -8, "merge": 16, "restoration": 16}},
+        {"hidden_dims": {"scorer": "8", "merge": 16, "restoration": 16, "adaptation": 4}},
+        {"hidden_dims": {"scorer": -8, "merge": 16, "restoration": 16, "adaptation": 4}},
+        {"adapted": {"frame_blocks.0.attn.proj.weight": ["a", "b"]}},
+        {"adapted": [1]},
         {"keep_ratios": ["most"]},
         {"fingerprints": [1]},
         {"training": 7},
@@ -321,7 +326,7 @@ def test_tensors_that_do_not_fit(file):
 
 
 def test_many_wrong_tensors_are_counted(file):
-    rewrite(file, metadata={"hidden_dims": {"scorer": 9, "merge": 16, "restoration": 17}})
+    rewrite(file, metadata={"hidden_dims": {"scorer": 9, "merge": 16, "restoration": 17, "adaptation": 16}})
     with pytest.raises(
         WeightsError, match=r"scorer.hidden.weight is \[8, 32\] instead of \[9, 32\].* and \d+ more$"
     ):
@@ -335,7 +340,9 @@ def test_non_finite_tensor(file, value):
 
 
 def test_huge_widths_in_damaged_metadata_allocate_nothing(file):
-    rewrite(file, metadata={"hidden_dims": {"scorer": 2**40, "merge": 2**20, "restoration": 2**40}})
+    rewrite(file, metadata={
+        "hidden_dims": {"scorer": 2**40, "merge": 2**20, "restoration": 2**40, "adaptation": 2**40}
+    })
     with pytest.raises(WeightsError, match="has the wrong tensors"):
         PaceWeights.load(file)
 

@@ -46,6 +46,16 @@ class Sample(NamedTuple):
     images: Tensor
     truth: Truth | None
 
+    def clips(self) -> list[Sample]:
+        """The clips one by one, as steps of one clip."""
+        return [
+            Sample(
+                self.images[i : i + 1],
+                None if self.truth is None else Truth(*(value[i : i + 1] for value in self.truth)),
+            )
+            for i in range(len(self.images))
+        ]
+
 
 class ClipSource(Protocol):
     """What training draws from; the same number and views give the same clips."""

@@ -41,7 +41,8 @@ class Settings:
     Attributes:
         steps: gradient steps in all; 0 calibrates only.
         distil: share of the steps that stage 1 gets.
-        clips: clips of a step, in each process.
+        clips: clips of a step, in each process, if they have the smallest number of frames; longer ones are fewer, so
+            that a step has about as many frames whatever their number.
         views: numbers of frames of a clip; each step has one of them.
         dense: frames of a clip on which depth, points and dense tokens are compared.
         keep_ratios: least and largest keep ratio of a step.
@@ -49,6 +50,7 @@ class Settings:
         scorer_rate: that of the scorer in stage 2 over `rate`. 0 leaves it as stage 1 made it: the gradient that
             reaches it through the weights of the merge made the selection worse (250 steps, 24 rooms, keep ratio 0.15:
             AUC@30 38.9 with the scorer that came of it, 44.1 with none, 41.2 training-free).
+        adaptation_rate: learning rate of the changes of attention blocks over `rate`; 0 leaves the blocks as they are.
         warm_up: steps over which it rises at the start of each stage; it falls by a cosine from there.
         weight_decay: decoupled.
         truth: how much of the camera, depth and point losses is against ground truth where clips have it.
@@ -65,6 +67,7 @@ class Settings:
     keep_ratios: tuple[float, float] = (0.1, 0.6)
     rate: float = 2e-3
     scorer_rate: float = 0.0
+    adaptation_rate: float = 0.5
     warm_up: int = 50
     weight_decay: float = 0.01
     truth: float = 0.5
@@ -92,6 +95,10 @@ class Settings:
             )
         if not 0 <= self.truth <= 1:
             raise PaceError(f"truth is a share between 0 and 1, got {self.truth:g}")
+
+    def clips_of(self, views: int) -> int:
+        """Clips of a step if they have `views` frames."""
+        return max(1, self.clips * min(self.views) // views)
 
     @property
     def distil_steps(self) -> int:
@@ -168,18 +175,19 @@ class Fit:
 
     def new_optimizer(self) -> torch.optim.Optimizer:
         """An optimizer without a past, for the stage that begins."""
-        scorer, others = self.weights.scorer, (self.weights.merge, self.weights.restoration)
-        groups = [[*scorer.parameters()], [p for module in others for p in module.parameters()]]
+        weights = self.weights
+        modules = (weights.scorer,), (weights.merge, weights.restoration), (weights.adaptation,)
+        groups = [[p for module in group for p in module.parameters()] for group in modules]
         settings = self.settings
         return torch.optim.AdamW(
             [{"params": group} for group in groups], settings.rate, weight_decay=settings.weight_decay
         )
 
     def set_rates(self) -> None:
-        """Give the optimizer the learning rates of the step to come: of the scorer, and of all else."""
+        """Give the optimizer the learning rates of the step to come: of scorer, of merge and restoration, of blocks."""
         rate = learning_rate(self.settings, self.step_number)
         refines = self.step_number >= self.settings.distil_steps
-        factors = (self.settings.scorer_rate if refines else 1.0, 1.0)
+        factors = (self.settings.scorer_rate if refines else 1.0, 1.0, self.settings.adaptation_rate)
         for group, factor in zip(self.optimizer.param_groups, factors, strict=True):
             group["lr"] = rate * factor
 
@@ -188,7 +196,8 @@ class Fit:
     def draw(self, step: int) -> Any:
         """The first part of making the clips of a step of this process; may be called in other threads."""
         seed = mixed_seed(self.settings.seed, step, self.rank)
-        return self.source.draw(seed, self.settings.clips, step_plan(self.settings, step).views)
+        views = step_plan(self.settings, step).views
+        return self.source.draw(seed, self.settings.clips_of(views), views)
 
     def finish(self, drawn: Any) -> Sample:
         """The second part."""
@@ -197,10 +206,19 @@ class Fit:
         return sample._replace(images=sample.images.to(self.dtype))
 
     def reserved(self, purpose: int, count: int) -> Iterator[Sample]:
-        """Clips that no step draws, one by one, the same in all processes."""
-        for i in range(count):
-            views = self.settings.views[i % len(self.settings.views)]
-            yield self.finish(self.source.draw(mixed_seed(self.settings.seed, i, purpose), 1, views))
+        """Clips that no step draws, one by one, the same in all processes: `count` in all, of every length."""
+        settings = self.settings
+        for i, views in enumerate(settings.views):
+            # As many of this length as fall to it, made as steps make them: on CUDA, what makes them is compiled by size.
+            left = len(range(i, count, len(settings.views)))
+            batches = 0
+            while left > 0:
+                seed = mixed_seed(settings.seed, batches, i, purpose)
+                sample = self.finish(self.source.draw(seed, settings.clips_of(views), views))
+                for clip in sample.clips()[:left]:
+                    yield clip
+                left -= len(sample.images)
+                batches += 1
 
     # Steps
 

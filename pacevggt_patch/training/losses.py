@@ -10,13 +10,15 @@ from torch import Tensor
 
 from ..clips.raycast import added
 from ..evaluation.metrics import unproject
-from ..mini.losses import camera_losses, from_first_camera, quaternions
+from ..mini.losses import camera_losses, from_first_camera, pair_losses, quaternions
 from .clip_source import Truth
 from .passes import Outputs
 
 POSE_WEIGHTS = {"translation": 5.0, "rotation": 6.0, "field_of_view": 1.0}
+PAIR_WEIGHTS = {"pair_translation": 1.0, "pair_rotation": 0.5}
 WEIGHTS = {
     "camera": 1.0,
+    "pairs": 1.0,
     "depth": 1.0,
     "scale": 0.1,
     "points": 0.5,
@@ -103,14 +105,15 @@ def truth_target(truth: Truth, frames: Tensor, teacher: Outputs) -> Target | Non
 
 
 def output_losses(student: Outputs, target: Target) -> dict[str, Tensor]:
-    """Camera, depth, scale and point losses, as far as the model has these heads.
+    """Camera, pair, depth, scale and point losses, as far as the model has these heads.
 
     What a VGGT says is true up to one scale for each clip, so that is taken out: it is the geometric mean of the
     student's depth over the target's, by which depth, points and translations are divided. How far it is from 1 is a
     loss of its own, and a small one.
 
     Cameras: mean absolute error of translation, quaternion and field of view, weighted by POSE_WEIGHTS, over the
-    iterations of the head, weighted to the last. Depth: mean absolute error of the logarithm. Points: mean distance
+    iterations of the head, weighted to the last. Pairs: errors of the relative motion of two frames, as in
+    `mini.losses.pair_losses`, weighted by PAIR_WEIGHTS. Depth: mean absolute error of the logarithm. Points: mean distance
     over the target's distance from the first camera, or over the clip's mean distance, if that is larger.
     """
     losses = {}
@@ -127,6 +130,8 @@ def output_losses(student: Outputs, target: Target) -> dict[str, Tensor]:
     if target.pose is not None:
         parts = camera_losses([rescaled(pose, scale) for pose in student.poses], target.pose)
         losses["camera"] = added(POSE_WEIGHTS[name] * part for name, part in parts.items())
+        pairs = pair_losses(rescaled(student.poses[-1], scale), target.pose)
+        losses["pairs"] = added(PAIR_WEIGHTS[name] * part for name, part in pairs.items())
     if target.points is not None and student.points is not None:
         values, weight = target.points
         reach = values.norm(dim=-1)  # [B, n, H, W]

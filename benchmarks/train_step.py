@@ -1,0 +1,130 @@
+"""Seconds and memory of a training step of pace weights, of both stages: does it fit this GPU?
+
+    python benchmarks/train_step.py --backbone vggt-1b --views 8 24 --json FILE
+
+Random images (and for VGGT-1B random weights, unless --checkpoint is given): shapes decide time and memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from models import build
+from tqdm import tqdm
+
+from pacevggt_patch import PaceError, PaceWeights
+from pacevggt_patch.demo import usable_device
+from pacevggt_patch.report import environment, write_json
+from pacevggt_patch.summary import device_time
+from pacevggt_patch.training.clip_source import Sample, to_device
+from pacevggt_patch.training.command import LARGE
+from pacevggt_patch.training.fit import Fit, Settings
+from pacevggt_patch.training.guest import guest
+
+
+class RandomClips:
+    """A source of clips that show nothing."""
+
+    description = "random images"
+
+    def __init__(self, size: tuple[int, int]):
+        self.size = size
+
+    def draw(self, seed: int, clips: int, views: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.rand(clips, views, 3, *self.size, generator=generator)
+
+    def finish(self, drawn: torch.Tensor, device: torch.device) -> Sample:
+        return Sample(to_device(drawn, device), None)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    device = usable_device(args.device)
+    model = build(args.backbone, device, args.checkpoint, "float32")
+    large = model.aggregator.camera_token.shape[-1] >= LARGE
+    weights = PaceWeights.new(model)
+    report: dict[str, Any] = {
+        "environment": environment(device),
+        "backbone": args.backbone,
+        "size": args.size,
+        "dense": args.dense,
+        "checkpointing": large,
+        "rows": [],
+    }
+    with guest(model, weights), tqdm(total=len(args.views), unit="size", disable=None) as bar:
+        for views in args.views:
+            # Stage 1 has the first half of the steps, the first of them an uncounted one, and so has stage 2.
+            steps = 2 * (args.repeats + 1)
+            settings = Settings(steps=steps, distil=0.5, clips=args.clips, views=(views,), dense=args.dense)
+            fit = Fit(model, weights, RandomClips(args.size), settings, checkpointing=large)
+            report["rows"] += measure(fit, views)
+            bar.update()
+            if args.json:
+                write_json(args.json, report)
+    for row in report["rows"]:
+        memory = "" if row["peak_gib"] is None else f", {row['peak_gib']:.1f} GiB"
+        print(
+            f"{row['stage']:7s} {row['clips']} x {row['views']:<4d} {row['seconds_median']:.2f} s "
+            f"({row['seconds_min']:.2f}-{row['seconds_max']:.2f}){memory}"
+        )
+    return 0
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--backbone", choices=("mini", "vggt-1b"), default="vggt-1b")
+    parser.add_argument("--checkpoint", help="file or Hub id of VGGT-1B's weights")
+    parser.add_argument("--size", type=int, nargs=2, default=[392, 518], metavar=("H", "W"))
+    parser.add_argument("--views", type=int, nargs="+", default=[8, 24], help="frames of a clip")
+    parser.add_argument("--clips", type=int, default=1)
+    parser.add_argument("--dense", type=int, default=4, help="frames on which depth and points are compared")
+    parser.add_argument("--repeats", type=int, default=3, help="counted steps of each stage")
+    parser.add_argument("--device")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    return parser.parse_args(argv)
+
+
+def measure(fit: Fit, views: int) -> list[dict[str, Any]]:
+    """A row for each stage: seconds of its steps but the first, and the most memory in use, all weights included."""
+    rows, settings, on_gpu = [], fit.settings, fit.device.type == "cuda"
+    for stage, count in (("distil", settings.distil_steps), ("refine", settings.steps - settings.distil_steps)):
+        seconds = []
+        for step in range(count):
+            drawn = fit.draw(fit.step_number)
+            if on_gpu and step == 1:
+                torch.cuda.reset_peak_memory_stats(fit.device)
+            start = device_time()
+            fit.step(drawn)
+            seconds.append(device_time() - start)
+        losses = fit.latest_losses()
+        if not all(map(math.isfinite, losses.values())):
+            raise PaceError(f"a loss is not finite: {losses}")
+        rows.append(
+            {
+                "stage": stage,
+                "clips": settings.clips,
+                "views": views,
+                "runs": count - 1,
+                "seconds_median": statistics.median(seconds[1:]),
+                "seconds_min": min(seconds[1:]),
+                "seconds_max": max(seconds[1:]),
+                "peak_gib": torch.cuda.max_memory_allocated(fit.device) / 2**30 if on_gpu else None,
+            }
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except PaceError as error:
+        sys.exit(f"train_step.py: {error}")

@@ -1,0 +1,76 @@
+"""Learned changes of the attention blocks, in force only while they run on pruned tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+RANK = 16
+# Up to this keep ratio the changes are in full force; from there to 1, the stock model, they fade out in a line.
+FULL_STRENGTH = 0.6
+
+
+class BlockAdaptation(nn.Module):
+    """Low-rank changes of the matrices of attention blocks, and changes of their vectors.
+
+    A backbone that was trained on all patch tokens of a frame meets few of them, each standing for a group. What the
+    kept tokens carry in can be learned by the merge; how blocks read them, only by the blocks. So each matrix W gets
+    W + up @ down (LoRA, arXiv 2106.09685) and each vector (biases, norms, layer scales) is shifted. The host's own
+    parameters stay as they are: the changed ones exist while a block runs. `up` and the shifts are zero-initialised, so
+    that the untrained module changes nothing.
+
+    Args:
+        shapes: shapes of the parameters of the blocks, by name.
+        rank: rank of the changes of matrices.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], rank: int = RANK):
+        super().__init__()
+        self.rank = rank
+        self.down, self.up, self.shift = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
+        for name, shape in shapes.items():
+            if len(shape) == 2:
+                self.down[key(name)] = nn.Parameter(torch.randn(rank, shape[1]) * shape[1] ** -0.5)
+                self.up[key(name)] = nn.Parameter(torch.zeros(shape[0], rank))
+            else:
+                self.shift[key(name)] = nn.Parameter(torch.zeros(shape))
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the parameters that it changes, by name."""
+        found = {k: (len(self.up[k]), self.down[k].shape[1]) for k in self.up}
+        return {k.replace("/", "."): tuple(s) for k, s in {**found, **shapes_of(self.shift)}.items()}
+
+    def forward(self, parameters: Mapping[str, Tensor], strength: float = 1.0) -> dict[str, Tensor]:
+        """The parameters of some blocks with the changes added, in their own dtype.
+
+        Args:
+            parameters: by name; those that it does not know stay out of the result.
+            strength: factor on the changes.
+        """
+        changed = {}
+        for name, parameter in parameters.items():
+            if key(name) in self.shift:
+                change = self.shift[key(name)]
+            elif key(name) in self.up:
+                change = self.up[key(name)] @ self.down[key(name)]
+            else:
+                continue
+            changed[name] = parameter + (change * strength).to(parameter.dtype)
+        return changed
+
+
+def key(name: str) -> str:
+    """The name of a parameter as a `ParameterDict` takes it."""
+    return name.replace(".", "/")
+
+
+def shapes_of(parameters: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shapes of tensors by name."""
+    return {name: tuple(tensor.shape) for name, tensor in parameters.items()}
+
+
+def strength(keep_ratio: float) -> float:
+    """How strong the changes are at a keep ratio: 1 up to FULL_STRENGTH, 0 for the stock model."""
+    return min(1.0, (1 - keep_ratio) / (1 - FULL_STRENGTH))

@@ -1,0 +1,179 @@
+"""Learned changes of the attention blocks, against a model whose own parameters were changed by hand."""
+
+import copy
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from hosts import assert_equal, random_images, tiny_vggt
+
+from pacevggt_patch import PaceWeights, WeightsError, accelerate, paused, remove
+from pacevggt_patch import weights as weights_module
+from pacevggt_patch.adaptation import RANK, BlockAdaptation, strength
+from pacevggt_patch.backbone import all_block_parameters
+from pacevggt_patch.patch import retune
+from pacevggt_patch.training.guest import guest
+
+
+@pytest.fixture(params=[1, 2], ids=["single", "in pairs"])
+def model(request):
+    return tiny_vggt(group=request.param)
+
+
+def random_adaptation(model, size: float = 0.05) -> PaceWeights:
+    """Weights that change the blocks and nothing else."""
+    weights = PaceWeights.new(model)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in weights.adaptation.parameters():
+            parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
+    return weights
+
+
+def changed_by_hand(model, adaptation: BlockAdaptation, factor: float):
+    """A copy of the model whose block parameters are W + factor * up @ down and b + factor * shift, made one by one."""
+    changed = copy.deepcopy(model)
+    parameters = dict(changed.aggregator.named_parameters())
+    with torch.no_grad():
+        for name, up in adaptation.up.items():
+            change = factor * (up.double() @ adaptation.down[name].double())
+            parameters[name.replace("/", ".")].add_(change)
+        for name, shift in adaptation.shift.items():
+            parameters[name.replace("/", ".")].add_(factor * shift.double())
+    return changed
+
+
+def predictions(model, images):
+    with torch.no_grad():
+        return model(images)
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.6, 0.8])
+def test_equals_a_model_changed_by_hand(model, ratio):
+    weights, images = random_adaptation(model), random_images(3, batch=2)
+    by_hand = changed_by_hand(model, weights.adaptation, strength(ratio))
+    expected = predictions(accelerate(by_hand, ratio, weights=None), images)
+    found = predictions(accelerate(model, ratio, weights=weights), images)
+    plain = predictions(accelerate(model, ratio, weights=None), images)
+    for name in ("pose_enc", "depth", "world_points"):
+        assert torch.allclose(found[name], expected[name], rtol=1e-3, atol=1e-4), name
+        assert not torch.allclose(found[name], plain[name], rtol=1e-3, atol=1e-4), name
+
+
+def test_every_parameter_of_every_block_is_changed(model):
+    own = all_block_parameters(model.aggregator)
+    changed = random_adaptation(model).adaptation(own)
+    assert changed.keys() == own.keys()
+    assert all(not torch.equal(changed[name], own[name]) for name in own)
+    names = [name for name, _ in model.aggregator.named_parameters() if "_blocks." in name]
+    assert sorted(own) == sorted(names) and len(names) > 100
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_parameters_stay_narrow(dtype):
+    model = tiny_vggt().to(dtype)
+    own = all_block_parameters(model.aggregator)
+    changed = random_adaptation(model).adaptation(own)
+    for name, parameter in changed.items():
+        assert parameter.dtype == dtype
+        assert (parameter - own[name]).abs().max() < 1
+
+
+def test_untrained_changes_nothing(model):
+    images = random_images()
+    plain = predictions(accelerate(model, 0.3, weights=None), images)
+    assert_equal(plain, predictions(accelerate(model, 0.3, weights=PaceWeights.new(model)), images))
+
+
+def test_the_unpruned_model_runs_with_its_own_parameters(model):
+    images = random_images()
+    stock = predictions(model, images)
+    accelerate(model, 1.0, weights=random_adaptation(model))
+    assert_equal(stock, predictions(model, images))
+    accelerate(model, 0.3, weights=random_adaptation(model))
+    with paused(model):
+        assert_equal(stock, predictions(model, images))
+    assert_equal(stock, predictions(remove(model), images))
+
+
+def test_the_parameters_of_the_host_are_never_touched(model):
+    before = {name: (parameter, parameter.clone()) for name, parameter in model.named_parameters()}
+    accelerate(model, 0.3, weights=random_adaptation(model))
+    predictions(model, random_images())
+
+    def fail(*_):
+        raise RuntimeError("a hook failed")
+
+    handle = model.aggregator.global_blocks[1].register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="a hook failed"):
+        model(random_images())
+    handle.remove()
+    for name, parameter in model.named_parameters():
+        assert parameter is before[name][0] and torch.equal(parameter, before[name][1]), name
+
+
+def test_strength_fades_towards_the_stock_model():
+    assert [strength(ratio) for ratio in (0.05, 0.3, 0.6)] == [1, 1, 1]
+    assert strength(0.8) == pytest.approx(0.5)
+    assert strength(1.0) == 0
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_reach_every_part(model, checkpointing):
+    weights = random_adaptation(model)
+    with guest(model, weights):
+        retune(model, 0.3, checkpointing=checkpointing)
+        tokens, _ = model.aggregator(random_images())
+        sum(value.square().mean() for value in tokens.compact.values()).backward()
+    for name, parameter in weights.adaptation.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+        # A constant added to all keys cancels in the softmax, so some gradients may be nearly 0, but not all of one.
+        assert parameter.grad.abs().max() > 0, name
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_gradients_with_and_without_checkpointing_are_the_same(model):
+    found = []
+    for checkpointing in (False, True):
+        weights = random_adaptation(model)
+        with guest(model, weights):
+            retune(model, 0.3, checkpointing=checkpointing)
+            tokens, _ = model.aggregator(random_images())
+            tokens.compact[3].square().mean().backward()
+        found.append(torch.cat([p.grad.flatten() for p in weights.adaptation.parameters()]))
+    assert torch.allclose(*found, rtol=1e-4, atol=1e-7)
+
+
+def test_round_trip(model, tmp_path):
+    weights = random_adaptation(model)
+    weights.save(tmp_path / "pace.safetensors")
+    loaded = PaceWeights.load(tmp_path / "pace.safetensors").adaptation
+    assert loaded.rank == RANK and loaded.shapes() == weights.adaptation.shapes()
+    for name, parameter in weights.adaptation.named_parameters():
+        assert torch.equal(dict(loaded.named_parameters())[name], parameter)
+
+
+def test_files_from_before_there_was_an_adaptation(model, tmp_path, monkeypatch):
+    path = tmp_path / "pace.safetensors"
+    weights = replace(random_adaptation(model), adaptation=BlockAdaptation({}, 0))
+    monkeypatch.setattr(weights_module, "FORMAT", 1)
+    weights.save(path)
+    monkeypatch.undo()
+    accelerate(model, 0.3, weights=path)
+    found = predictions(model, random_images())
+    assert_equal(predictions(accelerate(model, 0.3, weights=None), random_images()), found)
+
+
+def test_blocks_of_another_shape_are_refused(model):
+    weights = random_adaptation(model)
+    shapes = weights.adaptation.shapes()
+    name = "global_blocks.2.mlp.fc1.weight"
+    shapes[name] = (shapes[name][0] // 2, shapes[name][1])
+    shapes["global_blocks.9.mlp.fc1.bias"] = (128,)
+    message = (
+        f"pace weights new change {name} and 1 other parameters that this model's attention blocks do not have in "
+        "that shape"
+    )
+    with pytest.raises(WeightsError, match=re.escape(message)):
+        accelerate(model, 0.3, weights=replace(weights, adaptation=BlockAdaptation(shapes)))
