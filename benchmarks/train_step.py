@@ -96,7 +96,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def measure(fit: Fit, views: int) -> list[dict[str, Any]]:
     """A row for each stage: seconds of its steps but the first, and the most memory in use, all weights included."""
     rows, settings, on_gpu = [], fit.settings, fit.device.type == "cuda"
-    for stage, count in (("distil", settings.distil_steps), ("refine", settings.steps - settings.distil_steps)):
+    for stage, count in (
+        ("distil", settings.distil_steps),
+        ("refine", settings.steps - settings.distil_steps),
+    ):
         seconds = []
         for step in range(count):
             drawn = fit.draw(fit.step_number)

@@ -326,10 +326,10 @@ def alternating_attention(
     batch, frames, length, channels = tokens.shape
     tokens = tokens.flatten(0, 1)  # the host's own functions move between [B*S, L, C] and [B, S*L, C]
     process = {"frame": aggregator._process_frame_attention, "global": aggregator._process_global_attention}
+    if adapt is not None:
+        process = {kind: partial(_run_adapted, aggregator, kind, adapt) for kind in process}
     if change is not None:
         process["global"] = partial(_run_changed, change, process["global"])
-    if adapt is not None:
-        process = {kind: partial(_run_adapted, aggregator, kind, adapt, run) for kind, run in process.items()}
     done = dict.fromkeys(process, 0)  # blocks run so far
     outputs: dict[int, Tensor] = {}
     with nullcontext() if torch.compiler.is_compiling() else _shared_rotations():
@@ -358,17 +358,6 @@ def _run_changed(change: Change, process: Callable, tokens: Tensor, *args, **kwa
         return process(tokens, *args, **kwargs)
 
 
-class _Around(nn.Module):
-    """A function of a module as the forward of another, so that `functional_call` can run it."""
-
-    def __init__(self, aggregator: nn.Module):
-        super().__init__()
-        self.aggregator = aggregator
-
-    def forward(self, process: Callable, *args, **kwargs):
-        return process(*args, **kwargs)
-
-
 def block_parameters(aggregator: Any, kind: str, first: int, blocks: int) -> dict[str, Tensor]:
     """Parameters of "frame" or "global" blocks by their names in the aggregator."""
     modules = getattr(aggregator, f"{kind}_blocks")
@@ -383,18 +372,65 @@ def all_block_parameters(aggregator: Any) -> dict[str, Tensor]:
     """Parameters of all frame and global blocks by their names in the aggregator."""
     kinds = ("frame", "global")
     return {
-        name: p for kind in kinds for name, p in block_parameters(aggregator, kind, 0, depth(aggregator)).items()
+        name: p
+        for kind in kinds
+        for name, p in block_parameters(aggregator, kind, 0, depth(aggregator)).items()
     }
 
 
-def _run_adapted(aggregator: Any, kind: str, adapt: Adapt, process: Callable, tokens: Tensor, *args, **kwargs):
-    """Run blocks with other parameters than their own, which they have again afterwards."""
-    first = args[4]  # (tokens, batch, frames, length, channels, block)
-    own = block_parameters(aggregator, kind, first, getattr(aggregator, "aa_block_size", 1))
-    others = {f"aggregator.{name}": parameter for name, parameter in adapt(own).items()}
-    return torch.func.functional_call(
-        _Around(aggregator), others, (process, tokens, *args), kwargs, tie_weights=False
+class _Around(nn.Module):
+    """A function of a module as the forward of another, so that `functional_call` can run it."""
+
+    def __init__(self, aggregator: nn.Module):
+        super().__init__()
+        self.aggregator = aggregator
+
+    def forward(self, process: Callable, *args, **kwargs):
+        return process(*args, **kwargs)
+
+
+def _run_adapted(aggregator: Any, kind: str, adapt: Adapt, tokens: Tensor, *args, **kwargs):
+    """Run blocks with other parameters than their own.
+
+    They run in twins that share everything else, so that other threads never meet a changed host. Where a twin would
+    miss what is replaced on an instance, and where a compiler traces (then nothing is run), the blocks themselves have
+    the parameters for as long as they run.
+    """
+    first, count = (
+        args[4],
+        getattr(aggregator, "aa_block_size", 1),
+    )  # (tokens, batch, frames, length, channels, block)
+    changed = adapt(block_parameters(aggregator, kind, first, count))
+    name, blocks = f"_process_{kind}_attention", f"{kind}_blocks"
+    replaced = name in aggregator.__dict__ or any(
+        "forward" in part.__dict__ and any(True for _ in part.parameters())
+        for block in getattr(aggregator, blocks)[first : first + count]
+        for part in block.modules()
     )
+    if replaced or torch.compiler.is_compiling():
+        others = {f"aggregator.{key}": parameter for key, parameter in changed.items()}
+        call = getattr(aggregator, name), tokens, *args
+        return torch.func.functional_call(_Around(aggregator), others, call, kwargs, tie_weights=False)
+    return getattr(_twin(aggregator, changed), name)(tokens, *args, **kwargs)
+
+
+def _twin(module: nn.Module, changed: dict[str, Tensor]) -> Any:
+    """A module that shares all with another but some parameters, given by their names, and the modules that hold them.
+
+    Hooks are shared, too.
+    """
+    twin = copy.copy(module)
+    twin.__dict__["_parameters"] = {name: changed.get(name, p) for name, p in module._parameters.items()}
+    inner: dict[str, dict[str, Tensor]] = {}
+    for name, parameter in changed.items():
+        part, _, rest = name.partition(".")
+        if rest:
+            inner.setdefault(part, {})[rest] = parameter
+    twin.__dict__["_modules"] = {
+        name: _twin(part, inner[name]) if part is not None and name in inner else part
+        for name, part in module._modules.items()
+    }
+    return twin
 
 
 def static_rope(rope: Any) -> Any:

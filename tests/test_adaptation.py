@@ -2,6 +2,7 @@
 
 import copy
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -177,3 +178,55 @@ def test_blocks_of_another_shape_are_refused(model):
     )
     with pytest.raises(WeightsError, match=re.escape(message)):
         accelerate(model, 0.3, weights=replace(weights, adaptation=BlockAdaptation(shapes)))
+
+
+@pytest.mark.skipif(torch.__version__ < "2.6", reason="older compilers break the graph in the stock code")
+def test_compiles_in_one_graph(model):
+    images = random_images()
+    accelerate(model, 0.3, weights=random_adaptation(model))
+    expected = predictions(model, images)
+    assert_equal(expected, predictions(torch.compile(model, backend="eager", fullgraph=True), images))
+
+
+def test_threads_do_not_meet(model):
+    """Many passes through one model at once, pruned ones and unpruned ones."""
+    weights = random_adaptation(model)
+    accelerate(model, 0.3, weights=weights, min_frames=3)
+    clips = [random_images(3), random_images(2), random_images(4, seed=1), random_images(1)]
+    expected = [predictions(model, clip) for clip in clips]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda clip: predictions(model, clip), clips * 6))
+    for one, other in zip(found, expected * 6, strict=True):
+        assert_equal(one, other)
+
+
+@pytest.mark.parametrize("where", ["block", "part", "aggregator"])
+def test_forwards_that_somebody_replaced_on_an_instance_see_the_changes(model, where):
+    weights, images = random_adaptation(model), random_images()
+    expected = predictions(accelerate(model, 0.3, weights=weights), images)
+    calls = []
+
+    def counted(function):
+        def call(*args, **kwargs):
+            calls.append(1)
+            return function(*args, **kwargs)
+
+        return call
+
+    if where == "aggregator":
+        model.aggregator._process_global_attention = counted(model.aggregator._process_global_attention)
+    else:
+        block = model.aggregator.global_blocks[2]
+        part = block if where == "block" else block.mlp.fc1
+        part.forward = counted(part.forward)
+    assert_equal(expected, predictions(model, images))
+    assert calls
+
+
+def test_hooks_run_once_each(model):
+    calls = []
+    handle = model.aggregator.frame_blocks[1].mlp.register_forward_hook(lambda *_: calls.append(1))
+    accelerate(model, 0.3, weights=random_adaptation(model))
+    predictions(model, random_images())
+    handle.remove()
+    assert len(calls) == 1

@@ -404,7 +404,10 @@ def test_another_run_starts_from_the_weights_before_the_fall(tmp_path):
     assert (state["step"], state["since_start"]) == (4, 2)  # from step 2 on, to scenes not seen before
     # A checkpoint without the auxiliary heads will do as well.
     checkpoint = str(tmp_path / "second" / "mini.safetensors")
-    assert main([*ARGUMENTS, "--out", str(tmp_path / "third"), "--steps", "1", "--from-weights", checkpoint]) == 0
+    assert (
+        main([*ARGUMENTS, "--out", str(tmp_path / "third"), "--steps", "1", "--from-weights", checkpoint])
+        == 0
+    )
     state = torch.load(tmp_path / "third" / "state.pt", weights_only=True)
     assert (state["step"], state["since_start"]) == (5, 1)
     with pytest.raises(PaceError, match="another architecture"):

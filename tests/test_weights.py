@@ -340,9 +340,12 @@ def test_non_finite_tensor(file, value):
 
 
 def test_huge_widths_in_damaged_metadata_allocate_nothing(file):
-    rewrite(file, metadata={
-        "hidden_dims": {"scorer": 2**40, "merge": 2**20, "restoration": 2**40, "adaptation": 2**40}
-    })
+    rewrite(
+        file,
+        metadata={
+            "hidden_dims": {"scorer": 2**40, "merge": 2**20, "restoration": 2**40, "adaptation": 2**40}
+        },
+    )
     with pytest.raises(WeightsError, match="has the wrong tensors"):
         PaceWeights.load(file)
 

@@ -1,7 +1,7 @@
 """Training of pace weights: settings, what a step does, and a state from which a run goes on as if never stopped.
 
 Stage 1 (distil) teaches the scorer which tokens the unpruned model attends to. Between the stages the linear part of
-the restoration is fitted in closed form. Stage 2 (refine) trains merge and restoration (the scorer on demand), so that
+the restoration is fitted in closed form. Stage 2 (refine) trains merge, block changes and restoration (the scorer on demand), so that
 the pruned model says what the unpruned one says (and the truth, where it is known), at random keep ratios and budgets.
 
 Everything random of a step follows from the seed, the number of the step and of the process.
