@@ -113,7 +113,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--checkpoint", help="file or Hub id of VGGT-1B's weights (random weights if not given)"
     )
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", help="cpu or cuda (cuda where there is one if not given)")
     sizes: dict[str, Any] = {"type": several(int), "metavar": "N,N"}
     parser.add_argument("--frames", **sizes, default=[8, 24], help="stock and accelerated")
     parser.add_argument("--pace-frames", **sizes, default=[], help="accelerated only")

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from pacevggt_patch import PaceError
+from pacevggt_patch.demo import usable_device
 from pacevggt_patch.evaluation.timing import time_interleaved
 from pacevggt_patch.mini import build_mini
 
@@ -123,7 +124,7 @@ def other_rows(args: Namespace, directory: Path) -> Generator[dict[str, Any]]:
         "checkpoint": args.checkpoint,
         "arguments": args.compare_arguments,
         "precision": args.precision,
-        "device": args.device,
+        "device": str(usable_device(args.device)),
         "size": args.size,
         "frames": args.frames,
         "repeats": args.repeats,

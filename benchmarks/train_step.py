@@ -88,7 +88,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--clips", type=int, default=1)
     parser.add_argument("--dense", type=int, default=4, help="frames on which depth and points are compared")
     parser.add_argument("--repeats", type=int, default=3, help="counted steps of each stage")
-    parser.add_argument("--device")
+    parser.add_argument("--device", help="cpu or cuda (cuda where there is one if not given)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     return parser.parse_args(argv)
 

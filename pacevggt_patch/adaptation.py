@@ -39,8 +39,9 @@ class BlockAdaptation(nn.Module):
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the parameters that it changes, by name."""
-        found = {k: (len(self.up[k]), self.down[k].shape[1]) for k in self.up}
-        return {k.replace("/", "."): tuple(s) for k, s in {**found, **shapes_of(self.shift)}.items()}
+        matrices = {name: (len(up), self.down[name].shape[1]) for name, up in self.up.items()}
+        vectors = {name: tuple(shift.shape) for name, shift in self.shift.items()}
+        return {name.replace("/", "."): shape for name, shape in (matrices | vectors).items()}
 
     def forward(self, parameters: Mapping[str, Tensor], strength: float = 1.0) -> dict[str, Tensor]:
         """The parameters of some blocks with the changes added, in their own dtype.
@@ -64,11 +65,6 @@ class BlockAdaptation(nn.Module):
 def key(name: str) -> str:
     """The name of a parameter as a `ParameterDict` takes it."""
     return name.replace(".", "/")
-
-
-def shapes_of(parameters: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """The shapes of tensors by name."""
-    return {name: tuple(tensor.shape) for name, tensor in parameters.items()}
 
 
 def strength(keep_ratio: float) -> float:

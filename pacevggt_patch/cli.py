@@ -73,9 +73,9 @@ def add_train(commands) -> None:
     train = commands.add_parser(
         "train",
         help="train pace weights for a VGGT on your own images",
-        description="Train scorer, merge, block changes and restoration for a VGGT on your own images; no labels are needed. Writes "
-        "pace.safetensors, report.json, curve.png and state.pt. Several GPUs: torchrun --nproc-per-node N --no-python "
-        "pacevggt train ...",
+        description="Train scorer, merge, block changes and restoration for a VGGT on your own images; no labels are "
+        "needed. Writes pace.safetensors, report.json, curve.png and state.pt. Several GPUs: torchrun "
+        "--nproc-per-node N --no-python pacevggt train ...",
     )
     train.add_argument(
         "--backbone",

@@ -1,4 +1,4 @@
-"""Trained weights of scorer, merge, restoration and adaptation: save, load from a file or the Hub, match with a backbone."""
+"""Trained weights of scorer, merge, restoration and adaptation: save, load from file or Hub, match with a backbone."""
 
 from __future__ import annotations
 

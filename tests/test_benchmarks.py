@@ -23,7 +23,7 @@ def script(name: str):
     return module
 
 
-SMALL = ["--size", "28x42", "--repeats", "2", "--merge-budget", "0.1"]
+SMALL = ["--device", "cpu", "--size", "28x42", "--repeats", "2", "--merge-budget", "0.1"]
 
 
 def test_latency(tmp_path, monkeypatch, capsys):
@@ -315,3 +315,18 @@ def test_the_tables_of_the_documentation_are_those_of_the_results(monkeypatch):
         assert tables.filled(text, name, table()) == text, f"{path}: run benchmarks/write_tables.py"
         with pytest.raises(PaceError, match=f"^there must be one <!-- {name} --> and one <!-- /{name} -->$"):
             tables.filled(text.replace(f"<!-- /{name} -->", ""), name, table())
+
+
+def test_train_step(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    train_step, file = script("train_step"), tmp_path / "step.json"
+    arguments = ["--backbone", "mini", "--device", "cpu", "--size", "28", "42", "--views", "2", "3"]
+    arguments += ["--clips", "2", "--dense", "1", "--repeats", "2", "--json", str(file)]
+    assert train_step.main(arguments) == 0
+    report = json.loads(file.read_text())
+    assert report["size"] == [28, 42] and report["checkpointing"] is False
+    settings = [(row["stage"], row["views"]) for row in report["rows"]]
+    assert settings == [("distil", 2), ("refine", 2), ("distil", 3), ("refine", 3)]
+    for row in report["rows"]:
+        assert row["runs"] == 2 and row["clips"] == 2 and row["peak_gib"] is None
+        assert 0 < row["seconds_min"] <= row["seconds_median"] <= row["seconds_max"]

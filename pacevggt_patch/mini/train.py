@@ -5,8 +5,8 @@
 
 Scenes are drawn by the number of the step, so that a run that was killed goes on with `--resume` as if it had not been.
 The learning rate rises, stays level, and falls to zero over the last part of the run; the weights from before that fall
-are kept in `level.safetensors`, from which `--from-weights` goes on training another time. On several GPUs, gradients are
-averaged over the processes that torchrun starts.
+are kept in `level.safetensors`, from which `--from-weights` goes on training another time. On several GPUs, gradients
+are averaged over the processes that torchrun starts.
 
 `DIR` receives `mini.safetensors` (the model, as `build_mini` reads it), `level.safetensors`, `state.pt` (to resume),
 `curve.json` and `curve.png`.

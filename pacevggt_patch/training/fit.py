@@ -1,8 +1,9 @@
 """Training of pace weights: settings, what a step does, and a state from which a run goes on as if never stopped.
 
 Stage 1 (distil) teaches the scorer which tokens the unpruned model attends to. Between the stages the linear part of
-the restoration is fitted in closed form. Stage 2 (refine) trains merge, block changes and restoration (the scorer on demand), so that
-the pruned model says what the unpruned one says (and the truth, where it is known), at random keep ratios and budgets.
+the restoration is fitted in closed form. Stage 2 (refine) trains merge, block changes and restoration (the scorer on
+demand), so that the pruned model says what the unpruned one says (and the truth, where it is known), at random keep
+ratios and budgets.
 
 Everything random of a step follows from the seed, the number of the step and of the process.
 """
@@ -209,14 +210,13 @@ class Fit:
         """Clips that no step draws, one by one, the same in all processes: `count` in all, of every length."""
         settings = self.settings
         for i, views in enumerate(settings.views):
-            # As many of this length as fall to it, made as steps make them: on CUDA, what makes them is compiled by size.
+            # Made as steps make them, many at a time: on CUDA, what makes them is compiled for each number.
             left = len(range(i, count, len(settings.views)))
             batches = 0
             while left > 0:
                 seed = mixed_seed(settings.seed, batches, i, purpose)
                 sample = self.finish(self.source.draw(seed, settings.clips_of(views), views))
-                for clip in sample.clips()[:left]:
-                    yield clip
+                yield from sample.clips()[:left]
                 left -= len(sample.images)
                 batches += 1
 

@@ -113,8 +113,8 @@ def output_losses(student: Outputs, target: Target) -> dict[str, Tensor]:
 
     Cameras: mean absolute error of translation, quaternion and field of view, weighted by POSE_WEIGHTS, over the
     iterations of the head, weighted to the last. Pairs: errors of the relative motion of two frames, as in
-    `mini.losses.pair_losses`, weighted by PAIR_WEIGHTS. Depth: mean absolute error of the logarithm. Points: mean distance
-    over the target's distance from the first camera, or over the clip's mean distance, if that is larger.
+    `mini.losses.pair_losses`, weighted by PAIR_WEIGHTS. Depth: mean absolute error of the logarithm. Points: mean
+    distance over the target's distance from the first camera, or over the clip's mean distance, if that is larger.
     """
     losses = {}
     scale: Tensor | float = 1.0
