@@ -22,6 +22,11 @@ PRUNED = {
     "redkitchen": "redkitchen, 3 x 8 photographs",
     "herzjesu": "herzjesu, 8 photographs",
 }
+STAGES = {
+    "rooms-8": "24 rooms, 8 frames",
+    "rooms-24": "12 rooms, 24 frames",
+    "redkitchen": "redkitchen, 3 x 8 photographs",
+}
 UNPRUNED = {
     "rooms-8": "24 rooms, 8 views",
     "rooms-24": "12 rooms, 24 views",
@@ -83,6 +88,31 @@ def unpruned_table() -> str:
     return "\n".join(lines)
 
 
+def stages_table() -> str:
+    """What each stage of training pace weights is worth: AUC@30 and AbsRel, with the spread over seeds."""
+    stages = ("training-free", "calibrated", "distilled", "refined")
+    lines = [
+        "| clips | keep ratio | unpruned | " + " | ".join(stages) + " |",
+        "|---|---|" + "---|" * (1 + len(stages)),
+    ]
+    for name, title in STAGES.items():
+        found = json.loads((RESULTS / f"pace-mini-{name}.json").read_text())["rows"]
+        by_setting = {(row["stage"], row["keep_ratio"]): row for row in found}
+        for ratio in dict.fromkeys(row["keep_ratio"] for row in found if row["stage"] != "unpruned"):
+            cells = [by_setting["unpruned", 1.0], *(by_setting[stage, ratio] for stage in stages)]
+            lines.append(f"| {title} | {ratio:g} | " + " | ".join(map(both_metrics, cells)) + " |")
+    return "\n".join(lines)
+
+
+def both_metrics(row: dict[str, Any]) -> str:
+    """AUC@30 and AbsRel of a row of `pace_quality.py`; with the spread over seeds where they differ."""
+    cells = []
+    for key, digits in (("auc30", 1), ("absrel", 4)):
+        spread_of_runs = f" ± {row[f'{key}_std']:.{digits}f}" if row[f"{key}_std"] else ""
+        cells.append(f"{row[key]:.{digits}f}{spread_of_runs}")
+    return " / ".join(cells)
+
+
 def filled(text: str, name: str, table: str) -> str:
     """`text` with `table` between the markers `<!-- name -->` and `<!-- /name -->`.
 
@@ -96,14 +126,15 @@ def filled(text: str, name: str, table: str) -> str:
     return head + begin + table + "\n" + end + rest.split(end)[1]
 
 
-TABLES = {
-    ROOT / "README.md": ("pruning", pruning_table),
-    ROOT / "weights" / "README.md": ("unpruned", unpruned_table),
-}
+TABLES = [
+    (ROOT / "README.md", "pruning", pruning_table),
+    (ROOT / "README.md", "stages", stages_table),
+    (ROOT / "weights" / "README.md", "unpruned", unpruned_table),
+]
 
 
 def main() -> int:
-    for path, (name, table) in TABLES.items():
+    for path, name, table in TABLES:
         text = filled(path.read_text(), name, table())
         with whole_file(path) as temporary:
             temporary.write_text(text)

@@ -310,7 +310,7 @@ def test_pace_quality(tmp_path, monkeypatch, capsys):
 def test_the_tables_of_the_documentation_are_those_of_the_results(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     tables = script("write_tables")
-    for path, (name, table) in tables.TABLES.items():
+    for path, name, table in tables.TABLES:
         text = path.read_text()
         assert tables.filled(text, name, table()) == text, f"{path}: run benchmarks/write_tables.py"
         with pytest.raises(PaceError, match=f"^there must be one <!-- {name} --> and one <!-- /{name} -->$"):
