@@ -21,7 +21,7 @@ from tqdm import tqdm
 from pacevggt_patch import PaceError, PaceWeights
 from pacevggt_patch.demo import usable_device
 from pacevggt_patch.report import environment, write_json
-from pacevggt_patch.summary import device_time
+from pacevggt_patch.summary import current_device, device_time
 from pacevggt_patch.training.clip_source import Sample, to_device
 from pacevggt_patch.training.command import LARGE
 from pacevggt_patch.training.fit import Fit, Settings
@@ -46,6 +46,8 @@ class RandomClips:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
+    if args.repeats < 1:
+        raise PaceError(f"--repeats must be at least 1, got {args.repeats}")
     device = usable_device(args.device)
     model = build(args.backbone, device, args.checkpoint, "float32")
     large = model.aggregator.camera_token.shape[-1] >= LARGE
@@ -58,7 +60,11 @@ def main(argv: list[str] | None = None) -> int:
         "checkpointing": large,
         "rows": [],
     }
-    with guest(model, weights), tqdm(total=len(args.views), unit="size", disable=None) as bar:
+    with (
+        current_device(device),
+        guest(model, weights),
+        tqdm(total=len(args.views), unit="size", disable=None) as bar,
+    ):
         for views in args.views:
             # Stage 1 has the first half of the steps, the first of them an uncounted one, and so has stage 2.
             steps = 2 * (args.repeats + 1)

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .config import UnsupportedModelError
 
 RANK = 16
 # Up to this keep ratio the changes are in full force; from there to 1, the stock model, they fade out in a line.
@@ -22,7 +25,7 @@ class BlockAdaptation(nn.Module):
     that the untrained module changes nothing.
 
     Args:
-        shapes: shapes of the parameters of the blocks, by name.
+        shapes: shapes of the matrices and vectors of the blocks, by name.
         rank: rank of the changes of matrices.
     """
 
@@ -43,12 +46,19 @@ class BlockAdaptation(nn.Module):
         vectors = {name: tuple(shift.shape) for name, shift in self.shift.items()}
         return {name.replace("/", "."): shape for name, shape in (matrices | vectors).items()}
 
+    def __len__(self) -> int:
+        """How many parameters it changes."""
+        return len(self.up) + len(self.shift)
+
     def forward(self, parameters: Mapping[str, Tensor], strength: float = 1.0) -> dict[str, Tensor]:
         """The parameters of some blocks with the changes added, in their own dtype.
 
         Args:
-            parameters: by name; those that it does not know stay out of the result.
+            parameters: by name.
             strength: factor on the changes.
+
+        Raises:
+            UnsupportedModelError: it does not know one of them, or one is offloaded, so that its values are elsewhere.
         """
         changed = {}
         for name, parameter in parameters.items():
@@ -57,9 +67,39 @@ class BlockAdaptation(nn.Module):
             elif key(name) in self.up:
                 change = self.up[key(name)] @ self.down[key(name)]
             else:
-                continue
-            changed[name] = parameter + (change * strength).to(parameter.dtype)
+                raise UnsupportedModelError(
+                    f"the pace weights do not know {name}, a parameter of an attention block of this model: if the block "
+                    "was wrapped after accelerate, undo that, else pass weights=None"
+                )
+            if parameter.is_meta and not change.is_meta:
+                raise UnsupportedModelError(
+                    f"{name} is offloaded, so the pace weights can't change it: load the whole model on its device, or "
+                    "pass weights=None"
+                )
+            changed[name] = parameter + (change * strength).to(parameter)
         return changed
+
+
+class OtherParameters(TorchFunctionMode):
+    """Torch's functions take other tensors in place of some parameters inside its block of code, in this thread alone.
+
+    The modules that hold the parameters, their hooks and other threads see nothing of it. Parameters inside of lists,
+    and those that a custom `autograd.Function` is applied to, are not replaced.
+
+    Args:
+        others: `id` of a parameter -> what is taken in its place.
+    """
+
+    def __init__(self, others: Mapping[int, Tensor]):
+        super().__init__()
+        self.others = others
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        def other(value):
+            # A look at the kind first: compilers can't take the id of everything.
+            return self.others.get(id(value), value) if isinstance(value, nn.Parameter) else value
+
+        return func(*map(other, args), **{name: other(value) for name, value in (kwargs or {}).items()})
 
 
 def key(name: str) -> str:

@@ -84,7 +84,7 @@ def aggregate(
     special = special_tokens.shape[2]
     length = frames * (special + keep)
     # The stock model, to which keep ratio 1 belongs, runs with its own parameters.
-    adapts = adaptation is not None and keep < patches
+    adapts = adaptation is not None and len(adaptation) > 0 and keep < patches
     adapt = partial(adaptation, strength=strength(config.keep_ratio)) if adapts else None
     change = FewerKeys(key_numbers(best, special, keys), length) if keys < keep else None
     entering = [torch.cat([special_tokens, tokens], dim=2)]  # [B, S, n + K, C]

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .adaptation import OtherParameters
 from .attention import Change, InAttention
 from .config import PaceError, UnsupportedModelError
 
@@ -323,11 +324,15 @@ def alternating_attention(
     Returns:
         layer index -> [B, S, L, 2C], frame and global output concatenated.
     """
+    if aggregator.training and torch.is_grad_enabled() and not (change is adapt is None):
+        # The host's own checkpoints would run blocks again after what is in force here has ended: ours take over.
+        checkpointing, aggregator = True, copy.copy(aggregator)
+        aggregator.__dict__["training"] = False
     batch, frames, length, channels = tokens.shape
     tokens = tokens.flatten(0, 1)  # the host's own functions move between [B*S, L, C] and [B, S*L, C]
     process = {"frame": aggregator._process_frame_attention, "global": aggregator._process_global_attention}
     if adapt is not None:
-        process = {kind: partial(_run_adapted, aggregator, kind, adapt) for kind in process}
+        process = {kind: partial(_run_adapted, aggregator, kind, adapt, run) for kind, run in process.items()}
     if change is not None:
         process["global"] = partial(_run_changed, change, process["global"])
     done = dict.fromkeys(process, 0)  # blocks run so far
@@ -359,12 +364,17 @@ def _run_changed(change: Change, process: Callable, tokens: Tensor, *args, **kwa
 
 
 def block_parameters(aggregator: Any, kind: str, first: int, blocks: int) -> dict[str, Tensor]:
-    """Parameters of "frame" or "global" blocks by their names in the aggregator."""
+    """Matrices and vectors of "frame" or "global" blocks by their names in the aggregator.
+
+    Parameters of other shapes, and what is quantised to integers, are left out. A compiled block has the names that it
+    had before.
+    """
     modules = getattr(aggregator, f"{kind}_blocks")
     return {
-        f"{kind}_blocks.{i}.{name}": parameter
+        f"{kind}_blocks.{i}.{name}".replace("_orig_mod.", ""): parameter
         for i in range(first, first + blocks)
         for name, parameter in modules[i].named_parameters()
+        if parameter.is_floating_point() and parameter.ndim in (1, 2)
     }
 
 
@@ -389,48 +399,27 @@ class _Around(nn.Module):
         return process(*args, **kwargs)
 
 
-def _run_adapted(aggregator: Any, kind: str, adapt: Adapt, tokens: Tensor, *args, **kwargs):
-    """Run blocks with other parameters than their own.
-
-    They run in twins that share everything else, so that other threads never meet a changed host. Where a twin would
-    miss what is replaced on an instance, and where a compiler traces (then nothing is run), the blocks themselves have
-    the parameters for as long as they run.
-    """
-    first, count = (
-        args[4],
-        getattr(aggregator, "aa_block_size", 1),
-    )  # (tokens, batch, frames, length, channels, block)
-    changed = adapt(block_parameters(aggregator, kind, first, count))
-    name, blocks = f"_process_{kind}_attention", f"{kind}_blocks"
-    replaced = name in aggregator.__dict__ or any(
-        "forward" in part.__dict__ and any(True for _ in part.parameters())
-        for block in getattr(aggregator, blocks)[first : first + count]
-        for part in block.modules()
-    )
-    if replaced or torch.compiler.is_compiling():
-        others = {f"aggregator.{key}": parameter for key, parameter in changed.items()}
-        call = getattr(aggregator, name), tokens, *args
-        return torch.func.functional_call(_Around(aggregator), others, call, kwargs, tie_weights=False)
-    return getattr(_twin(aggregator, changed), name)(tokens, *args, **kwargs)
-
-
-def _twin(module: nn.Module, changed: dict[str, Tensor]) -> Any:
-    """A module that shares all with another but some parameters, given by their names, and the modules that hold them.
-
-    Hooks are shared, too.
-    """
-    twin = copy.copy(module)
-    twin.__dict__["_parameters"] = {name: changed.get(name, p) for name, p in module._parameters.items()}
-    inner: dict[str, dict[str, Tensor]] = {}
-    for name, parameter in changed.items():
-        part, _, rest = name.partition(".")
-        if rest:
-            inner.setdefault(part, {})[rest] = parameter
-    twin.__dict__["_modules"] = {
-        name: _twin(part, inner[name]) if part is not None and name in inner else part
-        for name, part in module._modules.items()
-    }
-    return twin
+def _run_adapted(
+    aggregator: Any, kind: str, adapt: Adapt, process: Callable, tokens: Tensor, *args, **kwargs
+):
+    """Run blocks with other parameters than their own, also where a checkpoint runs them once more."""
+    first = args[4]  # (tokens, batch, frames, length, channels, block)
+    count = getattr(aggregator, "aa_block_size", 1)
+    own = block_parameters(aggregator, kind, first, count)
+    changed = adapt(own)
+    if torch.compiler.is_compiling():  # traced, not run: no other thread meets what is swapped meanwhile
+        others = {f"aggregator.{name}": parameter for name, parameter in changed.items()}
+        call = process, tokens, *args
+        result = torch.func.functional_call(_Around(aggregator), others, call, kwargs, tie_weights=False)
+    else:
+        with OtherParameters({id(own[name]): parameter for name, parameter in changed.items()}):
+            result = process(tokens, *args, **kwargs)
+    if result[1] != first + count:
+        raise UnsupportedModelError(
+            f"{type(aggregator).__name__}._process_{kind}_attention ran {result[1] - first} blocks where {count} were "
+            "expected (aa_block_size), so the trained changes of blocks can't be applied: pass weights=None"
+        )
+    return result
 
 
 def static_rope(rope: Any) -> Any:

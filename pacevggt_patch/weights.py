@@ -270,7 +270,7 @@ def _read(path: Path, source: str) -> PaceWeights:
             str(fields["library_version"]),
             source,
         )
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise WeightsError(f"{path} has damaged metadata: {type(error).__name__}: {error}") from error
     tensors = tensorfile.read_tensors(path, KIND)
     modules = weights.modules()

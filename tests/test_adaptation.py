@@ -1,6 +1,7 @@
 """Learned changes of the attention blocks, against a model whose own parameters were changed by hand."""
 
 import copy
+import pickle
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -9,7 +10,7 @@ import pytest
 import torch
 from hosts import assert_equal, random_images, tiny_vggt
 
-from pacevggt_patch import PaceWeights, WeightsError, accelerate, paused, remove
+from pacevggt_patch import PaceWeights, UnsupportedModelError, WeightsError, accelerate, paused, remove
 from pacevggt_patch import weights as weights_module
 from pacevggt_patch.adaptation import RANK, BlockAdaptation, strength
 from pacevggt_patch.backbone import all_block_parameters
@@ -75,10 +76,15 @@ def test_every_parameter_of_every_block_is_changed(model):
 def test_narrow_parameters_stay_narrow(dtype):
     model = tiny_vggt().to(dtype)
     own = all_block_parameters(model.aggregator)
-    changed = random_adaptation(model).adaptation(own)
+    adaptation = random_adaptation(model).adaptation
+    changed = adaptation(own)
+    by_hand = dict(changed_by_hand(model.double(), adaptation, 1.0).aggregator.named_parameters())
+    assert changed.keys() == own.keys()
     for name, parameter in changed.items():
         assert parameter.dtype == dtype
-        assert (parameter - own[name]).abs().max() < 1
+        # The change is rounded, and so is the sum.
+        largest = by_hand[name].abs().max().item()
+        assert (parameter - by_hand[name]).abs().max() <= 2 * torch.finfo(dtype).eps * largest, name
 
 
 def test_untrained_changes_nothing(model):
@@ -221,12 +227,114 @@ def test_forwards_that_somebody_replaced_on_an_instance_see_the_changes(model, w
         part.forward = counted(part.forward)
     assert_equal(expected, predictions(model, images))
     assert calls
+    before = {name: (parameter, parameter.clone()) for name, parameter in model.named_parameters()}
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: predictions(model, images), range(24)):
+            assert_equal(expected, found)
+    for name, parameter in model.named_parameters():
+        assert parameter is before[name][0] and torch.equal(parameter, before[name][1]), name
 
 
 def test_hooks_run_once_each(model):
-    calls = []
-    handle = model.aggregator.frame_blocks[1].mlp.register_forward_hook(lambda *_: calls.append(1))
+    calls, mlp = [], model.aggregator.frame_blocks[1].mlp
+    handle = mlp.register_forward_hook(lambda module, *_: calls.append(module))
     accelerate(model, 0.3, weights=random_adaptation(model))
     predictions(model, random_images())
     handle.remove()
-    assert len(calls) == 1
+    assert len(calls) == 1 and calls[0] is mlp
+
+
+def test_compiled_blocks_see_the_changes(model):
+    weights, images = random_adaptation(model), random_images()
+    expected = predictions(accelerate(model, 0.3, weights=weights), images)
+    model.aggregator.frame_blocks[1] = torch.compile(model.aggregator.frame_blocks[1], backend="eager")
+    found = predictions(model, images)
+    assert torch.allclose(found["depth"], expected["depth"], atol=1e-5)
+
+
+def test_wrapped_blocks_are_refused_rather_than_left_alone(model):
+    class Wrapper(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *args, **kwargs):
+            return self.inner(*args, **kwargs)
+
+    accelerate(model, 0.3, weights=random_adaptation(model))
+    model.aggregator.global_blocks[3] = Wrapper(model.aggregator.global_blocks[3])
+    message = (
+        "the pace weights do not know global_blocks.3.inner.norm1.weight, a parameter of an attention block of this "
+        "model: if the block was wrapped after accelerate, undo that, else pass weights=None"
+    )
+    with pytest.raises(UnsupportedModelError, match=re.escape(message)):
+        model(random_images())
+
+
+def test_hosts_that_run_other_blocks_than_they_say_are_refused():
+    model = tiny_vggt(group=2)
+    accelerate(model, 0.3, weights=random_adaptation(model))
+    own = model.aggregator._process_frame_attention
+
+    def one_block_more(tokens, batch, frames, length, channels, block, **kwargs):
+        tokens, block, outputs = own(tokens, batch, frames, length, channels, block, **kwargs)
+        return tokens, block + 1, outputs
+
+    model.aggregator._process_frame_attention = one_block_more
+    with pytest.raises(UnsupportedModelError, match="ran 3 blocks where 2 were expected"):
+        model(random_images())
+
+
+def test_offloaded_blocks_are_refused(model):
+    accelerate(model, 0.3, weights=random_adaptation(model))
+    model.aggregator.frame_blocks[0].to("meta")
+    with pytest.raises(
+        UnsupportedModelError, match=r"^frame_blocks\.0\.\S+ is offloaded, so the pace weights can't"
+    ):
+        model(random_images())
+
+
+def test_only_floating_matrices_and_vectors_are_changed(model):
+    block = model.aggregator.frame_blocks[0]
+    block.kernel = torch.nn.Parameter(torch.zeros(2, 2, 3, 3))
+    block.codes = torch.nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
+    names = PaceWeights.new(model).adaptation.shapes()
+    assert not any("kernel" in name or "codes" in name for name in names)
+    accelerate(model, 0.3, weights=random_adaptation(model))
+    predictions(model, random_images())
+
+
+@pytest.mark.parametrize("keys", [1.0, 0.4])
+def test_gradients_in_training_mode_are_those_of_evaluation_mode(model, keys):
+    """The stock host runs blocks again for the backward pass while it trains."""
+    found = []
+    for training in (False, True):
+        weights = random_adaptation(model)
+        accelerate(model, 0.3, weights=weights, global_keys=keys)
+        model.train(training)
+        model.zero_grad()
+        tokens, _ = model.aggregator(random_images())
+        sum(value.square().mean() for value in tokens.compact.values()).backward()
+        parameters = [*weights.adaptation.parameters(), *model.aggregator.global_blocks.parameters()]
+        found.append(torch.cat([p.grad.flatten() for p in parameters]))
+        assert model.aggregator.training is training
+    assert torch.allclose(*found, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_are_changed_too(model, copied):
+    images = random_images()
+    expected = predictions(accelerate(model, 0.3, weights=random_adaptation(model)), images)
+    assert_equal(expected, predictions(copied(model), images))
+
+
+def test_autocast(model):
+    images = random_images()
+    accelerate(model, 0.3, weights=random_adaptation(model))
+    expected = predictions(model, images)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = predictions(model, images)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = predictions(accelerate(model, 0.3, weights=None), images)
+    error = (found["depth"] - expected["depth"]).abs().mean()
+    assert error < 0.25 * (plain["depth"] - expected["depth"]).abs().mean()

@@ -299,6 +299,7 @@ def test_missing_field(file, name):
         {"hidden_dims": {"scorer": "8", "merge": 16, "restoration": 16, "adaptation": 4}},
         {"hidden_dims": {"scorer": -8, "merge": 16, "restoration": 16, "adaptation": 4}},
         {"adapted": {"frame_blocks.0.attn.proj.weight": ["a", "b"]}},
+        {"adapted": {"a.b": [4, 0]}},
         {"adapted": [1]},
         {"keep_ratios": ["most"]},
         {"fingerprints": [1]},

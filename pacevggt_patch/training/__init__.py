@@ -1,4 +1,4 @@
-"""Train scorer, merge and restoration for any VGGT: the model itself is the teacher, images are all it takes."""
+"""Train scorer, merge, block changes and restoration for any VGGT: the model itself is the teacher."""
 
 from .attention import attention_target
 from .calibration import calibrate

@@ -25,7 +25,7 @@ from ..mini.trainer import mixed_seed
 from ..weights import PaceWeights
 from .attention import attention_target
 from .calibration import KEEP_RATIOS, RIDGE, fit_linear
-from .clip_source import ClipSource, Sample, to_device
+from .clip_source import ClipSource, RenderedScenes, Sample, to_device
 from .losses import distillation_loss, token_losses, total_loss, truth_target
 from .passes import Outputs, half_precision, run
 
@@ -207,18 +207,19 @@ class Fit:
         return sample._replace(images=sample.images.to(self.dtype))
 
     def reserved(self, purpose: int, count: int) -> Iterator[Sample]:
-        """Clips that no step draws, one by one, the same in all processes: `count` in all, of every length."""
+        """Clips that no step draws, `count` in all, one by one, the same in all processes.
+
+        Of each length in turn; with fewer clips than lengths, of the first ones.
+        """
         settings = self.settings
         for i, views in enumerate(settings.views):
-            # Made as steps make them, many at a time: on CUDA, what makes them is compiled for each number.
             left = len(range(i, count, len(settings.views)))
-            batches = 0
-            while left > 0:
-                seed = mixed_seed(settings.seed, batches, i, purpose)
-                sample = self.finish(self.source.draw(seed, settings.clips_of(views), views))
-                yield from sample.clips()[:left]
-                left -= len(sample.images)
-                batches += 1
+            # On CUDA, what renders scenes is compiled for each number of them: as many as a step has.
+            together = settings.clips_of(views) if isinstance(self.source, RenderedScenes) else 1
+            for batch in range(math.ceil(left / together)):
+                seed = mixed_seed(settings.seed, batch, i, purpose)
+                sample = self.finish(self.source.draw(seed, together, views))
+                yield from sample.clips()[: left - batch * together]
 
     # Steps
 

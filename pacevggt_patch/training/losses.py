@@ -209,7 +209,7 @@ def total_loss(
         student: output of the pruned model.
         teacher: output of the unpruned model on the same clips and frames.
         truth: what is known to be true, or None.
-        truth_share: how much of the camera, depth and point losses is against the truth where it is known.
+        truth_share: how much of the camera, pair, depth, scale and point losses is against the truth where it is known.
     """
     parts = output_losses(student, teacher_target(teacher))
     if truth is not None:
