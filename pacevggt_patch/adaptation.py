@@ -68,8 +68,8 @@ class BlockAdaptation(nn.Module):
                 change = self.up[key(name)] @ self.down[key(name)]
             else:
                 raise UnsupportedModelError(
-                    f"the pace weights do not know {name}, a parameter of an attention block of this model: if the block "
-                    "was wrapped after accelerate, undo that, else pass weights=None"
+                    f"the pace weights do not know {name}, a parameter of an attention block of this model: if the "
+                    "block was wrapped after accelerate, undo that, else pass weights=None"
                 )
             if parameter.is_meta and not change.is_meta:
                 raise UnsupportedModelError(

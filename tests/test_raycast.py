@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pacevggt_patch.clips import rooms
+from pacevggt_patch.clips import rooms, training_scenes
 from pacevggt_patch.clips.raycast import FrameScenes, render_frames
 from pacevggt_patch.clips.textures import (
     TextureAtlas,
@@ -292,3 +292,41 @@ def test_frames_of_a_clip_overlap(many):
     inside = inside.masked_fill(torch.eye(8, dtype=torch.bool), 0)
     assert (inside.amax(2) > 0.2).float().mean() > 0.9
     assert inside.amax(2).median() > 0.6
+
+
+def furnished_scenes(monkeypatch, scanned: float, gathered: float) -> SceneBatch:
+    """Furnished rooms only, with the given shares of scans and groups."""
+    monkeypatch.setattr(training_scenes, "KIND_SHARES", (0.0, 1.0, 0.0))
+    monkeypatch.setattr(training_scenes, "SCANNED", scanned)
+    monkeypatch.setattr(training_scenes, "GATHERED", gathered)
+    return sample_scenes(300, 4, torch.Generator().manual_seed(1), 20, 12)
+
+
+def test_who_scans_a_room_looks_down_on_it_from_near(monkeypatch):
+    down, reach = {}, {}
+    for share in (0.0, 1.0):
+        scenes = furnished_scenes(monkeypatch, share, 0.5)
+        ahead = scenes.cameras[..., 3:].unflatten(2, (3, 3))[..., 2]  # [B, S, 3] what cameras look along
+        down[share] = (ahead[..., 2] < 0).float().mean()
+        things = scenes.solids[:, None, 1 : training_scenes.BOXES, :3]
+        reach[share] = (things - scenes.cameras[:, :, None, :3]).norm(dim=-1).amin(-1).median()
+    assert down[1.0] > 0.85 and down[0.0] < 0.65
+    assert reach[1.0] < reach[0.0]
+
+
+def test_gathered_furniture_stands_together(monkeypatch):
+    apart = []
+    for share in (0.0, 1.0):
+        solids = furnished_scenes(monkeypatch, 0.5, share).solids
+        start = 1 + training_scenes.WALL_BOXES + training_scenes.FURNITURE
+        tables = solids[:, [start, start + training_scenes.PARTS], :2]  # a part of each of the two pieces
+        here = (tables.abs() < training_scenes.FAR_AWAY / 2).all(-1).all(-1)
+        apart.append((tables[here, 0] - tables[here, 1]).norm(dim=-1).median())
+    assert apart[1] < 0.75 * apart[0]
+
+
+def test_many_surfaces_of_furnished_rooms_are_plain(many):
+    contrast = many.surfaces[..., 6:9].mean(-1)
+    flat = {kind: (contrast[many.kind == kind] < 0.3).float().mean().item() for kind in (FURNISHED, FACADE)}
+    assert flat[FURNISHED] == pytest.approx(0.3, abs=0.03)
+    assert flat[FACADE] == pytest.approx(0.15, abs=0.03)

@@ -293,6 +293,46 @@ def test_distillation_loss_is_the_divergence():
 
 # Steps
 
+
+def test_a_step_has_about_as_many_frames_whatever_the_views():
+    settings = Settings(clips=18, views=(2, 4, 8, 24))
+    assert [settings.clips_of(views) for views in settings.views] == [18, 9, 4, 1]
+    assert Settings(clips=1, views=(3, 8)).clips_of(8) == 1
+
+
+@pytest.mark.parametrize("rendered", [False, True])
+def test_reserved_clips_are_as_many_as_asked_for_and_the_same_in_all_processes(folder, rendered):
+    model, weights, source, settings = fitting(folder, clips=2, views=(2, 3))
+    if rendered:
+        source = RenderedScenes(56, texture_atlas(None, 2, 0, torch.device("cpu")))
+    found = []
+    with guest(model, weights):
+        for rank in range(2):
+            fit = Fit(model, weights, source, settings, rank=rank, world=2)
+            found.append([sample.images for sample in fit.reserved(-1, 5)])
+    assert [images.shape[:2] for images in found[0]] == [(1, 2)] * 3 + [(1, 3)] * 2
+    assert all(map(torch.equal, *found))
+    if rendered:
+        assert not any(torch.equal(a, b) for a, b in itertools.combinations(found[0][:3], 2))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_block_changes_move_by_their_own_rate(folder, rate):
+    model, weights, source, settings = fitting(folder, adaptation_rate=rate, distil=0.0, warm_up=1)
+    before = {name: p.detach().clone() for name, p in weights.modules().named_parameters()}
+    with guest(model, weights):
+        fit = Fit(model, weights, source, settings)
+        fit.step(fit.draw(0))
+    moved = {
+        name: (p.detach() - before[name]).abs().max().item()
+        for name, p in weights.modules().named_parameters()
+    }
+    blocks = [value for name, value in moved.items() if name.startswith("adaptation.up")]
+    # The first step of AdamW is as long as the learning rate.
+    assert max(blocks) == pytest.approx(rate * settings.rate, rel=1e-2)
+    assert moved["merge.out.weight"] == pytest.approx(settings.rate, rel=1e-2)
+
+
 SETTINGS = Settings(
     steps=6, distil=0.34, clips=2, views=(2, 3), dense=2, warm_up=2, calibration=2, checks=2, rate=1e-3
 )
