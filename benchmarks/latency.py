@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
         save()
     for directory in args.compare:
         free(bench.device)  # the other process needs the memory that this one only keeps at hand
-        for row in other_rows(args, directory):
+        for row in other_rows(args, bench.device, directory):
             report["rows"].append(with_speedup(row, report["rows"]))
             save()
     work_off(once)  # the longest last: if somebody ends it, all else is there

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 
 from pacevggt_patch import PaceError
-from pacevggt_patch.demo import usable_device
 from pacevggt_patch.evaluation.timing import time_interleaved
 from pacevggt_patch.mini import build_mini
 
@@ -115,7 +114,7 @@ def check_values(model: Any, size: tuple[int, int], precision: str, device: torc
         )
 
 
-def other_rows(args: Namespace, directory: Path) -> Generator[dict[str, Any]]:
+def other_rows(args: Namespace, device: torch.device, directory: Path) -> Generator[dict[str, Any]]:
     """Rows of another VGGT's own code, from a process of its own; a row with an `error` where it fails."""
     name = directory.resolve().name
     request = {
@@ -124,7 +123,7 @@ def other_rows(args: Namespace, directory: Path) -> Generator[dict[str, Any]]:
         "checkpoint": args.checkpoint,
         "arguments": args.compare_arguments,
         "precision": args.precision,
-        "device": str(usable_device(args.device)),
+        "device": str(device),
         "size": args.size,
         "frames": args.frames,
         "repeats": args.repeats,

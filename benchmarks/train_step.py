@@ -32,6 +32,7 @@ class RandomClips:
     """A source of clips that show nothing."""
 
     description = "random images"
+    compiled = False
 
     def __init__(self, size: tuple[int, int]):
         self.size = size

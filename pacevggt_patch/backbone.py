@@ -399,6 +399,11 @@ class _Around(nn.Module):
         return process(*args, **kwargs)
 
 
+def block_shapes(aggregator: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes of `all_block_parameters`."""
+    return {name: tuple(parameter.shape) for name, parameter in all_block_parameters(aggregator).items()}
+
+
 def _run_adapted(
     aggregator: Any, kind: str, adapt: Adapt, process: Callable, tokens: Tensor, *args, **kwargs
 ):

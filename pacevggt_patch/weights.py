@@ -25,7 +25,7 @@ from torch import nn
 
 from . import tensorfile
 from .adaptation import BlockAdaptation
-from .backbone import BackboneSpec, Host, all_block_parameters, find_host, fingerprints, spec
+from .backbone import BackboneSpec, Host, block_shapes, find_host, fingerprints, spec
 from .bundled import bundled_files
 from .config import WeightsError
 from .merging import MergeAdapter
@@ -90,9 +90,7 @@ class PaceWeights:
             scorer = TokenScorer(backbone.embed_dim)
             merge = MergeAdapter(backbone.embed_dim)
             restoration = FeatureGuidedRestoration(backbone.embed_dim, backbone.cached_layers)
-            adaptation = BlockAdaptation(
-                {name: tuple(p.shape) for name, p in all_block_parameters(host.aggregator).items()}
-            )
+            adaptation = BlockAdaptation(block_shapes(host.aggregator))
         weights = cls(
             scorer.eval(),
             merge.eval(),
@@ -164,7 +162,7 @@ class PaceWeights:
             raise WeightsError(
                 f"pace weights {self.source} are for a VGGT with {mine}; this model has {theirs}"
             )
-        shapes = {name: tuple(p.shape) for name, p in all_block_parameters(host.aggregator).items()}
+        shapes = block_shapes(host.aggregator)
         other = [name for name, shape in self.adaptation.shapes().items() if shapes.get(name) != shape]
         if other:
             raise WeightsError(

@@ -300,7 +300,7 @@ def sample_wall_boxes(s: Sampler, room: torch.Tensor, is_plain: torch.Tensor) ->
 def near(s: Sampler, hub: torch.Tensor, room: torch.Tensor, count: int) -> torch.Tensor:
     """`[B, count, 2]` places about a metre from `hub` `[B, 2]`, within the room."""
     away = F.normalize(s.normal(len(hub), count, 2), dim=2) * s.uniform(len(hub), count, 1, low=0.2, high=1.4)
-    limit = (0.92 * room[:, None, :2]).expand_as(away)
+    limit = 0.92 * room[:, None, :2]
     return (hub[:, None] + away).maximum(-limit).minimum(limit)
 
 

@@ -61,6 +61,7 @@ class ClipSource(Protocol):
     """What training draws from; the same number and views give the same clips."""
 
     description: str
+    compiled: bool  # whether `finish` is compiled anew for each number of clips on CUDA
 
     def draw(self, seed: int, clips: int, views: int) -> Any:
         """What is needed to make B = `clips` clips of S = `views` frames; on the CPU, in any thread."""
@@ -87,6 +88,8 @@ class FolderSource:
     Raises:
         ClipError: there is no folder or no image, a clip has fewer frames than asked for, or can't be read.
     """
+
+    compiled = False
 
     def __init__(
         self, folder: str | Path, frames: int, width: int, mode: Any, largest_stride: int = LARGEST_STRIDE
@@ -136,6 +139,7 @@ class PlainRooms:
     """The rooms of `clips.render_room`, with other seeds than those that models are judged on."""
 
     description = "plain rooms"
+    compiled = False
 
     def __init__(self, size: int):
         self.size = size
@@ -158,6 +162,8 @@ class RenderedScenes:
         size: pixels a side, a multiple of 28.
         atlas: their textures, on that device.
     """
+
+    compiled = True
 
     def __init__(self, size: int, atlas: TextureAtlas):
         self.size, self.atlas = size, atlas

@@ -25,7 +25,7 @@ from ..mini.trainer import mixed_seed
 from ..weights import PaceWeights
 from .attention import attention_target
 from .calibration import KEEP_RATIOS, RIDGE, fit_linear
-from .clip_source import ClipSource, RenderedScenes, Sample, to_device
+from .clip_source import ClipSource, Sample, to_device
 from .losses import distillation_loss, token_losses, total_loss, truth_target
 from .passes import Outputs, half_precision, run
 
@@ -214,8 +214,7 @@ class Fit:
         settings = self.settings
         for i, views in enumerate(settings.views):
             left = len(range(i, count, len(settings.views)))
-            # On CUDA, what renders scenes is compiled for each number of them: as many as a step has.
-            together = settings.clips_of(views) if isinstance(self.source, RenderedScenes) else 1
+            together = settings.clips_of(views) if self.source.compiled else 1
             for batch in range(math.ceil(left / together)):
                 seed = mixed_seed(settings.seed, batch, i, purpose)
                 sample = self.finish(self.source.draw(seed, together, views))
