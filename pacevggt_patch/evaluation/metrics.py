@@ -258,8 +258,8 @@ def unproject(depth: torch.Tensor, intrinsics: torch.Tensor, world_to_camera: to
         world_to_camera: `[S, 3, 4]`.
     """
     _, height, width = depth.shape
-    columns = (torch.arange(width).to(depth) + 0.5)[None, None, :]
-    rows = (torch.arange(height).to(depth) + 0.5)[None, :, None]
+    columns, rows = (torch.arange(n, device=depth.device, dtype=depth.dtype) + 0.5 for n in (width, height))
+    columns, rows = columns[None, None, :], rows[None, :, None]
     focal_x, focal_y = intrinsics[:, 0, 0, None, None], intrinsics[:, 1, 1, None, None]
     centre_x, centre_y = intrinsics[:, 0, 2, None, None], intrinsics[:, 1, 2, None, None]
     x = (columns - centre_x) / focal_x * depth  # [S, H, W]

@@ -25,11 +25,15 @@ from ..mini.trainer import mixed_seed
 from ..weights import PaceWeights
 from .attention import attention_target
 from .calibration import KEEP_RATIOS, RIDGE, fit_linear
-from .clip_source import ClipSource, Sample, to_device
+from .clip_source import ClipSource, Sample, Truth, to_device
 from .losses import distillation_loss, token_losses, total_loss, truth_target
 from .passes import Outputs, half_precision, run
+from .recording import Recorder
 
+# Keep ratios that the steps of a run have: few, so that steps of one kind come again and can be replayed.
+RATIOS = 6
 ALL_MERGED = 0.75  # share of steps in which all that is not kept is merged, as it is by default
+MERGED_OTHERWISE = (0.0, 0.5)  # share of them that is merged in the other steps, by turns of the keep ratio
 LARGEST_NORM = 1.0  # of the gradient
 # Numbers in place of a process's, for clips that no step draws.
 CALIBRATION, CHECK, COMMON = -1, -2, -3
@@ -54,7 +58,8 @@ class Settings:
         adaptation_rate: learning rate of the changes of attention blocks over `rate`; 0 leaves the blocks as they are.
         warm_up: steps over which it rises at the start of each stage; it falls by a cosine from there.
         weight_decay: decoupled.
-        truth: how much of the camera, depth and point losses is against ground truth where clips have it.
+        truth: how much of the camera, depth and point losses is against ground truth where clips have it. They are
+            absolute errors: at 0.5 nothing would draw an output that lies between the model's and the true one.
         calibration: clips that the closed-form fit takes.
         checks: clips that no step draws, on which the run is judged.
         seed: of everything random.
@@ -71,7 +76,7 @@ class Settings:
     adaptation_rate: float = 0.5
     warm_up: int = 50
     weight_decay: float = 0.01
-    truth: float = 0.5
+    truth: float = 0.75
     calibration: int = 8
     checks: int = 4
     seed: int = 0
@@ -118,13 +123,19 @@ class StepPlan:
 
 
 def step_plan(settings: Settings, step: int) -> StepPlan:
-    """The random choices of a step: views, keep ratio (uniform in its logarithm), merge budget, dense frames."""
+    """The random choices of a step: views, keep ratio (one of RATIOS, uniform in its logarithm), merge budget, dense
+    frames."""
     generator = torch.Generator().manual_seed(mixed_seed(settings.seed, step, COMMON))
-    first, second, third = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
+
+    def below(count: int) -> int:
+        return int(torch.randint(count, (), generator=generator))
+
     low, high = settings.keep_ratios
-    ratio = low * (high / low) ** first
-    budget = None if second < ALL_MERGED else third * (1 - ratio)
-    views = settings.views[int(torch.randint(len(settings.views), (), generator=generator))]
+    number = below(RATIOS)
+    ratio = low * (high / low) ** (number / (RATIOS - 1))
+    all_merged = torch.rand((), generator=generator).item() < ALL_MERGED
+    budget = None if all_merged else MERGED_OTHERWISE[number % len(MERGED_OTHERWISE)] * (1 - ratio)
+    views = settings.views[below(len(settings.views))]
     frames = torch.randperm(views, generator=generator)[: settings.dense].sort().values.tolist()
     return StepPlan(views, ratio, budget, frames)
 
@@ -170,9 +181,18 @@ class Fit:
         self.dtype = model.aggregator.camera_token.dtype
         self.modules = weights.modules()
         self.modules.requires_grad_(True)
+        self.parameters = list(self.modules.parameters())
+        # All gradients in one tensor, of which those of the parameters are views: one exchange, one norm, one address.
+        sizes = [parameter.numel() for parameter in self.parameters]
+        self.gradient = torch.zeros(sum(sizes), device=self.device, dtype=self.parameters[0].dtype)
+        for parameter, part in zip(self.parameters, self.gradient.split(sizes), strict=True):
+            parameter.grad = part.view_as(parameter)
+        # Computing blocks twice is for models whose steps are long, and recorded steps would hold much memory.
+        self.recorder = Recorder(self.device.type == "cuda" and not checkpointing)
         self.step_number = 0
         self.optimizer = self.new_optimizer()
-        self.logs: dict[str, Tensor] = {}
+        self.names: list[str] = []  # of the losses
+        self.logs = torch.zeros(1)  # their values, and the norm of the gradient
 
     def new_optimizer(self) -> torch.optim.Optimizer:
         """An optimizer without a past, for the stage that begins."""
@@ -181,14 +201,18 @@ class Fit:
         groups = [[p for module in group for p in module.parameters()] for group in modules]
         settings = self.settings
         return torch.optim.AdamW(
-            [{"params": group} for group in groups], settings.rate, weight_decay=settings.weight_decay
+            [{"params": group} for group in groups],
+            settings.rate,
+            weight_decay=settings.weight_decay,
+            fused=self.device.type == "cuda",
         )
 
     def set_rates(self) -> None:
         """Give the optimizer the learning rates of the step to come: of scorer, of merge and restoration, of blocks."""
         rate = learning_rate(self.settings, self.step_number)
         refines = self.step_number >= self.settings.distil_steps
-        factors = (self.settings.scorer_rate if refines else 1.0, 1.0, self.settings.adaptation_rate)
+        settings = self.settings
+        factors = (settings.scorer_rate, 1.0, settings.adaptation_rate) if refines else (1.0, 0.0, 0.0)
         for group, factor in zip(self.optimizer.param_groups, factors, strict=True):
             group["lr"] = rate * factor
 
@@ -222,47 +246,61 @@ class Fit:
 
     # Steps
 
-    def distil_loss(self, sample: Sample) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of stage 1."""
-        with half_precision(sample.images):
-            features, attention = attention_target(self.model.aggregator, sample.images)
+    def distil_loss(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of stage 1 and its parts, of images [B, S, 3, H, W]."""
+        with half_precision(images):
+            features, attention = attention_target(self.model.aggregator, images)
         loss = distillation_loss(self.weights.scorer(features), attention)
         return loss, {"distil": loss}
 
-    def refine_loss(self, sample: Sample, plan: StepPlan) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of stage 2."""
-        frames = to_device(torch.tensor(plan.frames), self.device)
+    def refine_loss(
+        self, sample: Sample, plan: StepPlan, frames: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of stage 2 and its parts; `frames` are those of the plan, if they are on the device already."""
+        images = sample.images
+        if frames is None:
+            frames = to_device(torch.tensor(plan.frames), self.device)
         with torch.no_grad():
-            teacher = run(self.model, sample.images, frames, 1.0)
+            teacher = run(self.model, images, frames, 1.0)
             truth = None
             if sample.truth is not None and self.settings.truth:
                 truth = truth_target(sample.truth, frames, teacher)
         student = run(
-            self.model,
-            sample.images,
-            frames,
-            plan.keep_ratio,
-            plan.merge_budget,
-            checkpointing=self.checkpointing,
+            self.model, images, frames, plan.keep_ratio, plan.merge_budget, checkpointing=self.checkpointing
         )
         return total_loss(student, teacher, truth, self.settings.truth)
 
+    def differentiate(self, loss: Tensor, parts: dict[str, Tensor]) -> Tensor:
+        """Leave the gradient of the loss in `gradient`; returns the losses, those of `names`."""
+        # Not by `backward`, which would add them up parameter by parameter.
+        gradients = torch.autograd.grad(loss, self.parameters, materialize_grads=True)
+        torch.cat([gradient.reshape(-1) for gradient in gradients], out=self.gradient)
+        self.names = ["total", *parts]
+        return torch.stack([loss, *parts.values()]).detach()
+
     def step(self, drawn: Any) -> None:
         """Train on what `draw` gave for this step."""
-        settings, number = self.settings, self.step_number
         sample = self.finish(drawn)
-        if number < settings.distil_steps:
-            loss, parts = self.distil_loss(sample)
+        if self.step_number < self.settings.distil_steps:
+            losses = self.differentiate(*self.distil_loss(sample.images))
         else:
-            loss, parts = self.refine_loss(sample, step_plan(settings, number))
-        self.optimizer.zero_grad()
-        loss.backward()
+            plan = step_plan(self.settings, self.step_number)
+            frames = to_device(torch.tensor(plan.frames), self.device)
+            kind = plan.views, plan.keep_ratio, plan.merge_budget
+
+            def refine(frames: Tensor, images: Tensor, *truth: Tensor) -> Tensor:
+                inputs = Sample(images, Truth(*truth) if truth else None)
+                return self.differentiate(*self.refine_loss(inputs, plan, frames))
+
+            losses = self.recorder(kind, refine, [frames, sample.images, *(sample.truth or ())])
         if self.world > 1:
-            average_gradients(self.modules, self.world)
-        norm = torch.nn.utils.clip_grad_norm_(self.modules.parameters(), LARGEST_NORM)
+            dist.all_reduce(self.gradient)
+            self.gradient /= self.world
+        norm = self.gradient.norm()
+        self.gradient *= LARGEST_NORM / norm.clamp(min=LARGEST_NORM)
         self.set_rates()
         self.optimizer.step()
-        self.logs = {"total": loss.detach(), **{k: v.detach() for k, v in parts.items()}, "norm": norm}
+        self.logs = torch.cat([losses, norm[None]])
         self.step_number += 1
 
     def begin_refinement(self) -> None:
@@ -280,8 +318,7 @@ class Fit:
 
     def latest_losses(self) -> dict[str, float]:
         """Losses of the last step by name, and the norm of its gradient; waits for the device."""
-        values = torch.stack([value.float() for value in self.logs.values()]).tolist()
-        return dict(zip(self.logs, values, strict=True))
+        return dict(zip([*self.names, "norm"], self.logs.tolist(), strict=True))
 
     @torch.no_grad()
     def check(self) -> dict[str, dict[str, float]]:
@@ -351,13 +388,3 @@ def difference(student: Outputs, teacher: Outputs) -> dict[str, float]:
         row["depth"] = (ratio / ratio.median() - 1).abs().mean().item()
     row["tokens"] = token_losses(student, teacher)["dense"].item()
     return row
-
-
-def average_gradients(modules: torch.nn.Module, world: int) -> None:
-    """Average gradients over all processes, in one exchange."""
-    gradients = [p.grad for p in modules.parameters() if p.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flat)
-    flat /= world
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
