@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, overrides
 from torch.overrides import TorchFunctionMode
 
 from .config import UnsupportedModelError
@@ -100,6 +101,14 @@ class OtherParameters(TorchFunctionMode):
             return self.others.get(id(value), value) if isinstance(value, nn.Parameter) else value
 
         return func(*map(other, args), **{name: other(value) for name, value in (kwargs or {}).items()})
+
+
+def in_force(parameter: Any) -> Any:
+    """What torch's functions take in place of a parameter at this place, in this thread: itself, or another tensor."""
+    for mode in overrides._get_current_function_mode_stack():
+        if isinstance(mode, OtherParameters):
+            parameter = mode.others.get(id(parameter), parameter)
+    return parameter
 
 
 def key(name: str) -> str:

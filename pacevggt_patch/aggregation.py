@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import backbone
 from .adaptation import BlockAdaptation, strength
 from .assignment import KEPT, assign
-from .attention import FewerKeys, key_numbers
+from .attention import FewerKeys, faster_attention, key_numbers
 from .config import PaceConfig, UnsupportedModelError
 from .merging import MergeAdapter, kept_tokens, merge_tokens
 from .restoration import FeatureGuidedRestoration
@@ -51,7 +51,8 @@ def aggregate(
     patches = grid[0] * grid[1]
     keep, merge = config.kept_tokens(patches), config.merged_tokens(frames, patches)
 
-    with timer.stage("DINO", frames * patches, frames * patches):
+    faster = partial(faster_attention, images.device)
+    with timer.stage("DINO", frames * patches, frames * patches), faster():
         features = backbone.patch_tokens(aggregator, images)  # [B, S, P, C]
     if features.shape[2] != patches:
         raise UnsupportedModelError(
@@ -92,7 +93,7 @@ def aggregate(
     if positions is not None:
         at_special = positions.new_zeros(batch, frames, special, 2)
         positions = torch.cat([at_special, positions[kept]], dim=2)  # [B, S, n + K, 2]
-    with timer.stage("alternating attention", length, length):
+    with timer.stage("alternating attention", length, length), faster():
         # Popped, so that nobody holds them while the blocks run.
         compact = backbone.alternating_attention(
             aggregator, entering.pop(), positions, layers, checkpointing, change, adapt

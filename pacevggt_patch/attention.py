@@ -1,8 +1,12 @@
-"""See and change what goes into attention, whatever module computes the queries, keys and values."""
+"""See and change what goes into attention, and who computes it, whatever module makes the queries, keys and values."""
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +45,122 @@ class InAttention(TorchFunctionMode):
             args = (*(changed.pop(name) for name in inputs), *args[3:])
             kwargs = kwargs | changed
         return func(*args, **kwargs)
+
+
+class Library(NamedTuple):
+    """A library with a faster attention than torch's.
+
+    Attributes:
+        name: of its module.
+        run: of queries, keys and values [B, L, heads, d] and the factor of their products; returns [B, L, heads, d].
+        dtypes: what it takes.
+    """
+
+    name: str
+    run: Callable[..., Tensor]
+    dtypes: tuple[torch.dtype, ...]
+
+
+# FlashAttention-3, by its authors' package or by wheels of its forward pass, which leave float16 out.
+LIBRARIES = {
+    "flash_attn_interface": (torch.bfloat16, torch.float16),
+    "fa3_fwd_interface": (torch.bfloat16,),
+}
+HOPPER = 9  # the only compute capability (major) that FlashAttention-3 is written for
+LARGEST_HEAD = 256
+
+
+class FasterAttention(TorchFunctionMode):
+    """Lets a library compute every `scaled_dot_product_attention` inside its block of code that it can.
+
+    That is attention on CUDA without mask, dropout and gradients, in a dtype that the library takes or under autocast
+    to one. All else is torch's own.
+
+    Args:
+        library: the library.
+    """
+
+    def __init__(self, library: Library):
+        super().__init__()
+        self.library = library
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            found = self.attend(*args, **kwargs)
+            if found is not None:
+                return found
+        return func(*args, **kwargs)
+
+    def attend(
+        self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+    ) -> Tensor | None:
+        """Attention by the library, or None where it can't."""
+        if attn_mask is not None or dropout_p or is_causal or enable_gqa or query.ndim != 4:
+            return None
+        inputs = (query, key, value)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+            return None
+        narrow, width = autocast_dtype(query.device.type), query.shape[-1]
+        dtypes = {tensor.dtype if narrow is None else narrow for tensor in inputs}
+        if len(dtypes) > 1 or not dtypes <= {*self.library.dtypes}:
+            return None
+        if width > LARGEST_HEAD or width % 8 or value.shape[-1] != width or library(query.device) is None:
+            return None
+        dtype = dtypes.pop()
+        query, key, value = (tensor.to(dtype).transpose(1, 2) for tensor in inputs)
+        return self.library.run(query, key, value, width**-0.5 if scale is None else scale).transpose(1, 2)
+
+
+def faster_attention(device: torch.device) -> AbstractContextManager:
+    """`FasterAttention` where there is a library for the device, else nothing."""
+    found = None if torch.compiler.is_compiling() else library(device)
+    return nullcontext() if found is None else FasterAttention(found)
+
+
+def kernel_name(device: torch.device) -> str:
+    """Who computes attention on a device, in words."""
+    found = library(device)
+    if found is None:
+        return "torch SDPA"
+    dtypes = " and ".join(str(dtype).split(".")[1] for dtype in found.dtypes)
+    return f"flash-attention 3 ({found.name}) in {dtypes}"
+
+
+def library(device: torch.device) -> Library | None:
+    """The library that serves a device, or None. It is imported when first asked for."""
+    return _loaded() if is_hopper(device) else None
+
+
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == HOPPER
+
+
+@functools.cache
+def _loaded() -> Library | None:
+    for name, dtypes in LIBRARIES.items():
+        try:
+            flash_attn_func = importlib.import_module(name).flash_attn_func
+        except Exception:  # not there, or built for another torch
+            continue
+        return Library(name, functools.partial(_run, flash_attn_func), dtypes)
+    return None
+
+
+def _run(flash_attn_func: Callable, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    found = flash_attn_func(query, key, value, softmax_scale=scale)
+    return found[0] if isinstance(found, tuple) else found  # older versions return more
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """What torch.autocast casts to on a device type, or None where it is off."""
+    try:
+        return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    except TypeError:  # torch 2.3, which VGGT asks for, has a function for each
+        if device_type == "cpu":
+            return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
+        return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
 
 
 class FewerKeys:

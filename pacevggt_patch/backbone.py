@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .adaptation import OtherParameters
-from .attention import Change, InAttention
+from . import blocks
+from .adaptation import OtherParameters, in_force
+from .attention import Change, InAttention, autocast_dtype
 from .config import PaceError, UnsupportedModelError
 
 # Parameters of blocks by their names in the aggregator -> those to run with instead.
@@ -247,7 +248,7 @@ def check_images(aggregator: Any, images: Tensor, check_finite: bool | None) -> 
         )
     # The host subtracts its mean first, which promotes narrower images.
     entering = torch.promote_types(images.dtype, aggregator._resnet_mean.dtype)
-    if entering != weights and not autocast_enabled(images.device.type):
+    if entering != weights and autocast_dtype(images.device.type) is None:
         raise PaceError(
             f"images are {images.dtype} but the model is {weights}: "
             f"call images.to({weights}), or run under torch.autocast"
@@ -257,14 +258,6 @@ def check_images(aggregator: Any, images: Tensor, check_finite: bool | None) -> 
     if check_finite and not torch.isfinite(images).all():
         raise PaceError("images hold NaN or infinity: check how they were loaded")
     return height // patch, width // patch
-
-
-def autocast_enabled(device_type: str) -> bool:
-    """Whether torch.autocast is on for a device type."""
-    try:
-        return torch.is_autocast_enabled(device_type)
-    except TypeError:  # torch 2.3, which VGGT asks for, has a function for each
-        return torch.is_autocast_cpu_enabled() if device_type == "cpu" else torch.is_autocast_enabled()
 
 
 def patch_tokens(aggregator: Any, images: Tensor, frames_per_chunk: int | None = None) -> Tensor:
@@ -458,37 +451,92 @@ def rotate(rope: Any, tokens: Tensor, positions: Tensor) -> Tensor:
         tokens: queries or keys [B, heads, L, D].
         positions: [B, L, 2].
     """
-    cos, sin = _rotation(rope, tokens, positions)
+    cos, sin = _rotation(rope, tokens.shape[-1], tokens.dtype, positions)
     # Each half of the channels, for y and for x, turns its own two halves against each other.
     turned = tokens.unflatten(-1, (2, 2, -1)).flip(-2).flatten(-3)
     return (tokens * cos).add_(turned.mul_(sin))
 
 
-def _rotation(rope: Any, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [B, 1, L, D] of `positions` [B, L, 2], those of the first halves negative.
+def _rotation(rope: Any, width: int, dtype: torch.dtype, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [B, 1, L, D] of `positions` [B, L, 2] for heads of D = `width`, those of the first halves
+    negative.
 
     Inside `_shared_rotations` they are gathered once: every block asks for the same positions twice.
     """
     known = None if torch.compiler.is_compiling() else getattr(_rotations, "known", None)
     # A fake tensor lies nowhere.
     if known is None or type(positions) is not Tensor or not positions.is_contiguous():
-        return _gathered_rotation(rope, tokens, positions)
-    key = (id(rope), positions.data_ptr(), positions.numel(), tokens.shape[-1], tokens.dtype)
+        return _gathered_rotation(rope, width, dtype, positions)
+    key = (id(rope), positions.data_ptr(), positions.numel(), width, dtype)
     if key not in known:
         # The entry holds the positions: what lies at their address stays what it is.
-        known[key] = positions, _gathered_rotation(rope, tokens, positions)
+        known[key] = positions, _gathered_rotation(rope, width, dtype, positions)
     cos, sin = known[key][1]
-    shape = (len(positions), 1, positions.shape[1], tokens.shape[-1])
+    shape = (len(positions), 1, positions.shape[1], width)
     return cos.view(shape), sin.view(shape)
 
 
-def _gathered_rotation(rope: Any, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    width = tokens.shape[-1] // 2
-    cos, sin = rope._compute_frequency_components(
-        width, ROPE_TABLE, tokens.device, tokens.dtype
-    )  # [rows, width]
-    sin = torch.cat([-sin[:, : width // 2], sin[:, width // 2 :]], dim=-1)
+def _gathered_rotation(rope: Any, width: int, dtype: torch.dtype, positions: Tensor) -> tuple[Tensor, Tensor]:
+    half = width // 2
+    cos, sin = rope._compute_frequency_components(half, ROPE_TABLE, positions.device, dtype)  # [rows, half]
+    sin = torch.cat([-sin[:, : half // 2], sin[:, half // 2 :]], dim=-1)
     cos, sin = (F.embedding(positions, table).flatten(-2).unsqueeze(1) for table in (cos, sin))
+    return cos, sin
+
+
+def fast_blocks(aggregator: Any, rope: Any) -> dict[str, Any]:
+    """The blocks of DINO and of alternating attention that `run_fast_block` can run, by name in the aggregator.
+
+    Args:
+        aggregator: the host's aggregator.
+        rope: of `static_rope`, or None where the host's rotary embedding is not known.
+    """
+    lists = {
+        "patch_embed.blocks": getattr(aggregator.patch_embed, "blocks", ()),
+        "frame_blocks": aggregator.frame_blocks,
+        "global_blocks": aggregator.global_blocks,
+    }
+    channels, found, known = aggregator.camera_token.shape[-1], {}, {}
+    for name, modules in lists.items():
+        for i, module in enumerate(modules):
+            own = getattr(getattr(module, "attn", None), "rope", None)
+            if own is not None and (rope is None or own is not aggregator.rope):
+                continue
+            make = blocks.make(module)
+            if make not in known:
+                rotate = partial(_flat_rotation, dtype=torch.float32)
+                known[make] = blocks.is_block(module, channels, rotate)
+            if known[make]:
+                found[f"{name}.{i}"] = module
+    return found
+
+
+def run_fast_block(
+    module: Any, rope: Any, x: Tensor, positions: Tensor | None, speed: blocks.Speed
+) -> Tensor:
+    """One of the `fast_blocks` on tokens [B, L, C], with the parameters that are in force where it is called.
+
+    Args:
+        module: the block.
+        rope: as above.
+        x: tokens.
+        positions: RoPE positions [B, L, 2], or None.
+        speed: see `blocks.run_block`.
+    """
+    narrow = autocast_dtype(x.device.type)
+    rotation = None
+    if module.attn.rope is not None and positions is not None:
+        # Norms, and so queries and keys, are float32 at least under autocast.
+        dtype = x.dtype if narrow is None else torch.promote_types(x.dtype, torch.float32)
+        rotation = _flat_rotation(rope, positions, x.shape[-1] // module.attn.num_heads, dtype)
+    dtype = x.dtype if narrow is None else narrow
+    out = blocks.run_block(module, x.flatten(0, 1), rotation, len(x), dtype, speed, in_force)
+    return out.view(x.shape)
+
+
+def _flat_rotation(rope: Any, positions: Tensor, width: int, dtype: torch.dtype) -> blocks.Rotation:
+    """`_rotation` as [B * L, D]."""
+    cos, sin = (t.reshape(-1, width) for t in _rotation(rope, width, dtype, positions))
     return cos, sin
 
 

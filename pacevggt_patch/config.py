@@ -41,6 +41,8 @@ class PaceConfig:
             (see `break_even.pruning_pays`).
         global_keys: share of the kept patch tokens of a frame whose keys and values the global blocks see, in (0, 1].
         output_device: where dense heads put their outputs; None: where they are made.
+        compile: run attention blocks and dense heads by functions that torch.compile makes.
+        head_dtype: of the autocast that dense heads run under, bfloat16 or float16; None: as the host calls them.
 
     Raises:
         PaceError: a value is out of range or not a number.
@@ -52,6 +54,8 @@ class PaceConfig:
     min_frames: int | None = None
     global_keys: float = 1.0
     output_device: torch.device | None = None
+    compile: bool = False
+    head_dtype: torch.dtype | None = None
 
     def __post_init__(self):
         keep = _number("keep_ratio", self.keep_ratio)
@@ -79,6 +83,12 @@ class PaceConfig:
                 f"global_keys must be in (0, 1], got {keys:g}: it is the share of the kept tokens that serve as keys"
             )
         object.__setattr__(self, "global_keys", keys)
+        if not isinstance(self.compile, bool):
+            raise PaceError(f"compile must be True or False, got {self.compile!r}")
+        if self.head_dtype not in (None, torch.bfloat16, torch.float16):
+            raise PaceError(
+                f"head_dtype must be torch.bfloat16, torch.float16 or None, got {self.head_dtype!r}"
+            )
 
     def kept_tokens(self, patches: int) -> int:
         """K: patch tokens kept in each frame of `patches` patch tokens."""

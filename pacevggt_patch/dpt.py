@@ -141,6 +141,11 @@ def frame_bytes(head: Any, tables: DenseTables) -> int:
     return channels * tables.size[0] * tables.size[1] * head.scratch.output_conv1.weight.element_size()
 
 
+def make(head: Any, tables: DenseTables) -> tuple:
+    """What `dense_head` is compiled for, besides the size of images and the number of frames."""
+    return head.projects[0].in_channels, head.scratch.output_conv1.out_channels, head.activation, tables.size
+
+
 def is_dense_head(head: Any, channels: int, layers: int) -> bool:
     """Whether `dense_head` does what this head does, tried on a small example in float32 on the CPU.
 
@@ -153,7 +158,7 @@ def is_dense_head(head: Any, channels: int, layers: int) -> bool:
         layers: number of layers that it may read.
     """
     try:
-        bare, grid = _bare_copy(head), (2, 3)
+        bare, grid = bare_copy(head), (2, 3)
         patch = int(bare.patch_size)
         generator = torch.Generator("cpu").manual_seed(0)
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -193,18 +198,24 @@ def _alike(theirs: Tensor, ours: Tensor) -> bool:
     return bool((theirs - ours).abs().max() <= 1e-4 * theirs.abs().max())
 
 
-def _bare_copy(module: Any) -> Any:
+def bare_copy(module: Any, values: Callable[[Tensor], Tensor] | None = None) -> Any:
     """The module with its tensors in float32 on the CPU, shared where they are, without hooks or instance forwards.
 
     In evaluation mode: batch norms would write on the shared tensors, dropout would draw from the user's random state.
+
+    Args:
+        module: any module.
+        values: gives the values of a parameter, float32 on the CPU; None: its own.
     """
+    if values is None:
+        values = lambda p: p.detach().to("cpu", torch.float32)  # noqa: E731
     bare = type(module).__new__(type(module))
     bare.__dict__ = {key: value for key, value in module.__dict__.items() if key != "forward"}
     bare.__dict__ |= {hooks: OrderedDict() for hooks in HOOKS} | {"training": False}
     bare._parameters = {
-        name: None if p is None else nn.Parameter(p.detach().to("cpu", torch.float32), requires_grad=False)
+        name: None if p is None else nn.Parameter(values(p), requires_grad=False)
         for name, p in module._parameters.items()
     }
     bare._buffers = {name: None if b is None else b.detach().cpu() for name, b in module._buffers.items()}
-    bare._modules = {name: None if m is None else _bare_copy(m) for name, m in module._modules.items()}
+    bare._modules = {name: None if m is None else bare_copy(m, values) for name, m in module._modules.items()}
     return bare

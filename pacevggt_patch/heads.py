@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import dpt
+from .attention import autocast_dtype
 from .config import PaceError
 from .tokens import RestoredTokens
 
@@ -41,6 +44,7 @@ def run_dense_head(
     kwargs: dict,
     fast: bool = False,
     device: torch.device | None = None,
+    speed: Callable[..., Callable] | None = None,
 ):
     """Run a DPT head a chunk of frames at a time, restoring the tokens of just those frames.
 
@@ -56,6 +60,8 @@ def run_dense_head(
         args, kwargs: the arguments of the call.
         fast: whether `dpt.dense_head` does what this head does.
         device: where the outputs go, chunk by chunk; None leaves them where they are made.
+        speed: gives the function to call in place of `dpt.dense_head`, given that and what it is compiled for; all
+            chunks are of one size then, the last one going over some frames again.
 
     Returns:
         What the stock head returns.
@@ -74,12 +80,12 @@ def run_dense_head(
     if not isinstance(images, Tensor) or images.ndim != 5 or (frames is not None and frames < 1):
         return moved(stock(*args, **kwargs), device)
     name = next(name for name, a in call.arguments.items() if a is tokens)
-    frames = frames or total
+    frames, one_size = frames or total, False
     if fast and _is_plain(call.arguments, name, tokens, images, head):
         tables = dpt.dense_tables(head, tokens.grid)
         fitting = chunk_frames(len(images) * dpt.frame_bytes(head, tables), images.device)
         frames = min(frames, fitting) if chosen else fitting
-        run = _fast_run(head, tokens, tables)
+        run, one_size = _fast_run(head, tokens, tables, speed), speed is not None
     else:
 
         def run(start: int, stop: int):
@@ -89,6 +95,8 @@ def run_dense_head(
 
     outputs = None
     for start in range(0, total, frames):
+        if one_size:
+            start = max(0, min(start, total - frames))
         part = run(start, min(start + frames, total))
         if start == 0 and frames >= total:
             return moved(part, device)
@@ -116,17 +124,45 @@ def _is_plain(arguments: dict, name: str, tokens: RestoredTokens, images: Tensor
     return layers <= tokens.compact.keys() and dpt.is_open(head)
 
 
-def _fast_run(head: Any, tokens: RestoredTokens, tables: dpt.DenseTables) -> Callable[[int, int], Any]:
+def _fast_run(
+    head: Any, tokens: RestoredTokens, tables: dpt.DenseTables, speed: Callable[..., Callable] | None
+) -> Callable[[int, int], Any]:
+    by_products = torch.is_grad_enabled()
+    dense_head: Callable = dpt.dense_head
+    if speed is not None and not torch.compiler.is_compiling():
+        dense_head = speed(dpt.dense_head, *dpt.make(head, tables), tokens.grid, by_products)
+
     def run(start: int, stop: int):
         dense = tokens.patches(start, stop, head.intermediate_layer_idx)
         layers = [dense[i % len(tokens)] for i in head.intermediate_layer_idx]
-        outputs = dpt.dense_head(head, layers, tokens.grid, tables, by_products=torch.is_grad_enabled())
+        outputs = dense_head(head, layers, tokens.grid, tables, by_products=by_products)
         shape = len(tokens.kept), stop - start
         if isinstance(outputs, Tensor):
             return outputs.unflatten(0, shape)
         return tuple(output.unflatten(0, shape) for output in outputs)
 
     return run
+
+
+@contextmanager
+def reduced_precision(head: Any, dtype: torch.dtype | None) -> Generator[Callable[[Any], Any]]:
+    """Autocast to a dtype inside the `with` block; None leaves all as it is.
+
+    Gives a function that casts the outputs of the head back to float32 (or float64) where its weights are, unless
+    autocast was on before.
+    """
+    weight = next(iter(head.parameters()), None)
+    if dtype is None or weight is None:
+        yield lambda outputs: outputs
+        return
+    wide = weight.dtype in (torch.float32, torch.float64) and autocast_dtype(weight.device.type) is None
+    with torch.autocast(weight.device.type, dtype):
+        yield partial(cast, dtype=weight.dtype) if wide else lambda outputs: outputs
+
+
+def cast(outputs: Any, dtype: torch.dtype) -> Any:
+    """The outputs of a head in a dtype, its tensors inside tuples, lists and dicts."""
+    return changed(outputs, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
 
 def room(part: Any, frames: int, total: int, device: torch.device | None, head: str) -> Any:
@@ -176,13 +212,16 @@ def like(outputs: tuple | list, values: list) -> Any:
 
 
 def moved(outputs: Any, device: torch.device | None) -> Any:
-    """The outputs of a head on a device, its tensors inside tuples, lists and dicts; None leaves them as they are."""
-    if device is None or outputs is None:
-        return outputs
+    """The outputs of a head on a device; None leaves them where they are."""
+    return outputs if device is None else changed(outputs, lambda tensor: tensor.to(device))
+
+
+def changed(outputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The outputs of a head with its tensors changed, those inside tuples, lists and dicts, too."""
     if isinstance(outputs, Tensor):
-        return outputs.to(device)
+        return change(outputs)
     if isinstance(outputs, dict):
-        return {key: moved(value, device) for key, value in outputs.items()}
+        return {key: changed(value, change) for key, value in outputs.items()}
     if isinstance(outputs, (tuple, list)):
-        return like(outputs, [moved(value, device) for value in outputs])
+        return like(outputs, [changed(value, change) for value in outputs])
     return outputs

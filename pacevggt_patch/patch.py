@@ -16,12 +16,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import backbone
+from . import backbone, blocks
 from .aggregation import aggregate
+from .attention import autocast_dtype, kernel_name
 from .break_even import pruning_pays
+from .compiling import compiled
 from .config import DEFAULT_KEEP_RATIO, PaceConfig, PaceError, UnsupportedModelError, device_of
 from .dpt import is_dense_head
-from .heads import moved, restored_argument, run_camera_head, run_dense_head
+from .heads import moved, reduced_precision, restored_argument, run_camera_head, run_dense_head
 from .summary import StageTimer, Summary, current_device
 from .weights import PaceWeights, resolve
 
@@ -115,22 +117,54 @@ class _RopeForward(_Forward):
         return backbone.rotate(self.rope, tokens, positions)
 
 
+class _BlockForward(_Forward):
+    """An attention block by the functions of `blocks`, compiled; by its own code where that does not fit."""
+
+    def __init__(self, module: Any, state: _State, name: str, rope: Any):
+        super().__init__(module, state, name)
+        self.rope = rope
+        self.kinds = blocks.kinds(module)
+
+    def __call__(self, *args, **kwargs):
+        call = blocks.tokens_and_positions(args, kwargs)
+        # A compiler that is at work already takes the host's code as it is.
+        if call is None or self.state.paused or torch.compiler.is_compiling() or not self.fits(*call):
+            return self.stock(*args, **kwargs)
+        return backbone.run_fast_block(self.module, self.rope, *call, compiled)
+
+    def fits(self, tokens: Tensor, positions: Tensor | None) -> bool:
+        if (self.module.attn.rope is None) != (positions is None):
+            return False
+        if not blocks.is_open(self.module, self.kinds):
+            return False
+        return (
+            tokens.dtype == self.module.attn.qkv.weight.dtype
+            or autocast_dtype(tokens.device.type) is not None
+        )
+
+
 class _DenseHeadForward(_Forward):
     def __init__(self, module: Any, state: _State, name: str, fast: bool):
         super().__init__(module, state, name)
         self.fast = type(module) if fast else None  # the class that was tried: somebody may put in another
 
     def __call__(self, *args, **kwargs):
+        state = self.state
+        if state.paused:
+            return self.stock(*args, **kwargs)
         # A head inside another module, such as a track head, feeds that module: it stays on its device.
-        device = None if "." in self.name or self.state.paused else self.state.config.output_device
+        device = None if "." in self.name else state.config.output_device
         tokens = restored_argument(args, kwargs)
-        if tokens is None:
-            return moved(self.stock(*args, **kwargs), device)
-        frames, kept = tokens.kept.shape[1:]
-        with self.state.timer.stage(self.name, frames * kept, frames * tokens.features.shape[2]):
-            return run_dense_head(
-                self.module, self.stock, tokens, args, kwargs, self.fast is type(self.module), device
-            )
+        with reduced_precision(self.module, state.config.head_dtype) as restored:
+            if tokens is None:
+                return moved(restored(self.stock(*args, **kwargs)), device)
+            frames, kept = tokens.kept.shape[1:]
+            with state.timer.stage(self.name, frames * kept, frames * tokens.features.shape[2]):
+                fast = self.fast is type(self.module)
+                speed = compiled if state.config.compile else None
+                return restored(
+                    run_dense_head(self.module, self.stock, tokens, args, kwargs, fast, device, speed)
+                )
 
 
 class _CameraHeadForward(_Forward):
@@ -153,6 +187,8 @@ def accelerate(
     min_frames: int | None = None,
     global_keys: float = 1.0,
     output_device: torch.device | str | None = None,
+    compile: bool = False,
+    head_dtype: torch.dtype | None = None,
 ) -> Model:
     """Accelerate a VGGT in place: only some of its patch tokens enter alternating attention.
 
@@ -178,6 +214,12 @@ def accelerate(
         output_device: where the outputs of dense heads go, a chunk of frames at a time; "cpu" leaves the memory of the
             GPU to clips whose depth and points would fill it (the host waits at the end of each head). None leaves them
             on the model's device. Cameras and images stay where they are.
+        compile: run the attention blocks (DINO's, too) and the dense heads by functions that torch.compile makes when
+            they are first called, which takes a minute or so; other numbers of frames need little more. What is of
+            another make runs as it is. Outputs differ by rounding.
+        head_dtype: torch.bfloat16 or torch.float16: dense heads run under autocast to it, also where the host switches
+            autocast off for them, as VGGT's own forward does. Outputs of float32 heads stay float32. None leaves that
+            to the host.
 
     Returns:
         `model`.
@@ -187,7 +229,14 @@ def accelerate(
             weights do not fit or can't be read). The model is as it was before the call.
     """
     config = PaceConfig(
-        keep_ratio, merge_budget, check_finite, min_frames, global_keys, device_of(output_device)
+        keep_ratio,
+        merge_budget,
+        check_finite,
+        min_frames,
+        global_keys,
+        device_of(output_device),
+        compile,
+        head_dtype,
     )
     host = backbone.find_host(model)
     parts: dict[str, tuple[Any, Callable[..., _Forward]]] = {
@@ -202,6 +251,11 @@ def accelerate(
         parts["camera_head"] = (host.camera_head, _CameraHeadForward)
     if host.rope is not None and _foreign(host.rope) is None:
         parts["aggregator.rope"] = (host.rope, _RopeForward)
+    if compile:
+        rope = backbone.static_rope(host.rope) if "aggregator.rope" in parts else None
+        for name, block in backbone.fast_blocks(host.aggregator, rope).items():
+            if _foreign(block) is None:
+                parts[f"aggregator.{name}"] = (block, partial(_BlockForward, rope=rope))
     for name, (module, _) in parts.items():
         if _foreign(module) is not None:
             raise UnsupportedModelError(
@@ -301,14 +355,24 @@ def summary(model: nn.Module, images: Tensor | None = None) -> Summary:
                 model(images)
         finally:
             state.timer.timing = False
+    forwards = _forwards(model)
     return Summary(
         backbone=str(backbone.spec(host)),
         config=state.config,
         weights="none (training-free)" if state.weights is None else str(state.weights),
         paused=state.paused,
-        patched=[forward.name for forward in _forwards(model)],
+        patched=[forward.name for forward in forwards if not isinstance(forward, _BlockForward)],
+        attention=kernel_name(host.aggregator.camera_token.device),
+        compiled=_compiled_parts(forwards) if state.config.compile else "no",
         stages=list(state.timer.stages),
     )
+
+
+def _compiled_parts(forwards: list[_Forward]) -> str:
+    """Which parts run compiled, in words."""
+    count = sum(isinstance(forward, _BlockForward) for forward in forwards)
+    heads = [f.name for f in forwards if isinstance(f, _DenseHeadForward) and f.fast is type(f.module)]
+    return ", ".join([f"{count} blocks", *heads])
 
 
 def _forwards(model: nn.Module) -> list[_Forward]:

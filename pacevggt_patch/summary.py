@@ -66,7 +66,9 @@ class Summary:
         config: the settings in force.
         weights: the weights in force and where they came from, in words.
         paused: whether the stock forward runs at the moment.
-        patched: names of the submodules whose forward is replaced.
+        patched: names of the submodules whose forward is replaced, compiled blocks left out.
+        attention: who computes attention, in words.
+        compiled: what runs compiled, in words.
         stages: of the last forward pass; empty before the first.
     """
 
@@ -75,6 +77,8 @@ class Summary:
     weights: str
     paused: bool
     patched: list[str]
+    attention: str = "torch SDPA"
+    compiled: str = "no"
     stages: list[Stage] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -85,6 +89,8 @@ class Summary:
             f"weights       {self.weights}",
             f"patched       {', '.join(self.patched)}"
             + (" (paused: the stock forward runs)" if self.paused else ""),
+            f"attention     {self.attention}",
+            f"compiled      {self.compiled}",
         ]
         if not self.stages:
             return "\n".join([*lines, "stages        none yet: run the model, or pass images to summary()"])

@@ -1,0 +1,363 @@
+"""Compiled blocks: the host's own arithmetic in every precision, and the host's own code where they do not fit."""
+
+import copy
+import pickle
+import shutil
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hosts import assert_equal, random_images, tiny_vggt
+from torch import nn
+
+from pacevggt_patch import (
+    PaceError,
+    PaceWeights,
+    accelerate,
+    backbone,
+    blocks,
+    compiling,
+    paused,
+    remove,
+    summary,
+)
+from pacevggt_patch.attention import InAttention
+from pacevggt_patch.patch import retune
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Traced as for any backend, but not translated to C++, which takes long."""
+    monkeypatch.setattr(compiling, "BACKEND", "eager")
+
+
+@pytest.fixture
+def model():
+    return tiny_vggt()
+
+
+def run(model, images):
+    with torch.inference_mode():
+        return model(images)
+
+
+def close(found, expected, tolerance=1e-4):
+    """Predictions are the same but for rounding."""
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        if isinstance(value, torch.Tensor):
+            assert found[key].dtype == value.dtype
+            torch.testing.assert_close(found[key], value, rtol=tolerance, atol=tolerance * value.abs().max())
+
+
+def random_weights(model, scale=0.05):
+    weights = PaceWeights.new(model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in weights.adaptation.parameters():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+    return weights
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Counts the blocks that ran by the compiled functions."""
+    count, real = Counter(), backbone.run_fast_block
+
+    def counted(module, *args):
+        count[module] += 1
+        return real(module, *args)
+
+    monkeypatch.setattr(backbone, "run_fast_block", counted)
+    return count
+
+
+PRECISIONS = {
+    "float64": (torch.float64, None, 1e-12),
+    "float32": (torch.float32, None, 1e-5),
+    "bfloat16": (torch.bfloat16, None, 0.03),
+    "float16": (torch.float16, None, 0.004),
+    "autocast": (torch.float32, torch.bfloat16, 0.02),
+    "bfloat16 under autocast": (torch.bfloat16, torch.bfloat16, 0.03),
+}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("kind", ["patch_embed.blocks.0", "global_blocks.1"])
+def test_a_block_does_what_the_host_does(model, kind, precision):
+    weights, autocast, tolerance = PRECISIONS[precision]
+    model = model.to(weights)
+    block = model.aggregator.get_submodule(kind)
+    rope = backbone.static_rope(model.aggregator.rope)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 7, 32, generator=generator, dtype=torch.float64).to(weights)
+    positions = torch.randint(0, 5, (2, 7, 2), generator=generator)
+    where = {} if kind.startswith("patch") else {"pos": positions}
+    with torch.no_grad(), torch.autocast("cpu", autocast, enabled=autocast is not None):
+        expected = block(x, **where)
+        found = backbone.run_fast_block(block, rope, x, where.get("pos"), compiling.compiled)
+    assert found.dtype == expected.dtype
+    assert (found - expected).norm() <= tolerance * (expected - x).norm()
+
+
+@pytest.mark.parametrize(("keep_ratio", "global_keys"), [(0.4, 1.0), (0.4, 0.5), (1.0, 1.0)])
+@pytest.mark.parametrize("learned", [False, True])
+def test_the_model_gives_the_same(model, keep_ratio, global_keys, learned, runs):
+    images = random_images(3, batch=2)
+    settings = {"weights": random_weights(model) if learned else None, "global_keys": global_keys}
+    expected = run(accelerate(model, keep_ratio, **settings), images)
+    assert not runs
+    found = run(accelerate(model, keep_ratio, **settings, compile=True), images)
+    assert sorted(runs.values()) == [1] * 10
+    close(found, expected)
+    if learned:
+        plain = run(
+            accelerate(model, keep_ratio, weights=None, global_keys=global_keys, compile=True), images
+        )
+        assert (keep_ratio == 1) == torch.allclose(plain["depth"], found["depth"], rtol=1e-3)
+
+
+def test_autocast(model, runs):
+    images = random_images()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = run(accelerate(model, 1.0, 0.0, weights=None), images)
+        found = run(accelerate(model, 1.0, 0.0, weights=None, compile=True), images)
+    assert len(runs) == 10
+    close(found, expected, 0.05)
+
+
+def test_other_numbers_of_frames_do_not_compile_blocks_again(model):
+    torch._dynamo.reset()
+    accelerate(model, 0.4, weights=None, compile=True)
+
+    def graphs(images):
+        counters = torch._dynamo.utils.counters["stats"]
+        before = counters["unique_graphs"]
+        with torch.inference_mode():
+            model.aggregator(images)
+        return counters["unique_graphs"] - before
+
+    assert graphs(random_images(3)) == 4  # before and after attention, of DINO and of alternating attention
+    for frames, batch, width in ((5, 1, 70), (2, 3, 70), (4, 1, 42)):
+        assert graphs(random_images(frames, batch=batch, width=width)) == 0
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients(model, learned, checkpointing, runs, monkeypatch):
+    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
+    found, images = [], random_images(2)
+    for compile in (False, True):
+        weights = random_weights(model) if learned else None
+        accelerate(model, 0.4, weights=weights, compile=compile)
+        retune(model, 0.4, checkpointing=checkpointing)
+        model.zero_grad()
+        tokens, _ = model.aggregator(images)
+        tokens.compact[3].square().mean().backward()
+        parameters = [*model.aggregator.global_blocks.parameters()]
+        parameters += [] if weights is None else [*weights.adaptation.parameters()]
+        found.append(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]))
+    assert runs
+    assert torch.allclose(*found, rtol=1e-3, atol=1e-6)
+
+
+def test_inductor(model, monkeypatch):
+    if shutil.which("g++") is None:
+        pytest.skip("needs a C++ compiler")
+    monkeypatch.setattr(compiling, "BACKEND", "inductor")
+    images = random_images()
+    expected = run(accelerate(model, 0.4, weights=None), images)
+    with torch.inference_mode():
+        accelerate(model, 0.4, weights=None, compile=True)
+        tokens, _ = model.aggregator(images)
+        found = model.camera_head(tokens)[-1]
+    torch.testing.assert_close(found, expected["pose_enc"], rtol=1e-4, atol=1e-4)
+
+
+# ---- what runs as it is
+
+
+def changed_linear(model):
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model.aggregator.global_blocks[1].mlp.fc1.__class__ = Doubled
+
+
+def changed_activation(model):
+    model.aggregator.global_blocks[1].mlp.act = nn.ReLU()
+
+
+def changed_block(model):
+    kind = type(model.aggregator.global_blocks[1])
+
+    class Halved(kind):
+        def forward(self, x, pos=None):
+            return super().forward(x, pos=pos) / 2
+
+    model.aggregator.global_blocks[1].__class__ = Halved
+
+
+def changed_attention(model):
+    model.aggregator.global_blocks[1].attn.fused_attn = False
+    model.aggregator.global_blocks[1].attn.scale = 0.3
+
+
+def own_rope(model):
+    model.aggregator.global_blocks[1].attn.rope = copy.deepcopy(model.aggregator.rope)
+
+
+CHANGES = [changed_linear, changed_activation, changed_block, changed_attention, own_rope]
+
+
+@pytest.mark.parametrize(
+    ("change", "when"),
+    # Settings, as the last two are, are looked at by accelerate alone.
+    [(change, "before") for change in CHANGES] + [(change, "after") for change in CHANGES[:3]],
+)
+def test_blocks_of_another_make_run_as_they_are(model, change, when, runs):
+    images, other = random_images(), tiny_vggt()
+    change(other)
+    expected = run(accelerate(other, 0.4, weights=None), images)
+    if when == "before":
+        change(model)
+    accelerate(model, 0.4, weights=None, compile=True)
+    if when == "after":
+        change(model)
+    close(run(model, images), expected)
+    assert len(runs) == 9 and model.aggregator.global_blocks[1] not in runs
+
+
+@pytest.mark.parametrize("what", ["hook", "pre-hook", "forward", "compiled part", "dropout", "drop path"])
+def test_watched_blocks_run_as_they_are(model, what, runs):
+    images, block, calls = random_images(), model.aggregator.frame_blocks[2], []
+    expected = run(accelerate(model, 0.4, weights=None), images)
+    accelerate(model, 0.4, weights=None, compile=True)
+    if what == "hook":
+        block.mlp.register_forward_hook(lambda *_: calls.append(1))
+    elif what == "pre-hook":
+        block.attn.proj.register_forward_pre_hook(lambda *_: calls.append(1))
+    elif what == "forward":
+        real = block.norm1.forward
+        block.norm1.forward = lambda x: calls.append(1) or real(x)
+    elif what == "compiled part":
+        block.mlp.compile(backend="eager")
+    elif what == "dropout":
+        block.attn.proj_drop.p = 0.5
+        block.train()
+    else:
+        block.sample_drop_ratio = 1e-9
+        block.drop_path1 = type("DropPath", (nn.Identity,), {})()
+        block.train()
+    found = run(model, images)
+    if what != "dropout":
+        close(found, expected)
+    assert len(runs) == 9 and block not in runs
+    assert bool(calls) == (what in ("hook", "pre-hook", "forward"))
+
+
+def test_hooks_on_a_block_run(model, runs):
+    calls, block = [], model.aggregator.frame_blocks[2]
+    block.register_forward_hook(lambda *_: calls.append(1))
+    run(accelerate(model, 0.4, weights=None, compile=True), random_images())
+    assert calls == [1] and block in runs
+
+
+def test_a_replaced_forward_of_a_block_is_kept(model, runs):
+    block, calls = model.aggregator.frame_blocks[2], []
+    block.forward = lambda *a, **k: calls.append(1) or type(block).forward(block, *a, **k)
+    run(accelerate(model, 0.4, weights=None, compile=True), random_images())
+    assert calls and block not in runs
+    remove(model)
+    assert "forward" in block.__dict__
+
+
+def test_a_user_who_compiles_gets_one_graph(model):
+    images = random_images()
+    expected = run(accelerate(model, 0.3, weights=None), images)
+    accelerate(model, 0.3, weights=None, compile=True)
+    close(run(torch.compile(model, backend="eager", fullgraph=True), images), expected)
+
+
+def test_quantised_and_unknown_modules_are_no_blocks():
+    for module in (nn.Linear(4, 4), nn.Identity()):
+        assert not blocks.is_block(module, 4, None)
+
+
+def test_the_trial_leaves_the_host_alone(model):
+    model.aggregator.global_blocks[0].attn.qkv.register_forward_hook(lambda *_: pytest.fail("was run"))
+    rope = model.aggregator.rope
+    rope.frequency_cache.clear()
+    state = torch.get_rng_state()
+    found = backbone.fast_blocks(model.aggregator, backbone.static_rope(rope))
+    assert len(found) == 10
+    assert torch.equal(torch.get_rng_state(), state) and not rope.frequency_cache
+
+
+def test_the_trial_is_done_once_for_blocks_of_a_make(model, monkeypatch):
+    seen, real = [], blocks.is_block
+    monkeypatch.setattr(blocks, "is_block", lambda *a: seen.append(a) or real(*a))
+    accelerate(model, weights=None, compile=True)
+    assert len(seen) == 2
+
+
+# ---- a guest
+
+
+def test_remove_pause_copy_and_settings(model):
+    images = random_images()
+    stock = run(model, images)
+    expected = run(accelerate(model, 0.4, weights=None), images)
+    accelerate(model, 0.4, weights=None, compile=True)
+    found = run(model, images)
+    with paused(model):
+        assert_equal(run(model, images), stock)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert_equal(run(other, images), found)
+        assert_equal(run(remove(other), images), stock)
+    retune(model, 0.6)
+    close(run(model, images), run(accelerate(tiny_vggt(), 0.6, weights=None), images))
+    accelerate(model, 0.4, weights=None)
+    assert_equal(run(model, images), expected)
+    remove(model)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    assert_equal(run(model, images), stock)
+
+
+def test_summary_says_what_is_compiled(model):
+    assert "compiled      no" in str(summary(accelerate(model, weights=None)))
+    found = summary(accelerate(model, weights=None, compile=True))
+    assert "compiled      10 blocks, depth_head, point_head" in str(found)
+    assert found.patched == ["aggregator", "aggregator.rope", "camera_head", "depth_head", "point_head"]
+
+
+def test_attention_between_the_compiled_parts_can_be_seen(model):
+    seen = []
+
+    def look(number, query, key, value, scale):
+        seen.append(tuple(query.shape))
+        return query, key, value
+
+    accelerate(model, 0.4, weights=None, compile=True)
+    with torch.inference_mode(), InAttention(look):
+        model.aggregator(random_images(3))
+    assert seen == [(3, 2, 25, 16)] * 2 + [(3, 2, 13, 16), (1, 2, 39, 16)] * 4
+    assert F.scaled_dot_product_attention.__name__ == "scaled_dot_product_attention"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"compile": "yes"}, "compile must be True or False, got 'yes'"),
+        (
+            {"head_dtype": torch.float32},
+            "head_dtype must be torch.bfloat16, torch.float16 or None, got torch.float32",
+        ),
+    ],
+)
+def test_bad_settings(model, settings, message):
+    with pytest.raises(PaceError) as error:
+        accelerate(model, weights=None, **settings)
+    assert str(error.value) == message

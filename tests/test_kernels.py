@@ -1,0 +1,149 @@
+"""Attention by a library: called where it can serve, right where it is called, never needed."""
+
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hosts import random_images, tiny_vggt
+
+from pacevggt_patch import accelerate, attention, compiling, summary
+from pacevggt_patch.attention import FasterAttention, faster_attention, kernel_name
+
+CPU = torch.device("cpu")
+
+
+class Fake(types.ModuleType):
+    """A library whose attention is computed in float32, in its own layout."""
+
+    def __init__(self, name="fa3_fwd_interface", as_tuple=False):
+        super().__init__(name)
+        self.calls, self.as_tuple = [], as_tuple
+
+    def flash_attn_func(self, q, k, v, softmax_scale=None, causal=False):
+        self.calls.append((tuple(q.shape), tuple(k.shape), q.dtype))
+        assert q.dtype == k.dtype == v.dtype and not causal
+        queries, keys, values = (t.float().transpose(1, 2) for t in (q, k, v))  # [B, heads, L, d]
+        weights = (queries @ keys.mT * softmax_scale).softmax(-1)
+        out = (weights @ values).transpose(1, 2).to(q.dtype).contiguous()
+        return (out, weights) if self.as_tuple else out
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """The wheel of the forward pass, on a machine with a Hopper card."""
+    library = Fake()
+    for name in attention.LIBRARIES:
+        monkeypatch.setitem(sys.modules, name, None)  # can't be imported
+    monkeypatch.setitem(sys.modules, library.__name__, library)
+    monkeypatch.setattr(attention, "is_hopper", lambda device: True)
+    attention._loaded.cache_clear()
+    yield library
+    attention._loaded.cache_clear()
+
+
+def inputs(dtype=torch.bfloat16, queries=12, keys=12, width=16, **options):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 4, n, width) for n in (queries, keys, keys)]
+    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_(**options) for shape in shapes]
+
+
+@pytest.mark.parametrize("scale", [None, 0.4])
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize("as_tuple", [False, True])
+def test_it_is_called_and_right(fake, scale, by_name, as_tuple):
+    fake.as_tuple = as_tuple
+    query, key, value = inputs(keys=7, requires_grad=False)
+    expected = F.scaled_dot_product_attention(query, key, value, scale=scale)
+    with faster_attention(CPU):
+        if by_name:
+            found = F.scaled_dot_product_attention(value=value, key=key, query=query, scale=scale)
+        else:
+            found = F.scaled_dot_product_attention(query, key, value, None, 0.0, False, scale=scale)
+    assert fake.calls == [((2, 12, 4, 16), (2, 7, 4, 16), torch.bfloat16)]
+    assert found.shape == expected.shape and found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+
+
+def test_under_autocast_it_takes_what_autocast_casts_to(fake):
+    query, key, value = inputs(torch.float32, requires_grad=False)
+    with faster_attention(CPU), torch.autocast("cpu", torch.bfloat16):
+        found = F.scaled_dot_product_attention(query, key, value.bfloat16())
+    assert found.dtype == torch.bfloat16 and fake.calls[0][2] == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "call",
+    {
+        "mask": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, torch.ones(12, 12, dtype=torch.bool)),
+        "dropout": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.1),
+        "causal": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+        "float32": lambda q, k, v: F.scaled_dot_product_attention(q.float(), k.float(), v.float()),
+        "float16": lambda q, k, v: F.scaled_dot_product_attention(q.half(), k.half(), v.half()),
+        "three dimensions": lambda q, k, v: F.scaled_dot_product_attention(q[0], k[0], v[0]),
+        "odd width": lambda q, k, v: F.scaled_dot_product_attention(q[..., :9], k[..., :9], v[..., :9]),
+        "width of values": lambda q, k, v: F.scaled_dot_product_attention(q, k, v[..., :8]),
+        "gradients": lambda q, k, v: F.scaled_dot_product_attention(q.requires_grad_(), k, v),
+    }.values(),
+)
+def test_all_else_is_torchs_own(fake, call):
+    with faster_attention(CPU):
+        call(*inputs(requires_grad=False))
+    assert not fake.calls
+
+
+def test_gradients_that_nobody_takes_do_not_matter(fake):
+    with torch.no_grad(), faster_attention(CPU):
+        F.scaled_dot_product_attention(*inputs(requires_grad=True))
+    assert len(fake.calls) == 1
+
+
+def test_absent_and_broken_libraries(fake, monkeypatch):
+    assert kernel_name(CPU) == "flash-attention 3 (fa3_fwd_interface) in bfloat16"
+    monkeypatch.setattr(attention, "is_hopper", lambda device: False)
+    assert kernel_name(CPU) == "torch SDPA" and not isinstance(faster_attention(CPU), FasterAttention)
+    monkeypatch.setattr(attention, "is_hopper", lambda device: True)
+    monkeypatch.setitem(sys.modules, fake.__name__, None)
+    attention._loaded.cache_clear()
+    assert attention.library(CPU) is None and kernel_name(CPU) == "torch SDPA"
+
+    class Broken(types.ModuleType):
+        def __getattr__(self, name):
+            raise RuntimeError("built for another torch")
+
+    upstream = Fake("flash_attn_interface")
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", Broken("flash_attn_interface"))
+    monkeypatch.setitem(sys.modules, fake.__name__, fake)
+    attention._loaded.cache_clear()
+    assert attention.library(CPU).name == "fa3_fwd_interface"
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", upstream)
+    attention._loaded.cache_clear()
+    assert kernel_name(CPU) == "flash-attention 3 (flash_attn_interface) in bfloat16 and float16"
+
+
+def test_importing_the_package_imports_no_library():
+    names = ", ".join(map(repr, attention.LIBRARIES))
+    program = f"import sys, pacevggt_patch; assert not {{{names}}} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("global_keys", [1.0, 0.5])
+def test_it_serves_dino_frame_and_global_blocks(fake, compile, global_keys, monkeypatch):
+    monkeypatch.setattr(compiling, "BACKEND", "eager")
+    model, images = tiny_vggt().bfloat16(), random_images(3).bfloat16()
+    accelerate(model, 0.4, weights=None, global_keys=global_keys, compile=compile)
+    assert "attention     flash-attention 3 (fa3_fwd_interface) in bfloat16" in str(summary(model))
+    with torch.inference_mode():
+        tokens, _ = model.aggregator(images)
+        keys = 39 if global_keys == 1 else 27
+        dino, frame, whole = (3, 25, 2, 16), (3, 13, 2, 16), (1, 39, 2, 16)
+        expected = [(dino, dino)] * 2 + [(frame, frame), (whole, (1, keys, 2, 16))] * 4
+        assert [call[:2] for call in fake.calls] == expected
+        monkeypatch.setattr(attention, "is_hopper", lambda device: False)
+        other, _ = model.aggregator(images)
+    assert len(fake.calls) == 10
+    assert torch.equal(tokens.kept, other.kept)
+    torch.testing.assert_close(tokens.compact[3], other.compact[3], rtol=0.1, atol=0.1)
