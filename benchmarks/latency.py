@@ -47,6 +47,10 @@ def main(argv: list[str] | None = None) -> int:
         + ("" if args.checkpoint or args.backbone == "mini" else " (random weights)"),
         "size": f"{args.size[0]}x{args.size[1]}",
         "precision": PRECISIONS[args.precision],
+        "compile": args.compile,
+        "head_dtype": args.head_dtype,
+        "attention": bench.attention,
+        "first_call_seconds": None,
         "repeats": args.repeats,
         "seed": SEED,
         "peak_flops_per_second": {name: bench.peaks[name] for name in ("float32", "bfloat16")},
@@ -86,6 +90,8 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"about {sum(seconds for _, seconds in parts):.0f} s: {each}; more for break-even, budget, other code"
     )
+    report["first_call_seconds"] = bench.first_call(min(args.frames + args.pace_frames, default=1))
+    save()
     work_off(sizes)
     report["break_even_frames"] = break_even(bench)
     save()
@@ -129,6 +135,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--keep-ratios", type=several(float), default=[0.3], metavar="R,R")
     parser.add_argument("--merge-budget", type=float)
     parser.add_argument("--precision", choices=PRECISIONS, default="float32")
+    parser.add_argument("--compile", action="store_true", help="accelerate with compile=True")
+    parser.add_argument("--head-dtype", choices=("bfloat16", "float16"), help="accelerate with head_dtype")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
         "--minutes", type=float, default=math.inf, help="sizes that would take longer are skipped, and say so"

@@ -39,7 +39,10 @@ def main(argv: list[str] | None = None) -> int:
             budget = args.merge_budget if args.merge_budget is None else min(args.merge_budget, 1 - ratio)
             keys = args.global_keys if ratio < 1 else 1.0
             # Pruned however short the clip: a stock row must not pass for a pruned one.
-            accelerate(model, ratio, budget, weights=weights, min_frames=1, global_keys=keys)
+            narrow = args.head_dtype and getattr(torch, args.head_dtype)
+            accelerate(
+                model, ratio, budget, weights=weights, min_frames=1, global_keys=keys, head_dtype=narrow
+            )
             results = []
             for clip in clips:
                 with torch.inference_mode():
@@ -64,6 +67,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--global-keys", type=float, default=1.0, help="share of the kept tokens that global attention sees"
+    )
+    parser.add_argument(
+        "--head-dtype", choices=("bfloat16", "float16"), help="of the accelerated dense heads"
     )
     return parse(parser, argv)
 
@@ -127,6 +133,7 @@ def make_row(args: argparse.Namespace, model, results: list[dict[str, float | No
         "keep_ratio": settings.config.keep_ratio,
         "merge_budget": settings.config.merge_share,
         "global_keys": settings.config.global_keys,
+        "head_dtype": args.head_dtype,
     }
     for key in METRICS:
         known = known_values(results, key)

@@ -12,6 +12,11 @@ def cell(value: float | None, form: str, width: int) -> str:
 
 def print_report(report: dict[str, Any]) -> None:
     print(f"{report['backbone']}, {report['size']}, {report['precision']}, {report['repeats']} repeats")
+    if "attention" in report:  # not in reports of older code
+        print(
+            f"attention {report['attention']}, compiled {'yes' if report['compile'] else 'no'}, heads in "
+            f"{report['head_dtype'] or 'the dtype of the call'}, first call {report['first_call_seconds']:.1f} s"
+        )
     print(
         f"{'frames':>7s} {'variant':12s}{'keep':>6s}{'merge':>7s}{'median s':>11s}{'min-max s':>18s}{'GiB':>7s}"
         f"{'speed-up':>10s}{'TFLOP/s':>9s}{'of floor':>10s}"

@@ -33,11 +33,13 @@ class DenseTables(NamedTuple):
             head without.
         activate: the host's function that makes values and confidence of the last convolution's output; None where the
             head returns features.
+        dtype: of its convolutions' outputs.
     """
 
     size: tuple[int, int]
     positions: list[Tensor]
     activate: Callable[..., tuple[Tensor, Tensor]] | None
+    dtype: torch.dtype
 
 
 def dense_tables(head: Any, grid: tuple[int, int], dtype: torch.dtype | None = None) -> DenseTables:
@@ -66,7 +68,7 @@ def dense_tables(head: Any, grid: tuple[int, int], dtype: torch.dtype | None = N
     if not head.feature_only:
         # Where the host's forward finds it: forks and vendored copies have modules of their own.
         activate = type(head)._forward_impl.__globals__["activate_head"]
-    return DenseTables(size, positions, activate)
+    return DenseTables(size, positions, activate, dtype)
 
 
 def dense_head(
@@ -138,7 +140,7 @@ def enlarged(x: Tensor, size: Sequence[int], by_products: bool = False) -> Tenso
 def frame_bytes(head: Any, tables: DenseTables) -> int:
     """Bytes of the largest feature map of one frame: the enlarged one."""
     channels = head.scratch.output_conv1.out_channels
-    return channels * tables.size[0] * tables.size[1] * head.scratch.output_conv1.weight.element_size()
+    return channels * tables.size[0] * tables.size[1] * tables.dtype.itemsize
 
 
 def make(head: Any, tables: DenseTables) -> tuple:

@@ -41,10 +41,13 @@ def test_latency(tmp_path, monkeypatch, capsys):
         "0.4,0.2",
         *SMALL,
     ]
+    arguments += ["--head-dtype", "bfloat16"]
     arguments += ["--budget-frames", "3", "--plot", str(picture), "--json", str(file)]
     assert latency.main(arguments) == 0
     report = json.loads(file.read_text())
     assert report["environment"]["torch"] == torch.__version__
+    assert (report["compile"], report["head_dtype"], report["attention"]) == (False, "bfloat16", "torch SDPA")
+    assert report["first_call_seconds"] > 0
     ratios = (None, 0.4, 0.2)  # None is stock
     settings = [(n, ratio) for n in (1, 3) for ratio in ratios] + [(4, 0.4), (4, 0.2), (5, 0.4)]
     assert [

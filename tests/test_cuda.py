@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hosts import random_images, tiny_vggt
 
 from pacevggt_patch import PaceError, PaceWeights, accelerate, fit_budget, is_accelerated, remove, summary
+from pacevggt_patch.attention import faster_attention, library
 from pacevggt_patch.budget import measure_costs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -34,11 +36,14 @@ def test_close_to_the_cpu(model, images):
 
 
 @pytest.mark.parametrize("learned", [False, True])
-@pytest.mark.parametrize("autocast", [False, True])
-def test_nothing_waits_for_the_device(model, images, learned, autocast):
-    accelerate(model, 0.3, 0.4, weights=PaceWeights.new(model) if learned else None, min_frames=1)
+@pytest.mark.parametrize(("autocast", "compile"), [(False, False), (True, False), (True, True)])
+def test_nothing_waits_for_the_device(model, images, learned, autocast, compile):
+    weights = PaceWeights.new(model) if learned else None
+    accelerate(model, 0.3, 0.4, weights=weights, min_frames=1, compile=compile)
     with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-        model(images)  # fills the host's caches
+        tokens, _ = model.aggregator(images)  # fills the host's caches, and compiles
+        model.camera_head(tokens)
+        model.point_head(tokens, images, 5)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -50,8 +55,9 @@ def test_nothing_waits_for_the_device(model, images, learned, autocast):
             torch.cuda.set_sync_debug_mode("default")
 
 
-def test_aggregator_in_a_cuda_graph(model, images):
-    accelerate(model, 0.3, weights=None, min_frames=1)
+@pytest.mark.parametrize("compile", [False, True])
+def test_aggregator_in_a_cuda_graph(model, images, compile):
+    accelerate(model, 0.3, weights=None, min_frames=1, compile=compile)
     with torch.inference_mode():
         expected = model.aggregator(images)[0].compact[3].clone()
         stream = torch.cuda.Stream()
@@ -69,6 +75,32 @@ def test_aggregator_in_a_cuda_graph(model, images):
         static.copy_(images)
         graph.replay()
     assert torch.allclose(tokens.compact[3], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiled_is_close(model, images, autocast):
+    """Everything is kept where autocast rounds: rounding must not flip a choice."""
+    keep = 1.0 if autocast else 0.4
+    with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        expected = accelerate(model, keep, weights=None, min_frames=1)(images)
+        found = accelerate(model, keep, weights=None, min_frames=1, compile=True)(images)
+    for key in ("pose_enc", "depth", "world_points"):
+        error = (found[key] - expected[key]).norm() / expected[key].norm()
+        assert found[key].dtype == expected[key].dtype and error < (0.05 if autocast else 2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_library_for_attention_is_close_to_torch(dtype):
+    device = torch.device("cuda", torch.cuda.current_device())
+    found = library(device)
+    if found is None or dtype not in found.dtypes:
+        pytest.skip("needs FlashAttention-3 and a Hopper GPU")
+    joint = torch.randn(2, 77, 3, 4, 64, device=device, dtype=dtype)
+    query, key, value = (part.transpose(1, 2) for part in joint.unbind(2))
+    expected = F.scaled_dot_product_attention(query.float(), key.float(), value.float())
+    with faster_attention(device):
+        out = F.scaled_dot_product_attention(query, key, value)
+    torch.testing.assert_close(out.float(), expected, rtol=0.02, atol=0.02)
 
 
 def test_model_moved_after_accelerate():

@@ -9,7 +9,9 @@ from hosts import random_images, tiny_vggt
 from torch import nn
 from vggt.heads.dpt_head import DPTHead
 
-from pacevggt_patch import accelerate, dpt, heads, summary
+from pacevggt_patch import accelerate, dpt, heads, paused, summary
+from pacevggt_patch.patch import retune
+from pacevggt_patch.tokens import RestoredTokens
 
 LAYERS = [0, 1, 2, 3]
 KINDS = {
@@ -330,3 +332,64 @@ def test_dense_outputs_go_where_they_are_asked_for():
     where = {key: value.device.type for key, value in out.items() if key != "pose_enc_list"}
     dense = ("depth", "depth_conf", "world_points", "world_points_conf")
     assert where == {"pose_enc": "cpu", "images": "cpu"} | dict.fromkeys(dense, "meta")
+
+
+# ---- compiled, and in reduced precision
+
+
+def compiled_model(monkeypatch, **options):
+    monkeypatch.setattr("pacevggt_patch.compiling.BACKEND", "eager")
+    monkeypatch.setattr(heads, "CPU_BYTES", 4 * 8 * 56 * 70 * 4)  # chunks of four frames
+    return accelerate(tiny_vggt(track=True), 0.4, weights=None, **options)
+
+
+@pytest.mark.parametrize("frames", [3, 4, 9])
+@pytest.mark.parametrize("output_device", [None, "cpu"])
+def test_compiled_heads_go_through_a_clip_in_chunks_of_one_size(frames, output_device, monkeypatch):
+    images, points = random_images(frames, batch=2), torch.tensor([[[10.0, 20.0]]] * 2)
+    monkeypatch.setattr(heads, "CPU_BYTES", 8 * 8 * 56 * 70 * 4)
+    with torch.inference_mode():
+        expected = accelerate(tiny_vggt(track=True), 0.4, weights=None)(images, query_points=points)
+        model = compiled_model(monkeypatch, compile=True, output_device=output_device)
+        monkeypatch.setattr(heads, "CPU_BYTES", 8 * 8 * 56 * 70 * 4)
+        seen, real = [], RestoredTokens.patches
+        monkeypatch.setattr(
+            RestoredTokens,
+            "patches",
+            lambda t, start, stop, i: seen.append((start, stop)) or real(t, start, stop, i),
+        )
+        found = model(images, query_points=points)
+    parts = {3: [(0, 3)], 4: [(0, 4)], 9: [(0, 4), (4, 8), (5, 9)]}[frames]
+    assert seen[: 2 * len(parts)] == 2 * parts
+    for key, value in expected.items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("keep_ratio", [0.4, 1.0])
+def test_heads_in_reduced_precision(compile, keep_ratio, monkeypatch):
+    images, seen = random_images(5), []
+    model = compiled_model(monkeypatch, compile=compile, head_dtype=torch.bfloat16)
+    retune(model, keep_ratio)
+    model.depth_head.scratch.output_conv1.register_forward_hook(lambda *a: seen.append(a[-1].dtype))
+    with torch.inference_mode():
+        found = model(images)
+        expected = accelerate(tiny_vggt(track=True), keep_ratio, weights=None)(images)
+        assert set(seen) == {torch.bfloat16}
+        for key, value in expected.items():
+            if isinstance(value, torch.Tensor):
+                assert found[key].dtype == value.dtype == torch.float32
+        assert torch.equal(found["pose_enc"], expected["pose_enc"]) or compile
+        error = (found["depth"] - expected["depth"]).norm() / expected["depth"].norm()
+        assert 0 < error < 0.05
+        with paused(model):
+            seen.clear()
+            model(images)
+    assert set(seen) == {torch.float32}
+
+
+def test_reduced_precision_makes_heads_of_narrow_weights_run(monkeypatch):
+    model = compiled_model(monkeypatch, head_dtype=torch.bfloat16).bfloat16()
+    with torch.inference_mode():
+        assert torch.isfinite(model(random_images(2).bfloat16())["depth"]).all()
