@@ -7,6 +7,7 @@ device that trains (copying, rendering).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -20,6 +21,7 @@ from ..clips.textures import TextureAtlas
 from ..config import ClipError
 from ..mini import trainer as rooms
 from ..mini.held_out import HELD_OUT_SEED
+from .recording import Recorder
 
 LARGEST_STRIDE = 4
 
@@ -167,6 +169,8 @@ class RenderedScenes:
 
     def __init__(self, size: int, atlas: TextureAtlas):
         self.size, self.atlas = size, atlas
+        # Rendering is hundreds of kernels whose launches take longer than they.
+        self.recorder = Recorder(atlas.texels.is_cuda)
         self.description = f"rendered scenes with {len(atlas)} textures"
 
     def draw(self, seed: int, clips: int, views: int) -> rooms.Inputs:
@@ -174,8 +178,14 @@ class RenderedScenes:
         return rooms.sample_inputs(settings, views, seed, len(self.atlas), self.atlas.photographs)
 
     def finish(self, drawn: rooms.Inputs, device: torch.device) -> Sample:
-        packed = drawn.packed()
-        drawn = drawn.unpack(to_device(packed, device))
+        packed = to_device(drawn.packed(), device)
+        shape = tuple(drawn.scenes.cameras.shape)
+        images, *truth = self.recorder(shape, partial(self.render, drawn), [packed])
+        return Sample(images, Truth(*truth))
+
+    def render(self, shapes: rooms.Inputs, packed: Tensor) -> list[Tensor]:
+        """Images and truth of what `packed` holds, which has the shapes of some other inputs."""
+        drawn, device = shapes.unpack(packed), packed.device
         size, shape = self.size, drawn.scenes.cameras.shape[:2]
         images, depth = rooms.render(drawn, self.atlas, size)
         intrinsics = torch.zeros(*shape, 3, 3, device=device)
@@ -183,7 +193,7 @@ class RenderedScenes:
         intrinsics[..., :2, 2], intrinsics[..., 2, 2] = size / 2, 1.0
         images, depth = images.unflatten(0, shape), depth.unflatten(0, shape)
         valid = torch.ones_like(depth, dtype=torch.bool)
-        return Sample(images, Truth(drawn.scenes.world_to_camera(), intrinsics, depth, valid))
+        return [images, *Truth(drawn.scenes.world_to_camera(), intrinsics, depth, valid)]
 
 
 def clip_folders(folder: Path) -> list[Path]:

@@ -288,11 +288,11 @@ class Fit:
             frames = to_device(torch.tensor(plan.frames), self.device)
             kind = plan.views, plan.keep_ratio, plan.merge_budget
 
-            def refine(frames: Tensor, images: Tensor, *truth: Tensor) -> Tensor:
+            def refine(frames: Tensor, images: Tensor, *truth: Tensor) -> list[Tensor]:
                 inputs = Sample(images, Truth(*truth) if truth else None)
-                return self.differentiate(*self.refine_loss(inputs, plan, frames))
+                return [self.differentiate(*self.refine_loss(inputs, plan, frames))]
 
-            losses = self.recorder(kind, refine, [frames, sample.images, *(sample.truth or ())])
+            (losses,) = self.recorder(kind, refine, [frames, sample.images, *(sample.truth or ())])
         if self.world > 1:
             dist.all_reduce(self.gradient)
             self.gradient /= self.world

@@ -1,4 +1,4 @@
-"""Steps of training as CUDA graphs."""
+"""What is done in every step of training, as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 
 class Recording(NamedTuple):
-    """A recorded call: the tensors that it reads, and the one that it returns."""
+    """A recorded call: the tensors that it reads, and those that it returns."""
 
     graph: torch.cuda.CUDAGraph
     inputs: list[Tensor]
-    output: Tensor
+    outputs: Sequence[Tensor]
 
 
 class Recorder:
@@ -35,8 +35,10 @@ class Recorder:
         # Inputs of the same shapes share their memory: one recording is replayed at a time.
         self.buffers: dict[Hashable, list[Tensor]] = {}
 
-    def __call__(self, kind: Hashable, function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Tensor:
-        """`function(*inputs)`, one tensor. Calls of one kind do the same, but for the values of the inputs."""
+    def __call__(
+        self, kind: Hashable, function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """`function(*inputs)`. Calls of one kind do the same, but for the values of the inputs."""
         shapes = tuple((tuple(value.shape), value.dtype) for value in inputs)
         key = kind, shapes
         if not self.on or key not in self.seen:
@@ -50,13 +52,13 @@ class Recorder:
             self.recordings[key] = self.record(function, self.buffers[shapes])
         recording = self.recordings[key]
         recording.graph.replay()
-        return recording.output.clone()  # the next replay may write there
+        return [output.clone() for output in recording.outputs]  # the next replay may write there
 
-    def record(self, function: Callable[..., Tensor], inputs: list[Tensor]) -> Recording:
+    def record(self, function: Callable[..., Sequence[Tensor]], inputs: list[Tensor]) -> Recording:
         """Record a call; nothing is computed."""
         pool = next(iter(self.recordings.values())).graph.pool() if self.recordings else None
         graph = torch.cuda.CUDAGraph()
         # Other threads go on talking to the GPU meanwhile.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            output = function(*inputs)
-        return Recording(graph, inputs, output)
+            outputs = function(*inputs)
+        return Recording(graph, inputs, outputs)
