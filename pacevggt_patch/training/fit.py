@@ -58,8 +58,7 @@ class Settings:
         adaptation_rate: learning rate of the changes of attention blocks over `rate`; 0 leaves the blocks as they are.
         warm_up: steps over which it rises at the start of each stage; it falls by a cosine from there.
         weight_decay: decoupled.
-        truth: how much of the camera, depth and point losses is against ground truth where clips have it. They are
-            absolute errors: at 0.5 nothing would draw an output that lies between the model's and the true one.
+        truth: how much of the camera, depth and point losses is against ground truth where clips have it.
         calibration: clips that the closed-form fit takes.
         checks: clips that no step draws, on which the run is judged.
         seed: of everything random.
@@ -76,7 +75,7 @@ class Settings:
     adaptation_rate: float = 0.5
     warm_up: int = 50
     weight_decay: float = 0.01
-    truth: float = 0.75
+    truth: float = 0.5
     calibration: int = 8
     checks: int = 4
     seed: int = 0
