@@ -25,7 +25,7 @@ from pacevggt_patch.clips.textures import texture_atlas
 from pacevggt_patch.evaluation import decode_pose_encoding
 from pacevggt_patch.training import command
 from pacevggt_patch.training.clip_source import FolderSource, PlainRooms, RenderedScenes, Truth
-from pacevggt_patch.training.fit import Fit, Settings, learning_rate, step_plan
+from pacevggt_patch.training.fit import RATIOS, Fit, Settings, learning_rate, step_plan
 from pacevggt_patch.training.guest import guest
 from pacevggt_patch.training.losses import (
     Target,
@@ -382,6 +382,36 @@ def test_every_trained_tensor_gets_a_gradient_and_the_host_none(folder, checkpoi
         silent = [name for name, p in fit.modules.named_parameters() if p.grad is None or not p.grad.any()]
         assert set(silent) <= {"scorer.out.bias"}  # only ratios of saliency matter
         assert all(p.grad is None for p in model.parameters())
+
+
+def test_gradients_lie_in_one_tensor(folder):
+    model, weights, source, settings = fitting(folder)
+    with guest(model, weights):
+        fit = Fit(model, weights, source, settings)
+        sample, plan = fit.finish(source.draw(0, 1, 3)), step_plan(settings, 3)
+        expected = torch.autograd.grad(
+            fit.refine_loss(sample, plan)[0], fit.parameters, materialize_grads=True
+        )
+        fit.differentiate(*fit.refine_loss(sample, plan))
+        for parameter, gradient in zip(fit.parameters, expected, strict=True):
+            assert torch.equal(parameter.grad, gradient)
+        assert fit.gradient.count_nonzero() == sum(g.count_nonzero() for g in expected) > 0
+        fit.gradient.zero_()
+        assert not any(parameter.grad.any() for parameter in fit.parameters)
+
+
+def test_steps_are_of_few_kinds():
+    settings = Settings(views=(8, 24), keep_ratios=(0.1, 0.6))
+    plans = [step_plan(settings, step) for step in range(2000)]
+    ratios = sorted({plan.keep_ratio for plan in plans})
+    assert ratios == pytest.approx([0.1 * 6 ** (i / (RATIOS - 1)) for i in range(RATIOS)])
+    kinds = {(plan.views, plan.keep_ratio, plan.merge_budget) for plan in plans}
+    assert len(kinds) == 2 * 2 * RATIOS
+    assert {plan.merge_budget for plan in plans if plan.keep_ratio == ratios[0]} == {None, 0.0}
+    assert {plan.merge_budget for plan in plans if plan.keep_ratio == ratios[1]} == {
+        None,
+        (1 - ratios[1]) / 2,
+    }
 
 
 def test_checkpointing_changes_no_gradient(folder):
