@@ -50,7 +50,7 @@ def test_what_is_pushed_comes_back(hub, file, monkeypatch, capsys):
     loaded, summary = outputs(f"me/pace@{commit}")
     assert torch.equal(direct["depth"], loaded["depth"])
     assert torch.equal(direct["pose_enc"], loaded["pose_enc"])
-    assert summary.weights.startswith(f"me/pace@{commit} (trained for keep ratios 0.1, 0.6; ")
+    assert summary.weights.startswith(f"me/pace@{commit} (trained for keep ratios 0.1 to 0.6; ")
     assert not torch.allclose(outputs(None)[0]["depth"], direct["depth"])
     files = hub.repositories["me/pace"].commits[commit]
     assert set(files) == {"pace.safetensors", "README.md"}

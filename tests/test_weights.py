@@ -445,7 +445,7 @@ def test_str_is_one_line(model, weights, file):
     count = sum(t.numel() for t in tensors_of(weights).values())
     version = pacevggt_patch.__version__
     assert str(PaceWeights.load(file)) == (
-        f"{file} (trained for keep ratios 0.3, 0.5; {count:,d} parameters; pacevggt-patch {version})"
+        f"{file} (trained for keep ratios 0.3 to 0.5; {count:,d} parameters; pacevggt-patch {version})"
     )
     assert str(PaceWeights.new(model)) == (
         f"new (no keep ratios recorded; {count:,d} parameters; pacevggt-patch {version})"
