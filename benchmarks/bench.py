@@ -64,7 +64,9 @@ class Bench:
             compile=args.compile,
             head_dtype=args.head_dtype and getattr(torch, args.head_dtype),
         )
-        self.attention = kernel_name(self.device)
+        self.attention = kernel_name(
+            self.device, torch.float32 if args.precision == "float32" else torch.bfloat16
+        )
         narrow = {"float32": 4, "autocast": 2, "bfloat16": 2}[args.precision]
         self.dims = Dimensions.of(self.model, narrow, 2 if args.precision == "bfloat16" else 4)
         self.grid = (args.size[0] // self.dims.patch, args.size[1] // self.dims.patch)

@@ -2,7 +2,7 @@
 
     python benchmarks/latency.py --backbone mini --device cpu --frames 8,24 --size 224x224
     python benchmarks/latency.py --backbone vggt-1b --device cuda --precision bfloat16 --size 392x518 \\
-        --frames 100,300 --pace-frames 1000 --once-frames 3000 --keep-ratios 0.3,0.15 --budget-frames 300 \\
+        --compile --frames 100,300 --pace-frames 1000 --once-frames 3000 --keep-ratios 0.3,0.15 --budget-frames 300 \\
         --minutes 15 --json benchmarks/results/latency.json --plot benchmarks/results/latency.png
 
 Beside seconds and memory: the time of every stage and what part of it arithmetic alone would take (arithmetic.py),

@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         "frames": args.frames,
         "size": f"{args.size[0]}x{args.size[1]}",
         "seed": SEED,
-        "attention": attention.kernel_name(device),
+        "attention": attention.kernel_name(device, torch.bfloat16),
         "rows": rows,
     }
     if args.json:

@@ -91,6 +91,8 @@ class OtherParameters(TorchFunctionMode):
         others: `id` of a parameter -> what is taken in its place.
     """
 
+    ours = True  # compiled code is given the others directly
+
     def __init__(self, others: Mapping[int, Tensor]):
         super().__init__()
         self.others = others

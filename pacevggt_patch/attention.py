@@ -28,6 +28,8 @@ class InAttention(TorchFunctionMode):
         first: number that the first of them has.
     """
 
+    ours = True  # compiled code may leave it aside
+
     def __init__(self, change: Change, first: int = 0):
         super().__init__()
         self.change, self.number = change, first
@@ -74,11 +76,14 @@ class FasterAttention(TorchFunctionMode):
     """Lets a library compute every `scaled_dot_product_attention` inside its block of code that it can.
 
     That is attention on CUDA without mask, dropout and gradients, in a dtype that the library takes or under autocast
-    to one. All else is torch's own.
+    to one. All else is torch's own, and everything is where the user switched torch's flash attention off
+    (`torch.backends.cuda.enable_flash_sdp(False)`, or `sdpa_kernel` with others).
 
     Args:
         library: the library.
     """
+
+    ours = True
 
     def __init__(self, library: Library):
         super().__init__()
@@ -97,6 +102,8 @@ class FasterAttention(TorchFunctionMode):
     ) -> Tensor | None:
         """Attention by the library, or None where it can't."""
         if attn_mask is not None or dropout_p or is_causal or enable_gqa or query.ndim != 4:
+            return None
+        if not torch.backends.cuda.flash_sdp_enabled():
             return None
         inputs = (query, key, value)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
@@ -118,13 +125,13 @@ def faster_attention(device: torch.device) -> AbstractContextManager:
     return nullcontext() if found is None else FasterAttention(found)
 
 
-def kernel_name(device: torch.device) -> str:
-    """Who computes attention on a device, in words."""
+def kernel_name(device: torch.device, dtype: torch.dtype) -> str:
+    """Who computes attention of some dtype on a device, in words."""
     found = library(device)
-    if found is None:
+    if found is None or not torch.backends.cuda.flash_sdp_enabled():
         return "torch SDPA"
-    dtypes = " and ".join(str(dtype).split(".")[1] for dtype in found.dtypes)
-    return f"flash-attention 3 ({found.name}) in {dtypes}"
+    name = f"flash-attention 3 ({found.name})"
+    return name if dtype in found.dtypes else f"torch SDPA; under autocast to bfloat16 {name}"
 
 
 def library(device: torch.device) -> Library | None:

@@ -160,6 +160,12 @@ def depth(aggregator: Any) -> int:
     return len(aggregator.frame_blocks)
 
 
+def may_wait(model: nn.Module) -> bool:
+    """Whether the pruned aggregator may wait for the device, since its rotary embedding is not known."""
+    host = find_host(model)
+    return getattr(host.aggregator, "rope", None) is not None and host.rope is None
+
+
 def returned_layers(host: Host) -> tuple[int, ...]:
     """The layers for which the host's aggregator returns a tensor: its cached layers, or all of them.
 

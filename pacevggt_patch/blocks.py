@@ -16,8 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .dpt import HOOKS, bare_copy
+from .compiling import unwatched
+from .dpt import bare_copy
 
+# What torch keeps in every module.
+INTERNALS = nn.Module().__dict__.keys()
 # Cosines and sines of the tokens' rotary embedding, the sines of the first halves negative.
 Rotation = tuple[Tensor, Tensor]
 # A function, and what it is compiled for -> the function to call in its place.
@@ -30,7 +33,7 @@ def before_attention(
     sin: Tensor | None,
     parameters: list[Tensor | None],
     heads: int,
-    eps: tuple[float, float],
+    eps: tuple[float, float, float],
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values `[..., heads, C / heads]` of tokens `[..., C]`.
@@ -42,14 +45,14 @@ def before_attention(
         parameters: weights and biases of the norm, of the joint projection and of query and key norms; None where there
             is none.
         heads: number of heads.
-        eps: of the norm before attention, and of query and key norms.
+        eps: of the norm before attention, of the query and of the key norm.
         dtype: what matrix products are computed in.
     """
     norm_weight, norm_bias, weight, bias, *head_norms = parameters
     joint = linear(normed(x, norm_weight, norm_bias, eps[0], dtype), weight, bias, dtype)
     query, key, value = joint.unflatten(-1, (3, heads, -1)).unbind(-3)
     query = turned(query, cos, sin, head_norms[0], head_norms[1], eps[1])
-    key = turned(key, cos, sin, head_norms[2], head_norms[3], eps[1])
+    key = turned(key, cos, sin, head_norms[2], head_norms[3], eps[2])
     return query, key, value
 
 
@@ -134,7 +137,7 @@ def run_block(
     after += [getattr(scale, "gamma", None) for scale in (module.ls1, module.ls2)]
     before, after = ([None if p is None else own(p) for p in parameters] for parameters in (before, after))
     cos, sin = rotation if rotation is not None and attention.rope is not None else (None, None)
-    eps = module.norm1.eps, getattr(norms[0], "eps", 0.0)
+    eps = (module.norm1.eps, *(getattr(norm, "eps", 0.0) for norm in norms))
     first = speed(before_attention, cos is None, heads, eps, dtype)
     last = speed(after_attention, module.norm2.eps, dtype)
     parts = first(x, cos, sin, before, heads, eps, dtype)
@@ -163,14 +166,25 @@ def kinds(module: Any) -> tuple[type, ...]:
 
 
 def make(module: Any) -> tuple:
-    """What two blocks have in common that differ in the values of their parameters only."""
-    parts = []
+    """What two blocks have in common that differ in the values of their parameters only.
+
+    A part with settings that are no plain values has nothing in common with others: it must be the same one.
+    """
+    parts: list[Any] = []
     for name, part in module.named_modules():
-        plain = {k: v for k, v in part.__dict__.items() if isinstance(v, (bool, int, float, str, type(None)))}
-        plain.pop("training", None)
+        own = {k: v for k, v in part.__dict__.items() if k not in INTERNALS}
+        plain = {k: v for k, v in own.items() if _is_plain(v)}
+        if len(plain) < len(own):
+            parts.append(id(part))
         shapes = tuple((n, None if p is None else (p.shape, p.dtype)) for n, p in part._parameters.items())
         parts.append((name, type(part), tuple(sorted(plain.items())), shapes, tuple(part._buffers)))
     return tuple(parts)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return isinstance(value, (bool, int, float, str, torch.dtype, type(None)))
 
 
 def is_block(module: Any, channels: int, rotate: Callable[[Any, Tensor, int], Rotation]) -> bool:
@@ -217,18 +231,13 @@ def is_open(module: Any, tried: tuple[type, ...]) -> bool:
     """Whether a block is still made of the classes that were tried, nobody watches, replaced or compiled its parts, and
     nothing in it is dropped at random."""
     parts = list(module.modules())
-    if tuple(map(type, parts)) != tried or (module.training and any(map(_drops, parts))):
+    if tuple(map(type, parts)) != tried or any(part.training and _drops(part) for part in parts):
         return False
-    return not any(
-        "forward" in part.__dict__
-        or part.__dict__.get("_compiled_call_impl") is not None
-        or any(part.__dict__.get(hooks) for hooks in HOOKS)
-        for part in parts[1:]
-        if part is not getattr(module.attn, "rope", None)
-    )
+    rope = getattr(module.attn, "rope", None)
+    return unwatched(part for part in parts[1:] if part is not rope)
 
 
 def _drops(part: Any) -> bool:
     """Whether a module drops something while it trains."""
     shares = (getattr(part, name, None) for name in ("sample_drop_ratio", "drop_prob"))
-    return any(shares) or (isinstance(part, nn.Dropout) and part.p > 0)
+    return any(shares) or (isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0)

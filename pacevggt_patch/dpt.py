@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .compiling import HOOKS
+
 # Elements of an enlarged map: some kernels for channels-last maps count in 32 bits.
 MOST_ELEMENTS = 2**31 - 1
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class DenseTables(NamedTuple):

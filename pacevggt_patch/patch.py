@@ -20,7 +20,7 @@ from . import backbone, blocks
 from .aggregation import aggregate
 from .attention import autocast_dtype, kernel_name
 from .break_even import pruning_pays
-from .compiling import compiled
+from .compiling import compiled, is_watched, unwatched
 from .config import DEFAULT_KEEP_RATIO, PaceConfig, PaceError, UnsupportedModelError, device_of
 from .dpt import is_dense_head
 from .heads import moved, reduced_precision, restored_argument, run_camera_head, run_dense_head
@@ -133,8 +133,15 @@ class _BlockForward(_Forward):
         return backbone.run_fast_block(self.module, self.rope, *call, compiled)
 
     def fits(self, tokens: Tensor, positions: Tensor | None) -> bool:
-        if (self.module.attn.rope is None) != (positions is None):
+        rope = self.module.attn.rope
+        if (rope is None) != (positions is None):
             return False
+        if positions is not None:
+            if positions.shape[:2] != tokens.shape[:2]:
+                return False
+            # Ours stands in for it; what anybody else put there would not run.
+            if not isinstance(rope.__dict__.get("forward"), _RopeForward) or is_watched(rope):
+                return False
         if not blocks.is_open(self.module, self.kinds):
             return False
         return (
@@ -161,7 +168,8 @@ class _DenseHeadForward(_Forward):
             frames, kept = tokens.kept.shape[1:]
             with state.timer.stage(self.name, frames * kept, frames * tokens.features.shape[2]):
                 fast = self.fast is type(self.module)
-                speed = compiled if state.config.compile else None
+                compiles = state.config.compile and unwatched(list(self.module.modules())[1:])
+                speed = compiled if compiles else None
                 return restored(
                     run_dense_head(self.module, self.stock, tokens, args, kwargs, fast, device, speed)
                 )
@@ -194,7 +202,7 @@ def accelerate(
 
     `model(images)` and the separate calls of aggregator, camera, depth, point and track heads work as before. Call it
     again to change the settings, `remove` to have the stock model back. `keep_ratio=1, merge_budget=0` is the stock
-    model, to the bit in float32 on the CPU.
+    model, to the bit in float32 on the CPU without `compile`.
 
     Args:
         model: a VGGT, or a fork with the same parts.
@@ -216,7 +224,7 @@ def accelerate(
             on the model's device. Cameras and images stay where they are.
         compile: run the attention blocks (DINO's, too) and the dense heads by functions that torch.compile makes when
             they are first called, which takes a minute or so; other numbers of frames need little more. What is of
-            another make runs as it is. Outputs differ by rounding.
+            another make, and what somebody watches or replaced, runs as it is. Outputs differ by rounding.
         head_dtype: torch.bfloat16 or torch.float16: dense heads run under autocast to it, also where the host switches
             autocast off for them, as VGGT's own forward does. Outputs of float32 heads stay float32. None leaves that
             to the host.
@@ -242,20 +250,28 @@ def accelerate(
     parts: dict[str, tuple[Any, Callable[..., _Forward]]] = {
         "aggregator": (host.aggregator, _AggregatorForward)
     }
+    any_fast = False
     for name, head in host.dense_heads.items():
         fast = is_dense_head(
             head, 2 * host.aggregator.camera_token.shape[-1], backbone.depth(host.aggregator)
         )
+        any_fast |= fast
         parts[name] = (head, partial(_DenseHeadForward, fast=fast))
     if host.camera_head is not None:
         parts["camera_head"] = (host.camera_head, _CameraHeadForward)
     if host.rope is not None and _foreign(host.rope) is None:
         parts["aggregator.rope"] = (host.rope, _RopeForward)
     if compile:
+        others = {*parts}
         rope = backbone.static_rope(host.rope) if "aggregator.rope" in parts else None
         for name, block in backbone.fast_blocks(host.aggregator, rope).items():
             if _foreign(block) is None:
                 parts[f"aggregator.{name}"] = (block, partial(_BlockForward, rope=rope))
+        if parts.keys() == others and not any_fast:
+            raise UnsupportedModelError(
+                f"compile=True, but no block and no dense head of this {type(model).__name__} is of the stock make, "
+                "which is what can be compiled: pass compile=False"
+            )
     for name, (module, _) in parts.items():
         if _foreign(module) is not None:
             raise UnsupportedModelError(
@@ -305,7 +321,8 @@ def remove(model: Model) -> Model:
     found = _forwards(model)
     modules = dict(model.named_modules())
     for name in {name for forward in found for name in forward.state.names} & modules.keys():
-        theirs = _foreign(modules[name])
+        # A block that torch.compile wrapped meanwhile has a forward of torch's; ours is on the one inside.
+        theirs = _foreign(modules[name]._modules.get("_orig_mod", modules[name]))
         if theirs is not None:
             raise PaceError(
                 f"{name}.forward was replaced after accelerate by {theirs!r}: undo that patch first"
@@ -356,13 +373,14 @@ def summary(model: nn.Module, images: Tensor | None = None) -> Summary:
         finally:
             state.timer.timing = False
     forwards = _forwards(model)
+    device = host.aggregator.camera_token.device
     return Summary(
         backbone=str(backbone.spec(host)),
         config=state.config,
         weights="none (training-free)" if state.weights is None else str(state.weights),
         paused=state.paused,
         patched=[forward.name for forward in forwards if not isinstance(forward, _BlockForward)],
-        attention=kernel_name(host.aggregator.camera_token.device),
+        attention=kernel_name(device, autocast_dtype(device.type) or host.aggregator.camera_token.dtype),
         compiled=_compiled_parts(forwards) if state.config.compile else "no",
         stages=list(state.timer.stages),
     )

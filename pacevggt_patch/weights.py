@@ -199,8 +199,9 @@ class PaceWeights:
 
     def __str__(self) -> str:
         parameters = sum(p.numel() for p in self.modules().parameters())
-        # A training names the least and the largest one, a calibration all that it was fitted for.
-        ratios = (" to " if len(self.keep_ratios) == 2 else ", ").join(f"{r:g}" for r in self.keep_ratios)
+        # Gradient steps name the least and the largest one, a calibration all that it was fitted for.
+        between = " to " if self.training.get("steps") else ", "
+        ratios = between.join(f"{ratio:g}" for ratio in self.keep_ratios)
         trained = f"trained for keep ratios {ratios}" if ratios else "no keep ratios recorded"
         return f"{self.source} ({trained}; {parameters:,d} parameters; pacevggt-patch {self.library_version})"
 

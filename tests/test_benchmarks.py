@@ -99,6 +99,22 @@ def test_latency(tmp_path, monkeypatch, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_noise(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setattr("pacevggt_patch.compiling.BACKEND", "eager")
+    file = tmp_path / "noise.json"
+    arguments = ["--device", "cpu", "--size", "28x42", "--frames", "2", "--keep-ratios", "0.4"]
+    assert script("noise").main([*arguments, "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    pairs = [("plain", "float32"), ("fast", "float32"), ("fast", "plain")]
+    assert [(row["keep_ratio"], (row["of"], row["from"])) for row in rows] == [
+        (k, p) for k in (1.0, 0.4) for p in pairs
+    ]
+    for row in rows[:3]:
+        assert row["kept"] == 1 and all(0 < row[name] < 0.05 for name in ("tokens", "pose_enc", "depth"))
+    assert "same tokens kept 100.0%" in capsys.readouterr().out
+
+
 def test_latency_where_stock_runs_out_of_memory(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     latency = script("latency")

@@ -14,10 +14,12 @@ from torch import nn
 from pacevggt_patch import (
     PaceError,
     PaceWeights,
+    UnsupportedModelError,
     accelerate,
     backbone,
     blocks,
     compiling,
+    is_accelerated,
     paused,
     remove,
     summary,
@@ -40,6 +42,10 @@ def model():
 def run(model, images):
     with torch.inference_mode():
         return model(images)
+
+
+def compiled_model(compile=True):
+    return accelerate(tiny_vggt(), 0.4, weights=None, min_frames=1, compile=compile)
 
 
 def close(found, expected, tolerance=1e-4):
@@ -361,3 +367,117 @@ def test_bad_settings(model, settings, message):
     with pytest.raises(PaceError) as error:
         accelerate(model, weights=None, **settings)
     assert str(error.value) == message
+
+
+def test_hooks_that_come_after_the_first_call_are_called():
+    model, images = compiled_model(), random_images(2)
+    parts = (
+        model.aggregator.rope,
+        model.aggregator.frame_blocks[1].mlp.fc1,
+        model.depth_head.scratch.output_conv1,
+    )
+    with torch.inference_mode():
+        before = model(images)["depth"].clone()
+        for part in parts:
+            calls = []
+            handle = part.register_forward_hook(lambda module, inputs, out, calls=calls: calls.append(module))
+            model(images)
+            handle.remove()
+            assert calls
+        handle = parts[2].register_forward_hook(lambda module, inputs, out: 2 * out)
+        assert not torch.allclose(model(images)["depth"], before)
+        handle.remove()
+        calls = []
+        handle = torch.nn.modules.module.register_module_forward_hook(lambda m, i, o: calls.append(m))
+        try:
+            model(images)
+        finally:
+            handle.remove()
+        assert parts[1] in calls and parts[2] in calls
+        assert torch.equal(model(images)["depth"], before)
+
+
+def test_modes_of_others_see_what_runs():
+    class Count(torch.overrides.TorchFunctionMode):
+        seen = 0
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            Count.seen += func is torch.nn.functional.linear
+            return func(*args, **(kwargs or {}))
+
+    counts = []
+    for options in ({"compile": False}, {}):
+        model, Count.seen = compiled_model(**options), 0
+        with torch.inference_mode(), Count():
+            model(random_images(2))
+        counts.append(Count.seen)
+    assert counts[0] == counts[1] > 0
+
+
+def test_settings_that_are_no_plain_values_are_tried_block_by_block():
+    class Gained(torch.nn.Linear):
+        gain = ()
+
+        def forward(self, x):
+            return super().forward(x) * (self.gain[0] if self.gain else 1.0)
+
+    model = tiny_vggt()
+    for i, block in enumerate(model.aggregator.frame_blocks):
+        block.mlp.fc1.__class__ = Gained
+        block.mlp.fc1.gain = [1.0 if i == 0 else 3.0]
+    accelerate(model, 0.4, weights=None, min_frames=1, compile=True)
+    patched = [b.__dict__.get("forward") is not None for b in model.aggregator.frame_blocks]
+    assert patched == [True, *[False] * (len(patched) - 1)]
+
+
+def test_a_dropout_that_trains_in_a_block_that_does_not():
+    model = compiled_model()
+    drop = model.aggregator.global_blocks[0].mlp.drop
+    drop.p, drop.training = 0.5, True
+    with torch.inference_mode():
+        tokens = [model.aggregator(random_images(2))[0].compact[3] for _ in range(2)]
+    assert not torch.equal(*tokens)
+
+
+def test_nothing_to_compile_is_refused(monkeypatch):
+    monkeypatch.setattr("pacevggt_patch.blocks.is_block", lambda *_: False)
+    monkeypatch.setattr("pacevggt_patch.patch.is_dense_head", lambda *_: False)
+    model = tiny_vggt()
+    with pytest.raises(UnsupportedModelError, match="is of the stock make, which is what can be compiled"):
+        accelerate(model, weights=None, compile=True)
+    assert not is_accelerated(model)
+
+
+def test_a_compiler_that_fails_is_named(monkeypatch):
+    def broken(graph, inputs):
+        raise RuntimeError("no C++ compiler")
+
+    model = compiled_model()
+    monkeypatch.setattr(compiling, "BACKEND", broken)
+    with (
+        torch.inference_mode(),
+        pytest.raises(PaceError, match=r"torch.compile failed on this machine .*compile=False"),
+    ):
+        model(random_images(2))
+
+
+def test_a_block_that_is_compiled_afterwards_can_be_taken_off():
+    model = compiled_model()
+    block = model.aggregator.frame_blocks[0]
+    model.aggregator.frame_blocks[0] = torch.compile(block, backend="eager")
+    remove(model)
+    assert "forward" not in block.__dict__ and not is_accelerated(model)
+
+
+def test_more_ways_than_the_limit_of_recompilations(monkeypatch, caplog):
+    """With and without gradients, frozen or not, with pace weights or without: none falls back to uncompiled code."""
+    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
+    model, images = tiny_vggt(), random_images(2)
+    for weights in (None, PaceWeights.new(tiny_vggt())):
+        for frozen in (False, True):
+            model.requires_grad_(not frozen)
+            accelerate(model, 0.4, weights=weights, min_frames=1, compile=True)
+            for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
+                with mode():
+                    model(images)
+    assert "recompile_limit" not in caplog.text

@@ -100,14 +100,29 @@ def test_gradients_that_nobody_takes_do_not_matter(fake):
     assert len(fake.calls) == 1
 
 
+def test_who_switches_flash_attention_off_has_it_off(fake):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with torch.no_grad(), faster_attention(CPU), sdpa_kernel(SDPBackend.MATH):
+        F.scaled_dot_product_attention(*inputs())
+        assert kernel_name(CPU, torch.bfloat16) == "torch SDPA"
+    assert fake.calls == []
+
+
 def test_absent_and_broken_libraries(fake, monkeypatch):
-    assert kernel_name(CPU) == "flash-attention 3 (fa3_fwd_interface) in bfloat16"
+    assert kernel_name(CPU, torch.bfloat16) == "flash-attention 3 (fa3_fwd_interface)"
+    assert (
+        kernel_name(CPU, torch.float32)
+        == "torch SDPA; under autocast to bfloat16 flash-attention 3 (fa3_fwd_interface)"
+    )
     monkeypatch.setattr(attention, "is_hopper", lambda device: False)
-    assert kernel_name(CPU) == "torch SDPA" and not isinstance(faster_attention(CPU), FasterAttention)
+    assert kernel_name(CPU, torch.bfloat16) == "torch SDPA" and not isinstance(
+        faster_attention(CPU), FasterAttention
+    )
     monkeypatch.setattr(attention, "is_hopper", lambda device: True)
     monkeypatch.setitem(sys.modules, fake.__name__, None)
     attention._loaded.cache_clear()
-    assert attention.library(CPU) is None and kernel_name(CPU) == "torch SDPA"
+    assert attention.library(CPU) is None and kernel_name(CPU, torch.bfloat16) == "torch SDPA"
 
     class Broken(types.ModuleType):
         def __getattr__(self, name):
@@ -120,7 +135,7 @@ def test_absent_and_broken_libraries(fake, monkeypatch):
     assert attention.library(CPU).name == "fa3_fwd_interface"
     monkeypatch.setitem(sys.modules, "flash_attn_interface", upstream)
     attention._loaded.cache_clear()
-    assert kernel_name(CPU) == "flash-attention 3 (flash_attn_interface) in bfloat16 and float16"
+    assert kernel_name(CPU, torch.float16) == "flash-attention 3 (flash_attn_interface)"
 
 
 def test_importing_the_package_imports_no_library():
@@ -135,7 +150,7 @@ def test_it_serves_dino_frame_and_global_blocks(fake, compile, global_keys, monk
     monkeypatch.setattr(compiling, "BACKEND", "eager")
     model, images = tiny_vggt().bfloat16(), random_images(3).bfloat16()
     accelerate(model, 0.4, weights=None, global_keys=global_keys, compile=compile)
-    assert "attention     flash-attention 3 (fa3_fwd_interface) in bfloat16" in str(summary(model))
+    assert "attention     flash-attention 3 (fa3_fwd_interface)" in str(summary(model))
     with torch.inference_mode():
         tokens, _ = model.aggregator(images)
         keys = 39 if global_keys == 1 else 27

@@ -183,6 +183,7 @@ class RenderedScenes:
         images, *truth = self.recorder(shape, partial(self.render, drawn), [packed])
         return Sample(images, Truth(*truth))
 
+    @torch.no_grad()  # in steps as in checks: compiled once
     def render(self, shapes: rooms.Inputs, packed: Tensor) -> list[Tensor]:
         """Images and truth of what `packed` holds, which has the shapes of some other inputs."""
         drawn, device = shapes.unpack(packed), packed.device

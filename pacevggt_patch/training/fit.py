@@ -2,8 +2,8 @@
 
 Stage 1 (distil) teaches the scorer which tokens the unpruned model attends to. Between the stages the linear part of
 the restoration is fitted in closed form. Stage 2 (refine) trains merge, block changes and restoration (the scorer on
-demand), so that the pruned model says what the unpruned one says (and the truth, where it is known), at random keep
-ratios and budgets.
+demand), so that the pruned model says what the unpruned one says (and the truth, where it is known), at keep ratios and
+merge budgets drawn from a few.
 
 Everything random of a step follows from the seed, the number of the step and of the process.
 """
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..backbone import may_wait
 from ..config import PaceError
 from ..evaluation.metrics import decode_pose_encoding, pairwise_pose_errors
 from ..mini.trainer import mixed_seed
@@ -33,7 +34,9 @@ from .recording import Recorder
 # Keep ratios that the steps of a run have: few, so that steps of one kind come again and can be replayed.
 RATIOS = 6
 ALL_MERGED = 0.75  # share of steps in which all that is not kept is merged, as it is by default
-MERGED_OTHERWISE = (0.0, 0.5)  # share of them that is merged in the other steps, by turns of the keep ratio
+MERGED_OTHERWISE = (0.0, 0.5)  # shares of them, one of which is merged in the other steps
+# What a run draws from: one that drew from something else can't go on as this one.
+KINDS = [RATIOS, ALL_MERGED, *MERGED_OTHERWISE]
 LARGEST_NORM = 1.0  # of the gradient
 # Numbers in place of a process's, for clips that no step draws.
 CALIBRATION, CHECK, COMMON = -1, -2, -3
@@ -130,10 +133,10 @@ def step_plan(settings: Settings, step: int) -> StepPlan:
         return int(torch.randint(count, (), generator=generator))
 
     low, high = settings.keep_ratios
-    number = below(RATIOS)
-    ratio = low * (high / low) ** (number / (RATIOS - 1))
+    ratio = low * (high / low) ** (below(RATIOS) / (RATIOS - 1))
     all_merged = torch.rand((), generator=generator).item() < ALL_MERGED
-    budget = None if all_merged else MERGED_OTHERWISE[number % len(MERGED_OTHERWISE)] * (1 - ratio)
+    share = MERGED_OTHERWISE[below(len(MERGED_OTHERWISE))]
+    budget = None if all_merged else share * (1 - ratio)
     views = settings.views[below(len(settings.views))]
     frames = torch.randperm(views, generator=generator)[: settings.dense].sort().values.tolist()
     return StepPlan(views, ratio, budget, frames)
@@ -187,7 +190,8 @@ class Fit:
         for parameter, part in zip(self.parameters, self.gradient.split(sizes), strict=True):
             parameter.grad = part.view_as(parameter)
         # Computing blocks twice is for models whose steps are long, and recorded steps would hold much memory.
-        self.recorder = Recorder(self.device.type == "cuda" and not checkpointing)
+        records = self.device.type == "cuda" and not checkpointing and not may_wait(model)
+        self.recorder = Recorder(records)
         self.step_number = 0
         self.optimizer = self.new_optimizer()
         self.names: list[str] = []  # of the losses
@@ -349,6 +353,7 @@ class Fit:
             "settings": asdict(self.settings),
             "fingerprints": self.weights.fingerprints,
             "source": self.source.description,
+            "kinds": KINDS,
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -361,8 +366,10 @@ class Fit:
             **asdict(self.settings),
             "backbone": self.weights.fingerprints,
             "source": self.source.description,
+            "version of the library": KINDS,
         }
         theirs = {**state["settings"], "backbone": state["fingerprints"], "source": state["source"]}
+        theirs["version of the library"] = state.get("kinds")
         other = [name for name, value in own.items() if theirs.get(name) != value]
         if other:
             raise PaceError(
@@ -371,6 +378,8 @@ class Fit:
             )
         self.modules.load_state_dict(state["modules"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:  # the state may come from another device
+            group["fused"] = self.device.type == "cuda"
         self.step_number = state["step"]
 
 

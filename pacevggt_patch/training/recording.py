@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+MOST = 64  # recordings: each holds its outputs, and memory for launches
+
 
 class Recording(NamedTuple):
     """A recorded call: the tensors that it reads, and those that it returns."""
@@ -22,7 +24,8 @@ class Recorder:
 
     A step on a small model is thousands of short kernels, which the host takes longer to launch than the GPU to run.
     The first call of a kind runs as it is and fills every cache. The second is recorded, so it must make the same
-    kernels of any inputs of the same shapes, and nothing in it may wait for the GPU.
+    kernels of any inputs of the same shapes, and nothing in it may wait for the GPU. After MOST kinds others run as
+    they are.
 
     Args:
         on: whether to record; without, all calls run as they are.
@@ -41,7 +44,8 @@ class Recorder:
         """`function(*inputs)`. Calls of one kind do the same, but for the values of the inputs."""
         shapes = tuple((tuple(value.shape), value.dtype) for value in inputs)
         key = kind, shapes
-        if not self.on or key not in self.seen:
+        full = len(self.recordings) >= MOST and key not in self.recordings
+        if not self.on or full or key not in self.seen:
             self.seen.add(key)
             return function(*inputs)
         if shapes not in self.buffers:
