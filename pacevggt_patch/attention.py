@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -119,10 +119,15 @@ class FasterAttention(TorchFunctionMode):
         return self.library.run(query, key, value, width**-0.5 if scale is None else scale).transpose(1, 2)
 
 
-def faster_attention(device: torch.device) -> AbstractContextManager:
+@contextmanager
+def faster_attention(device: torch.device) -> Generator[None]:
     """`FasterAttention` where there is a library for the device, else nothing."""
     found = None if torch.compiler.is_compiling() else library(device)
-    return nullcontext() if found is None else FasterAttention(found)
+    if found is None:
+        yield
+    else:
+        with FasterAttention(found):
+            yield
 
 
 def kernel_name(device: torch.device, dtype: torch.dtype) -> str:
