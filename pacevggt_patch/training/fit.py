@@ -277,7 +277,8 @@ class Fit:
         """Leave the gradient of the loss in `gradient`; returns the losses, those of `names`."""
         # Not by `backward`, which would add them up parameter by parameter.
         gradients = torch.autograd.grad(loss, self.parameters, materialize_grads=True)
-        torch.cat([gradient.reshape(-1) for gradient in gradients], out=self.gradient)
+        with torch.no_grad():  # zeros that stand for no gradient ask for one in older torch
+            torch.cat([gradient.reshape(-1) for gradient in gradients], out=self.gradient)
         self.names = ["total", *parts]
         return torch.stack([loss, *parts.values()]).detach()
 
