@@ -138,8 +138,10 @@ def run_block(
     before, after = ([None if p is None else own(p) for p in parameters] for parameters in (before, after))
     cos, sin = rotation if rotation is not None and attention.rope is not None else (None, None)
     eps = (module.norm1.eps, *(getattr(norm, "eps", 0.0) for norm in norms))
-    first = speed(before_attention, cos is None, heads, eps, dtype)
-    last = speed(after_attention, module.norm2.eps, dtype)
+    # With shapes of parameters in the key no other width makes them dynamic.
+    shapes = [tuple(None if p is None else p.shape for p in parameters) for parameters in (before, after)]
+    first = speed(before_attention, shapes[0], cos is None, heads, eps, dtype)
+    last = speed(after_attention, shapes[1], module.norm2.eps, dtype)
     parts = first(x, cos, sin, before, heads, eps, dtype)
     query, key, value = (part.reshape(sequences, -1, heads, part.shape[-1]).transpose(1, 2) for part in parts)
     # By its public name, which modes see that change what goes into attention or who computes it.
