@@ -14,7 +14,7 @@ images = (
     load_clip(BUNDLED_CLIP, width=224, mode="square", frames=8).images[None].to(device)
 )  # [1, S, 3, H, W]
 
-pacevggt_patch.accelerate(model, keep_ratio=0.3, weights=None, min_frames=1)  # pruned however short
+pacevggt_patch.accelerate(model, keep_ratio=0.3, min_frames=1)  # pruned however short
 
 with torch.inference_mode():
     tokens, patch_start_idx = model.aggregator(images)

@@ -25,6 +25,7 @@ from pacevggt_patch import (
     summary,
 )
 from pacevggt_patch.attention import InAttention
+from pacevggt_patch.patch import _state as accelerated_state
 from pacevggt_patch.patch import retune
 
 
@@ -482,3 +483,16 @@ def test_more_ways_than_the_limit_of_recompilations(monkeypatch, caplog):
                 with mode():
                     model(images)
     assert "recompile_limit" not in caplog.text
+
+
+def test_summary_times_what_is_compiled_already(monkeypatch):
+    model, graphs = compiled_model(), []
+
+    def backend(graph, inputs):
+        graphs.append(accelerated_state(model).timer.timing)
+        return graph.forward
+
+    monkeypatch.setattr(compiling, "BACKEND", backend)
+    stages = summary(model, random_images(2)).stages
+    assert graphs and not any(graphs)
+    assert len(stages) == len({stage.name for stage in stages}) and all(stage.seconds for stage in stages)
