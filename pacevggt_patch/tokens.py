@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from typing import overload
 
 import torch
@@ -101,7 +102,10 @@ class RestoredTokens(Sequence):
             i: self.compact[i][:, start:stop, self.special :].flatten(0, 1) for i in sorted(wanted)
         }  # [B*s, K, 2C]
         features, kept = (t[:, start:stop].flatten(0, 1) for t in (self.features, self.kept))
-        return restore(compact, features, kept, self.grid, self.restoration)
+        # Tokens of an inference mode that has ended can't enter a graph of gradients, which trained weights ask for.
+        ended = not torch.compiler.is_compiling() and features.is_inference()
+        with torch.inference_mode() if ended else nullcontext():
+            return restore(compact, features, kept, self.grid, self.restoration)
 
     def select(self, frames: Tensor) -> RestoredTokens:
         """The tokens of some frames, given by their numbers [n] (int64, on the device of the tokens)."""

@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
+from hosts import random_images, tiny_vggt
 
+from pacevggt_patch import PaceWeights, accelerate
 from pacevggt_patch.restoration import (
     SPREAD,
     TEMPERATURE,
@@ -96,3 +98,12 @@ def test_residual_learns(frames):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.05 * losses[0]
+
+
+def test_tokens_of_an_inference_mode_that_has_ended_can_be_looked_at():
+    model = tiny_vggt()
+    accelerate(model, 0.4, weights=PaceWeights.new(model), min_frames=1)
+    with torch.inference_mode():
+        tokens, _ = model.aggregator(random_images(2))
+        inside = tokens[-1]
+    assert torch.equal(tokens[-1], inside)
