@@ -472,17 +472,18 @@ def _rotation(rope: Any, width: int, dtype: torch.dtype, positions: Tensor) -> t
     known = None if torch.compiler.is_compiling() else getattr(_rotations, "known", None)
     # A fake tensor lies nowhere.
     if known is None or type(positions) is not Tensor or not positions.is_contiguous():
-        return _gathered_rotation(rope, width, dtype, positions)
+        return gathered_rotation(rope, width, dtype, positions)
     key = (id(rope), positions.data_ptr(), positions.numel(), width, dtype)
     if key not in known:
         # The entry holds the positions: what lies at their address stays what it is.
-        known[key] = positions, _gathered_rotation(rope, width, dtype, positions)
+        known[key] = positions, gathered_rotation(rope, width, dtype, positions)
     cos, sin = known[key][1]
     shape = (len(positions), 1, positions.shape[1], width)
     return cos.view(shape), sin.view(shape)
 
 
-def _gathered_rotation(rope: Any, width: int, dtype: torch.dtype, positions: Tensor) -> tuple[Tensor, Tensor]:
+def gathered_rotation(rope: Any, width: int, dtype: torch.dtype, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """`_rotation` as it is made: from the host's tables, looked up row by row."""
     half = width // 2
     cos, sin = rope._compute_frequency_components(half, ROPE_TABLE, positions.device, dtype)  # [rows, half]
     sin = torch.cat([-sin[:, : half // 2], sin[:, half // 2 :]], dim=-1)

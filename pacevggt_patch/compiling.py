@@ -42,22 +42,20 @@ def compiled(function: types.FunctionType, *key: Hashable) -> Callable[..., Any]
 
     @functools.wraps(function)
     def call(*args, **kwargs):
+        from torch._dynamo.exc import BackendCompilerFailed as Failed  # a second: for those alone who compile
+
         gradients = torch.is_grad_enabled()
         if not gradients:  # frozen or not, parameters or tensors: all the same then
             args = tuple(_detached(argument) for argument in args)
         for argument in args:
             if isinstance(argument, Tensor):
                 torch._dynamo.maybe_mark_dynamic(argument, 0)
-        from torch._dynamo.exc import (
-            BackendCompilerFailed,  # a second of imports: for those alone who compile
-        )
-
         where = (gradients, torch.is_inference_mode_enabled(), _device(args))
         run = _compiled(function, (*key, *where), BACKEND)
         try:
             with outside_modes():
                 return run(*args, **kwargs)
-        except BackendCompilerFailed as error:
+        except Failed as error:
             raise PaceError(
                 f"torch.compile failed on this machine ({str(error).strip().splitlines()[0]}): pass compile=False"
             ) from error

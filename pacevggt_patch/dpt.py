@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .compiling import HOOKS
+from .compiling import HOOKS, is_watched
 
 # Elements of an enlarged map: some kernels for channels-last maps count in 32 bits.
 MOST_ELEMENTS = 2**31 - 1
@@ -189,9 +189,7 @@ def is_open(head: Any) -> bool:
     scratch = head.scratch
     stages = (scratch.refinenet1, scratch.refinenet2, scratch.refinenet3, scratch.refinenet4)
     parts = (*stages, *(stage.out_conv for stage in stages), *head.projects)
-    return not any(
-        "forward" in part.__dict__ or any(part.__dict__.get(hooks) for hooks in HOOKS) for part in parts
-    )
+    return not any("forward" in part.__dict__ or is_watched(part) for part in parts)
 
 
 def _alike(theirs: Tensor, ours: Tensor) -> bool:

@@ -262,16 +262,16 @@ def accelerate(
     if host.rope is not None and _foreign(host.rope) is None:
         parts["aggregator.rope"] = (host.rope, _RopeForward)
     if compile:
-        others = {*parts}
         rope = backbone.static_rope(host.rope) if "aggregator.rope" in parts else None
-        for name, block in backbone.fast_blocks(host.aggregator, rope).items():
-            if _foreign(block) is None:
-                parts[f"aggregator.{name}"] = (block, partial(_BlockForward, rope=rope))
-        if parts.keys() == others and not any_fast:
+        found = backbone.fast_blocks(host.aggregator, rope).items()
+        fast_blocks = {name: block for name, block in found if _foreign(block) is None}
+        if not fast_blocks and not any_fast:
             raise UnsupportedModelError(
                 f"compile=True, but no block and no dense head of this {type(model).__name__} is of the stock make, "
                 "which is what can be compiled: pass compile=False"
             )
+        run = partial(_BlockForward, rope=rope)
+        parts |= {f"aggregator.{name}": (block, run) for name, block in fast_blocks.items()}
     for name, (module, _) in parts.items():
         if _foreign(module) is not None:
             raise UnsupportedModelError(

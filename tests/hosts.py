@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from pacevggt_patch import PaceWeights
+
 DEPTH = 4
 LAYERS = (0, 1, 2, 3)
 
@@ -120,3 +122,13 @@ def assert_equal(first, second) -> None:
         for a, b in values:
             assert a.dtype == b.dtype and a.shape == b.shape, key
             assert torch.equal(a, b), f"{key} differs by {(a - b).abs().max():.2e}"
+
+
+def random_adaptation(model, size: float = 0.05) -> PaceWeights:
+    """Weights that change the blocks and nothing else."""
+    weights = PaceWeights.new(model)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in weights.adaptation.parameters():
+            parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
+    return weights

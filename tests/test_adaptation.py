@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hosts import assert_equal, random_images, tiny_vggt
+from hosts import assert_equal, random_adaptation, random_images, tiny_vggt
 
 from pacevggt_patch import PaceWeights, UnsupportedModelError, WeightsError, accelerate, paused, remove
 from pacevggt_patch import weights as weights_module
@@ -21,16 +21,6 @@ from pacevggt_patch.training.guest import guest
 @pytest.fixture(params=[1, 2], ids=["single", "in pairs"])
 def model(request):
     return tiny_vggt(group=request.param)
-
-
-def random_adaptation(model, size: float = 0.05) -> PaceWeights:
-    """Weights that change the blocks and nothing else."""
-    weights = PaceWeights.new(model)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in weights.adaptation.parameters():
-            parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
-    return weights
 
 
 def changed_by_hand(model, adaptation: BlockAdaptation, factor: float):

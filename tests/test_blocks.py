@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-from hosts import assert_equal, random_images, tiny_vggt
+from hosts import assert_equal, random_adaptation, random_images, tiny_vggt
 from torch import nn
 
 from pacevggt_patch import (
@@ -58,15 +58,6 @@ def close(found, expected, tolerance=1e-4):
             torch.testing.assert_close(found[key], value, rtol=tolerance, atol=tolerance * value.abs().max())
 
 
-def random_weights(model, scale=0.05):
-    weights = PaceWeights.new(model)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in weights.adaptation.parameters():
-            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
-    return weights
-
-
 @pytest.fixture
 def runs(monkeypatch):
     """Counts the blocks that ran by the compiled functions."""
@@ -112,7 +103,7 @@ def test_a_block_does_what_the_host_does(model, kind, precision):
 @pytest.mark.parametrize("learned", [False, True])
 def test_the_model_gives_the_same(model, keep_ratio, global_keys, learned, runs):
     images = random_images(3, batch=2)
-    settings = {"weights": random_weights(model) if learned else None, "global_keys": global_keys}
+    settings = {"weights": random_adaptation(model) if learned else None, "global_keys": global_keys}
     expected = run(accelerate(model, keep_ratio, **settings), images)
     assert not runs
     found = run(accelerate(model, keep_ratio, **settings, compile=True), images)
@@ -156,7 +147,7 @@ def test_gradients(model, learned, checkpointing, runs, monkeypatch):
     monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
     found, images = [], random_images(2)
     for compile in (False, True):
-        weights = random_weights(model) if learned else None
+        weights = random_adaptation(model) if learned else None
         accelerate(model, 0.4, weights=weights, compile=compile)
         retune(model, 0.4, checkpointing=checkpointing)
         model.zero_grad()

@@ -13,12 +13,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ..backbone import gathered_rotation, rope_positions
 from ..blocks import Rotation, run_block
 from ..clips.raycast import faster
-
-ROPE_POSITIONS = 64  # more than any grid of patches that is trained on
 
 
 class Features(NamedTuple):
@@ -31,19 +31,6 @@ class Features(NamedTuple):
 
     patches: Tensor
     layers: dict[int, Tensor]
-
-
-def rotary_table(
-    rope: Any, special: int, rows: int, columns: int, width: int, device: torch.device
-) -> Rotation:
-    """Cosines and signed sines `[special + rows * columns, width]` of the positions that VGGT gives to the tokens."""
-    half = width // 2
-    cos, sin = rope._compute_frequency_components(half, ROPE_POSITIONS, device, torch.float32)
-    sin = torch.cat([-sin[:, : half // 2], sin[:, half // 2 :]], 1)
-    grid = torch.cartesian_prod(torch.arange(rows, device=device), torch.arange(columns, device=device)) + 1
-    positions = torch.cat([torch.zeros(special, 2, device=device, dtype=grid.dtype), grid])
-    cos, sin = (torch.cat([table[positions[:, 0]], table[positions[:, 1]]], 1) for table in (cos, sin))
-    return cos, sin
 
 
 class FastForward:
@@ -63,7 +50,10 @@ class FastForward:
         if grid not in self.tables:
             head = aggregator.frame_blocks[0].attn.head_dim
             special = aggregator.patch_start_idx
-            self.tables[grid] = rotary_table(aggregator.rope, special, *grid, head, images.device)
+            positions: Any = rope_positions(aggregator, grid, images.device)  # [P, 2]: a stock VGGT has RoPE
+            positions = F.pad(positions, (0, 0, special, 0))  # special tokens sit at 0
+            tables = gathered_rotation(aggregator.rope, head, torch.float32, positions[None])
+            self.tables[grid] = tables[0][0, 0], tables[1][0, 0]  # [5 + P, C / heads] each
         rotation = self.tables[grid]
 
         normed = ((images - aggregator._resnet_mean) / aggregator._resnet_std).flatten(0, 1)
