@@ -160,7 +160,9 @@ def camera_head(dims: Dimensions, frames: int) -> Work:
     return dims.camera_rounds * one
 
 
-def stage_work(dims: Dimensions, frames: int, grid: tuple[int, int], kept: int) -> dict[str, Work]:
+def stage_work(
+    dims: Dimensions, frames: int, grid: tuple[int, int], kept: int, dense_frames: bool = False
+) -> dict[str, Work]:
     """What each stage does for one clip.
 
     Args:
@@ -168,6 +170,7 @@ def stage_work(dims: Dimensions, frames: int, grid: tuple[int, int], kept: int) 
         frames: N.
         grid: patch rows and columns.
         kept: K, patch tokens of a frame that enter alternating attention; all of them is the stock model.
+        dense_frames: frame blocks have all patch tokens, and those that are not kept follow in every global block.
     """
     channels, size, patches = dims.embed_dim, dims.aggregator_bytes, grid[0] * grid[1]
     length = dims.special + kept
@@ -189,14 +192,25 @@ def stage_work(dims: Dimensions, frames: int, grid: tuple[int, int], kept: int) 
         mean = Work(
             2 * patches * kept * channels, 4 * (patches * channels + kept * channels + patches * kept)
         )
-        work["keep and merge"] = frames * (near + mean + Work(passes=4 * patches * (4 * channels + 5 * kept)))
-    work["frame blocks"] = dims.depth * block(frames, length, channels, size, positions=True)
+        if not dense_frames:
+            work["keep and merge"] = frames * (
+                near + mean + Work(passes=4 * patches * (4 * channels + 5 * kept))
+            )
+    in_frames = dims.special + patches if dense_frames else length
+    work["frame blocks"] = dims.depth * block(frames, in_frames, channels, size, positions=True)
     work["global blocks"] = dims.depth * block(1, frames * length, channels, size, positions=True)
     if kept < patches:
         heads, size = len(dims.dense), dims.aggregator_bytes
-        rows = Work(
-            2 * patches * kept * 2 * channels, size * (2 * channels * (patches + kept) + patches * kept)
-        )
+
+        def read(width: int) -> Work:
+            return Work(2 * patches * kept * width, size * (width * (patches + kept) + patches * kept))
+
+        follow = read(channels) + Work(passes=size * channels * (5 * kept + 3 * patches))
+        if dense_frames:
+            work["following"] = frames * (near + Work(passes=4 * patches * 8 * kept) + dims.depth * follow)
+            work["restoration"] = heads * frames * dims.cached * follow
+    if kept < patches and not dense_frames:
+        rows = read(2 * channels)
         # Every dense head restores the cached layers for itself.
         restore = near + dims.cached * (rows + Work(passes=size * 2 * channels * (2 * kept + 2 * patches)))
         work["restoration"] = (

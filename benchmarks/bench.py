@@ -63,6 +63,7 @@ class Bench:
             min_frames=1,
             compile=args.compile,
             head_dtype=args.head_dtype and getattr(torch, args.head_dtype),
+            dense_frames=args.dense_frames,
         )
         self.attention = kernel_name(
             self.device, torch.float32 if args.precision == "float32" else torch.bfloat16
@@ -98,7 +99,8 @@ class Bench:
     def work(self, frames: int, ratio: float | None) -> dict[str, Work]:
         patches = self.grid[0] * self.grid[1]
         kept = patches if ratio is None else min(patches, max(1, round(ratio * patches)))
-        return stage_work(self.dims, frames, self.grid, kept)
+        dense = self.args.dense_frames and ratio is not None
+        return stage_work(self.dims, frames, self.grid, kept, dense)
 
     def floor(self, stage: str, work: Work) -> float:
         """Seconds that a stage can't go below on this device, in the precision it runs in."""

@@ -40,20 +40,24 @@ def main(argv: list[str] | None = None) -> int:
         "count": len(clips),
         "frames": args.frames,
         "runs": [str(run) for run in args.runs],
+        "dense_frames": args.dense_frames,
         "rows": [],
     }
-    unpruned = [mean_metrics(model, clips, 1.0, None)]
+    # Weights for dense frames have nothing to calibrate.
+    dense = args.dense_frames
+    stages = {stage: file for stage, file in STAGES.items() if not (dense and stage == "calibrated")}
+    unpruned = [mean_metrics(model, clips, 1.0, None, dense)]
     report["rows"].append(make_row("unpruned", 1.0, unpruned, unpruned, unpruned))
-    jobs = 1 + len(STAGES) * len(args.runs)
+    jobs = 1 + len(stages) * len(args.runs)
     with tqdm(total=len(args.keep_ratios) * jobs, unit="setting", disable=None) as bar:
         for ratio in args.keep_ratios:
-            free = [mean_metrics(model, clips, ratio, None)]
+            free = [mean_metrics(model, clips, ratio, None, dense)]
             bar.update()
             report["rows"].append(make_row("training-free", ratio, free, unpruned, free))
-            for stage, file in STAGES.items():
+            for stage, file in stages.items():
                 found = []
                 for run in args.runs:
-                    found.append(mean_metrics(model, clips, ratio, run / f"{file}.safetensors"))
+                    found.append(mean_metrics(model, clips, ratio, run / f"{file}.safetensors", dense))
                     bar.update()
                 report["rows"].append(make_row(stage, ratio, found, unpruned, free))
             if args.json:
@@ -70,13 +74,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--runs", type=Path, nargs="+", required=True, metavar="DIR")
     add_clip_arguments(parser, rooms=24)
+    parser.add_argument(
+        "--dense-frames", action="store_true", help="the runs are of `pacevggt train --dense-frames`"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="a PNG")
     return parse(parser, argv)
 
 
-def mean_metrics(model, clips: list[Clip], ratio: float, weights: Path | None) -> dict[str, float | None]:
+def mean_metrics(
+    model, clips: list[Clip], ratio: float, weights: Path | None, dense_frames: bool = False
+) -> dict[str, float | None]:
     """Mean of each metric over the clips; None where the clips have no ground truth for it."""
-    accelerate(model, ratio, weights=weights, min_frames=1)
+    accelerate(model, ratio, weights=weights, min_frames=1, dense_frames=dense_frames)
     with torch.inference_mode():
         results = [evaluate_predictions(model(clip.images), clip) for clip in clips]
     means: dict[str, float | None] = {}
@@ -149,6 +158,8 @@ def plot(report: dict[str, Any], path: Path) -> None:
             axis.axhline(unpruned[key], color="black", linewidth=0.8, label="unpruned")
         for stage in ("training-free", *STAGES):
             rows = [row for row in report["rows"] if row["stage"] == stage and row[key] is not None]
+            if not rows:
+                continue
             axis.errorbar(
                 [row["keep_ratio"] for row in rows],
                 [row[key] for row in rows],

@@ -41,7 +41,14 @@ def main(argv: list[str] | None = None) -> int:
             # Pruned however short the clip: a stock row must not pass for a pruned one.
             narrow = args.head_dtype and getattr(torch, args.head_dtype)
             accelerate(
-                model, ratio, budget, weights=weights, min_frames=1, global_keys=keys, head_dtype=narrow
+                model,
+                ratio,
+                budget,
+                weights=weights,
+                min_frames=1,
+                global_keys=keys,
+                head_dtype=narrow,
+                dense_frames=args.dense_frames,
             )
             results = []
             for clip in clips:
@@ -67,6 +74,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--global-keys", type=float, default=1.0, help="share of the kept tokens that global attention sees"
+    )
+    parser.add_argument(
+        "--dense-frames",
+        action="store_true",
+        help="frame blocks on all patch tokens; only global attention is pruned",
     )
     parser.add_argument(
         "--head-dtype", choices=("bfloat16", "float16"), help="of the accelerated dense heads"
@@ -134,6 +146,7 @@ def make_row(args: argparse.Namespace, model, results: list[dict[str, float | No
         "merge_budget": settings.config.merge_share,
         "global_keys": settings.config.global_keys,
         "head_dtype": args.head_dtype,
+        "dense_frames": settings.config.dense_frames,
     }
     for key in METRICS:
         known = known_values(results, key)

@@ -17,8 +17,9 @@ from unittest import mock
 
 import torch
 
+from pacevggt_patch.following import Following
 from pacevggt_patch.summary import StageTimer
-from pacevggt_patch.tokens import RestoredTokens
+from pacevggt_patch.tokens import FollowedTokens, RestoredTokens
 
 HEADS = ("camera_head", "depth_head", "point_head")
 KERNELS_SHOWN = 10
@@ -92,7 +93,13 @@ def watched(model: Any, watch: Stopwatch) -> Generator[None]:
     modules += [(block, "frame blocks") for block in model.aggregator.frame_blocks]
     modules += [(block, "global blocks") for block in model.aggregator.global_blocks]
     modules += [(getattr(model, name), name) for name in HEADS if getattr(model, name, None) is not None]
-    named, patches = StageTimer.stage, RestoredTokens.patches
+    named = StageTimer.stage
+    functions = [
+        (RestoredTokens, "patches", "restoration"),
+        (FollowedTokens, "patches", "restoration"),
+        (Following, "compact", "following"),
+        (Following, "follow", "following"),
+    ]
 
     @contextmanager
     def stage(timer: StageTimer, name: str, *tokens: int) -> Generator[None]:
@@ -100,13 +107,17 @@ def watched(model: Any, watch: Stopwatch) -> Generator[None]:
         with watch.region("other" if name == "alternating attention" else name), named(timer, name, *tokens):
             yield
 
-    def restored(tokens: RestoredTokens, *args, **kwargs):
-        with watch.region("restoration"):
-            return patches(tokens, *args, **kwargs)
+    def timed(function: Callable, name: str) -> Callable:
+        def run(*args, **kwargs):
+            with watch.region(name):
+                return function(*args, **kwargs)
+
+        return run
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(StageTimer, "stage", stage))
-        stack.enter_context(mock.patch.object(RestoredTokens, "patches", restored))
+        for kind, function, name in functions:
+            stack.enter_context(mock.patch.object(kind, function, timed(getattr(kind, function), name)))
         for module, name in modules:
             before = module.register_forward_pre_hook(lambda *_, name=name: watch.begin(name))
             after = module.register_forward_hook(lambda *_: watch.end())

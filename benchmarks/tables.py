@@ -14,7 +14,8 @@ def print_report(report: dict[str, Any]) -> None:
     print(f"{report['backbone']}, {report['size']}, {report['precision']}, {report['repeats']} repeats")
     if "attention" in report:  # not in reports of older code
         print(
-            f"attention {report['attention']}, compiled {'yes' if report['compile'] else 'no'}, heads in "
+            f"attention {report['attention']}, compiled {'yes' if report['compile'] else 'no'}, "
+            f"frame blocks on {'all' if report['dense_frames'] else 'kept'} tokens, heads in "
             f"{report['head_dtype'] or 'the dtype of the call'}, first call {report['first_call_seconds']:.1f} s"
         )
     print(

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from . import backbone
 from .adaptation import BlockAdaptation, strength
 from .assignment import KEPT, assign
-from .attention import FewerKeys, faster_attention, key_numbers
+from .attention import FewerKeys, autocast_dtype, faster_attention, key_numbers
 from .config import PaceConfig, UnsupportedModelError
+from .following import following
 from .merging import MergeAdapter, kept_tokens, merge_tokens
 from .restoration import FeatureGuidedRestoration
 from .scorer import TokenScorer, token_scores
 from .summary import StageTimer
-from .tokens import RestoredTokens
+from .tokens import FollowedTokens, RestoredTokens
 
 
 def aggregate(
@@ -32,7 +33,7 @@ def aggregate(
     timer: StageTimer,
     checkpointing: bool = False,
 ) -> RestoredTokens:
-    """Alternating attention over a clip, on the kept tokens only.
+    """Alternating attention over a clip, on the kept tokens only, or with frame blocks on all of them.
 
     Args:
         aggregator: the host's aggregator.
@@ -74,7 +75,9 @@ def aggregate(
             scores = token_scores(features, grid, keep, scorer)
         with timer.stage("keep and merge", frames * patches, frames * keep):
             assignment = assign(scores, keep, merge)
-            if merge or adapter is not None:
+            if config.dense_frames:
+                tokens = features
+            elif merge or adapter is not None:
                 tokens = merge_tokens(features, assignment, grid, adapter)
             else:
                 tokens = kept_tokens(features, assignment)
@@ -83,23 +86,38 @@ def aggregate(
 
     special_tokens = backbone.special_tokens(aggregator, batch, frames)  # [B, S, n, C]
     special = special_tokens.shape[2]
-    length = frames * (special + keep)
+    length = frames * (special + keep)  # of a clip in global attention
     # The stock model, to which keep ratio 1 belongs, runs with its own parameters.
     adapts = adaptation is not None and len(adaptation) > 0 and keep < patches
     adapt = partial(adaptation, strength=strength(config.keep_ratio)) if adapts else None
     change = FewerKeys(key_numbers(best, special, keys), length) if keys < keep else None
-    entering = [torch.cat([special_tokens, tokens], dim=2)]  # [B, S, n + K, C]
+    entering = [
+        torch.cat([special_tokens, tokens], dim=2)
+    ]  # [B, S, n + K, C]; dense frames: [B, S, n + P, C]
     del tokens
+    all_positions = None
     if positions is not None:
         at_special = positions.new_zeros(batch, frames, special, 2)
+        in_frames = positions.expand(batch, frames, -1, -1)
+        all_positions = torch.cat([at_special, in_frames], dim=2)  # [B, S, n + P, 2]
         positions = torch.cat([at_special, positions[kept]], dim=2)  # [B, S, n + K, 2]
-    with timer.stage("alternating attention", length, length), faster():
+    followed = None
+    if config.dense_frames and keep < patches:
+        with timer.stage("following", frames * patches, frames * patches):
+            dtype = autocast_dtype(images.device.type) or features.dtype
+            followed = following(features.flatten(0, 1), kept.flatten(0, 1), grid, special, dtype)
+            followed = followed._replace(positions=None if positions is None else positions.flatten(0, 1))
+        del features  # all that they say is in the tokens
+        positions = all_positions
+    entered = entering[0].shape[1] * entering[0].shape[2]
+    with timer.stage("alternating attention", entered, entered), faster():
         # Popped, so that nobody holds them while the blocks run.
         compact = backbone.alternating_attention(
-            aggregator, entering.pop(), positions, layers, checkpointing, change, adapt
+            aggregator, entering.pop(), positions, layers, checkpointing, change, adapt, followed
         )
     if change is not None:
         change.check()
-    return RestoredTokens(
-        compact, backbone.depth(aggregator), features, kept, role, grid, special, restoration
-    )
+    depth = backbone.depth(aggregator)
+    if followed is not None:
+        return FollowedTokens(compact, depth, kept, role, grid, special, followed)
+    return RestoredTokens(compact, depth, features, kept, role, grid, special, restoration)

@@ -24,6 +24,7 @@ from . import blocks
 from .adaptation import OtherParameters, in_force
 from .attention import Change, InAttention, autocast_dtype
 from .config import PaceError, UnsupportedModelError
+from .following import FollowedLayer, Following
 
 # Parameters of blocks by their names in the aggregator -> those to run with instead.
 Adapt = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -43,7 +44,7 @@ AGGREGATOR_PARTS = (
 )
 # Rows of the RoPE table: more patches than any image has on a side.
 ROPE_TABLE = 1024
-# The hidden layer of DINO's MLPs stays below this: on the CPU so that memory is used again and again, see `heads`.
+# Hidden layers of MLPs inside of frames stay below this: on the CPU so that memory is used again, see `heads`.
 HIDDEN_BYTES = {"cpu": 2**23, "gpu": 2**30}
 FINGERPRINT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -274,8 +275,7 @@ def patch_tokens(aggregator: Any, images: Tensor, frames_per_chunk: int | None =
     """
     if frames_per_chunk is None:
         patches = images.shape[-2] * images.shape[-1] // int(aggregator.patch_size) ** 2
-        hidden = 4 * aggregator.camera_token.shape[-1] * patches * 4  # bytes of a frame in an MLP, float32
-        frames_per_chunk = max(1, HIDDEN_BYTES["cpu" if images.device.type == "cpu" else "gpu"] // hidden)
+        frames_per_chunk = chunk_frames(patches, aggregator.camera_token.shape[-1], images.device)
     mean, std = (t.reshape(1, 3, 1, 1) for t in (aggregator._resnet_mean, aggregator._resnet_std))
     chunks = []
     for frames in images.flatten(0, 1).split(frames_per_chunk):  # [n, 3, H, W]
@@ -283,6 +283,12 @@ def patch_tokens(aggregator: Any, images: Tensor, frames_per_chunk: int | None =
         chunks.append(tokens["x_norm_patchtokens"] if isinstance(tokens, dict) else tokens)  # [n, P, C]
     tokens = chunks[0] if len(chunks) == 1 else torch.cat(chunks)
     return tokens.unflatten(0, images.shape[:2])
+
+
+def chunk_frames(tokens: int, channels: int, device: torch.device) -> int:
+    """Frames of so many tokens each whose hidden layers in an MLP stay below `HIDDEN_BYTES`; at least one."""
+    hidden = 4 * channels * tokens * 4  # bytes of a frame, float32
+    return max(1, HIDDEN_BYTES["cpu" if device.type == "cpu" else "gpu"] // hidden)
 
 
 def special_tokens(aggregator: Any, batch: int, frames: int) -> Tensor:
@@ -308,7 +314,8 @@ def alternating_attention(
     checkpointing: bool = False,
     change: Change | None = None,
     adapt: Adapt | None = None,
-) -> dict[int, Tensor]:
+    following: Following | None = None,
+) -> dict[int, Any]:
     """Run the frame and global blocks, by the host's own functions.
 
     Args:
@@ -319,9 +326,10 @@ def alternating_attention(
         checkpointing: keep only the tokens between blocks for the backward pass, and compute the blocks once more.
         change: of what goes into the attention of every global block, see `attention.InAttention`.
         adapt: gives the parameters that blocks run with in place of their own.
+        following: global blocks run on special and kept tokens alone, and all others follow.
 
     Returns:
-        layer index -> [B, S, L, 2C], frame and global output concatenated.
+        layer index -> [B, S, L, 2C], frame and global output concatenated; with `following` a `FollowedLayer`.
     """
     if aggregator.training and torch.is_grad_enabled() and not (change is adapt is None):
         # The host's own checkpoints would run blocks again after what is in force here has ended: ours take over.
@@ -330,12 +338,16 @@ def alternating_attention(
     batch, frames, length, channels = tokens.shape
     tokens = tokens.flatten(0, 1)  # the host's own functions move between [B*S, L, C] and [B, S*L, C]
     process = {"frame": aggregator._process_frame_attention, "global": aggregator._process_global_attention}
+    if following is not None:
+        process["frame"] = partial(_run_in_chunks, process["frame"])
     if adapt is not None:
         process = {kind: partial(_run_adapted, aggregator, kind, adapt, run) for kind, run in process.items()}
     if change is not None:
         process["global"] = partial(_run_changed, change, process["global"])
+    if following is not None:
+        process["global"] = partial(_run_followed, following, process["global"])
     done = dict.fromkeys(process, 0)  # blocks run so far
-    outputs: dict[int, Tensor] = {}
+    outputs: dict[int, Any] = {}
     with nullcontext() if torch.compiler.is_compiling() else _shared_rotations():
         while done["frame"] < depth(aggregator):
             first = done["frame"]
@@ -346,14 +358,69 @@ def alternating_attention(
                     if checkpointing
                     else process[kind]
                 )
+                entering = tokens.view(batch, frames, length, channels)
                 tokens, done[kind], intermediates = run(
                     tokens, batch, frames, length, channels, done[kind], pos=positions
                 )
                 wanted[kind] = {i: t for i, t in enumerate(intermediates, first) if i in layers}
-                del intermediates  # a layer that nobody asked for is not held while the next block runs
+                if kind == "global":
+                    before = entering
+                # A layer that nobody asked for is not held while the next block runs.
+                del intermediates, entering
             for layer in wanted["frame"]:
-                outputs[layer] = torch.cat([wanted[kind][layer] for kind in process], dim=-1)
+                parts = [wanted[kind][layer] for kind in process]
+                outputs[layer] = (
+                    torch.cat(parts, dim=-1)
+                    if following is None
+                    else FollowedLayer(wanted["frame"][layer], before, wanted["global"][layer])
+                )
+            del before
     return outputs
+
+
+def _run_in_chunks(
+    process: Callable, tokens: Tensor, batch: int, frames: int, length: int, channels: int, *args, pos
+):
+    """Run frame blocks on a few frames at a time, which bounds the memory of their hidden layers."""
+    several = chunk_frames(length, channels, tokens.device)
+    tokens = tokens.view(batch * frames, length, channels)
+    if len(tokens) <= several:
+        return process(tokens, batch, frames, length, channels, *args, pos=pos)
+    places = [None] * len(tokens) if pos is None else pos.view(len(tokens), length, 2).split(several)
+    parts, made, block = [], [], 0
+    for part, place in zip(tokens.split(several), places, strict=False):
+        part, block, intermediates = process(part, 1, len(part), length, channels, *args, pos=place)
+        parts.append(part)
+        made.append(intermediates[:-1])
+    tokens = torch.cat(parts)
+    shape = batch, frames, length, channels
+    # The output of the last block is what goes on: one tensor for both.
+    earlier = [torch.cat(outputs, dim=1).view(shape) for outputs in zip(*made, strict=True)]
+    return tokens, block, [*earlier, tokens.view(shape)]
+
+
+def _run_followed(
+    following: Following,
+    process: Callable,
+    tokens: Tensor,
+    batch: int,
+    frames: int,
+    length: int,
+    channels: int,
+    *args,
+    pos,
+):
+    """Run global blocks on the special and kept tokens, then let the others follow.
+
+    The outputs of single blocks are those of special and kept tokens.
+    """
+    dense = tokens.view(batch * frames, length, channels)
+    compact = following.compact(dense)  # [B*S, n + K, C]
+    shape = compact.shape
+    after, block, intermediates = process(
+        compact, batch, frames, shape[1], channels, *args, pos=following.positions
+    )
+    return following.follow(dense, after.view(shape)), block, intermediates
 
 
 def _run_changed(change: Change, process: Callable, tokens: Tensor, *args, **kwargs):

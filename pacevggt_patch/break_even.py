@@ -8,7 +8,9 @@ from __future__ import annotations
 GPU_FLOPS_PER_PICK = 25e9
 
 
-def saved_flops(frames: int, patches: int, kept: int, special: int, channels: int, blocks: int) -> float:
+def saved_flops(
+    frames: int, patches: int, kept: int, special: int, channels: int, blocks: int, dense_frames: bool = False
+) -> float:
     """Floating-point operations of alternating attention that pruning saves for one clip.
 
     Args:
@@ -18,20 +20,40 @@ def saved_flops(frames: int, patches: int, kept: int, special: int, channels: in
         special: camera and register tokens of a frame.
         channels: C.
         blocks: pairs of frame and global blocks.
+        dense_frames: whether frame blocks keep all tokens.
     """
 
-    def flops(tokens: int) -> float:
-        linear = 2 * 2 * 12 * frames * tokens * channels**2  # projections and an MLP of 4C, in both blocks
-        attention = 4 * channels * (frames * tokens**2 + (frames * tokens) ** 2)
-        return blocks * float(linear + attention)
+    def linear(tokens: int) -> int:
+        return 2 * 12 * frames * tokens * channels**2  # projections and an MLP of 4C
 
-    return flops(special + patches) - flops(special + kept)
+    def in_frames(tokens: int) -> int:
+        return linear(tokens) + 4 * channels * frames * tokens**2
+
+    def in_clip(tokens: int) -> int:
+        return linear(tokens) + 4 * channels * (frames * tokens) ** 2
+
+    before, after = special + patches, special + kept
+    saved = in_clip(before) - in_clip(after)
+    if dense_frames:
+        saved -= 2 * frames * patches * kept * channels  # the others follow
+    else:
+        saved += in_frames(before) - in_frames(after)
+    return blocks * float(saved)
 
 
 def pruning_pays(
-    device: str, clips: int, frames: int, patches: int, kept: int, special: int, channels: int, blocks: int
+    device: str,
+    clips: int,
+    frames: int,
+    patches: int,
+    kept: int,
+    special: int,
+    channels: int,
+    blocks: int,
+    dense_frames: bool = False,
 ) -> bool:
     """Whether pruning is the faster one on a type of device, for a batch of `clips`; see `saved_flops`."""
     if device == "cpu" or kept == patches:
         return True
-    return clips * saved_flops(frames, patches, kept, special, channels, blocks) >= GPU_FLOPS_PER_PICK * kept
+    saved = saved_flops(frames, patches, kept, special, channels, blocks, dense_frames)
+    return clips * saved >= GPU_FLOPS_PER_PICK * kept

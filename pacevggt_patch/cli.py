@@ -117,6 +117,11 @@ def add_train(commands) -> None:
     train.add_argument(
         "--scorer-rate", type=float, default=0.0, help="share of it for the scorer in the second stage (0)"
     )
+    train.add_argument(
+        "--dense-frames",
+        action="store_true",
+        help="train for dense_frames=True: only global attention is pruned",
+    )
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--device", help="cpu or cuda (cuda where there is one if not given)")
     train.add_argument("--resume", action="store_true", help="go on from DIR/state.pt, if it is there")
@@ -170,6 +175,7 @@ def train_command(arguments: argparse.Namespace) -> int:
         views=tuple(arguments.views),
         rate=arguments.rate,
         scorer_rate=arguments.scorer_rate,
+        dense_frames=arguments.dense_frames,
         seed=arguments.seed,
     )
     names = ("out", "backbone", "images", "rooms", "textures", "width", "device", "resume")

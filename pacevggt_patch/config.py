@@ -43,6 +43,7 @@ class PaceConfig:
         output_device: where dense heads put their outputs; None: where they are made.
         compile: run attention blocks and dense heads by functions that torch.compile makes.
         head_dtype: of the autocast that dense heads run under, bfloat16 or float16; None: as the host calls them.
+        dense_frames: prune global attention only; nothing is merged then.
 
     Raises:
         PaceError: a value is out of range or not a number.
@@ -56,6 +57,7 @@ class PaceConfig:
     output_device: torch.device | None = None
     compile: bool = False
     head_dtype: torch.dtype | None = None
+    dense_frames: bool = False
 
     def __post_init__(self):
         keep = _number("keep_ratio", self.keep_ratio)
@@ -90,6 +92,14 @@ class PaceConfig:
                 f"head_dtype must be torch.bfloat16, torch.float16 or None, got {self.head_dtype!r}"
             )
 
+        if not isinstance(self.dense_frames, bool):
+            raise PaceError(f"dense_frames must be True or False, got {self.dense_frames!r}")
+        if self.dense_frames and self.merge_budget:
+            raise PaceError(
+                f"merge_budget={self.merge_budget:g} does not go with dense_frames=True, where no token is merged: "
+                "leave it out"
+            )
+
     def kept_tokens(self, patches: int) -> int:
         """K: patch tokens kept in each frame of `patches` patch tokens."""
         return min(patches, max(1, round(self.keep_ratio * patches)))
@@ -100,6 +110,8 @@ class PaceConfig:
 
     def merged_tokens(self, frames: int, patches: int) -> int:
         """M: patch tokens merged in a clip of `frames` frames with `patches` patch tokens each."""
+        if self.dense_frames:
+            return 0
         others = frames * (patches - self.kept_tokens(patches))
         return (
             others if self.merge_budget is None else min(others, round(self.merge_budget * frames * patches))
@@ -108,6 +120,8 @@ class PaceConfig:
     @property
     def merge_share(self) -> float:
         """Share of the patch tokens that is merged: the merge budget, or all that is not kept."""
+        if self.dense_frames:
+            return 0.0
         return 1 - self.keep_ratio if self.merge_budget is None else self.merge_budget
 
 

@@ -115,13 +115,13 @@ def chunk_frames(frame_bytes: int, device: torch.device) -> int:
 
 def _is_plain(arguments: dict, name: str, tokens: RestoredTokens, images: Tensor, head: Any) -> bool:
     """Whether a head's call is one that `dpt.dense_head` can stand for, on a pruned grid."""
-    if tokens.kept.shape[-1] == tokens.features.shape[2] or arguments.keys() != {name} | ARGUMENTS:
+    if not tokens.pruned or arguments.keys() != {name} | ARGUMENTS:
         return False
     grid = tuple(side // int(head.patch_size) for side in images.shape[-2:])
     if grid != tokens.grid or arguments["patch_start_idx"] != tokens.special:
         return False
     layers = {range(len(tokens))[i] for i in head.intermediate_layer_idx}
-    return layers <= tokens.compact.keys() and dpt.is_open(head)
+    return layers <= tokens.layers and dpt.is_open(head)
 
 
 def _fast_run(

@@ -103,7 +103,9 @@ class _AggregatorForward(_Forward):
         channels = self.module.camera_token.shape[-1]
         special, blocks = int(self.module.patch_start_idx), backbone.depth(self.module)
         kept = config.kept_tokens(patches)
-        return pruning_pays(images.device.type, clips, frames, patches, kept, special, channels, blocks)
+        return pruning_pays(
+            images.device.type, clips, frames, patches, kept, special, channels, blocks, config.dense_frames
+        )
 
 
 class _RopeForward(_Forward):
@@ -166,7 +168,7 @@ class _DenseHeadForward(_Forward):
             if tokens is None:
                 return moved(restored(self.stock(*args, **kwargs)), device)
             frames, kept = tokens.kept.shape[1:]
-            with state.timer.stage(self.name, frames * kept, frames * tokens.features.shape[2]):
+            with state.timer.stage(self.name, frames * kept, frames * tokens.role.shape[2]):
                 fast = self.fast is type(self.module)
                 compiles = state.config.compile and unwatched(list(self.module.modules())[1:])
                 speed = compiled if compiles else None
@@ -197,6 +199,7 @@ def accelerate(
     output_device: torch.device | str | None = None,
     compile: bool = False,
     head_dtype: torch.dtype | None = None,
+    dense_frames: bool = False,
 ) -> Model:
     """Accelerate a VGGT in place: only some of its patch tokens enter alternating attention.
 
@@ -228,6 +231,9 @@ def accelerate(
         head_dtype: torch.bfloat16 or torch.float16: dense heads run under autocast to it, also where the host switches
             autocast off for them, as VGGT's own forward does. Outputs of float32 heads stay float32. None leaves that
             to the host.
+        dense_frames: keep all patch tokens in frame attention, whose cost grows with the number of frames only, and
+            prune global attention alone: what is not kept changes there by what its frame's kept tokens change. Better
+            outputs for the time of unpruned frame blocks and for more memory. Nothing is merged then.
 
     Returns:
         `model`.
@@ -245,6 +251,7 @@ def accelerate(
         device_of(output_device),
         compile,
         head_dtype,
+        dense_frames,
     )
     host = backbone.find_host(model)
     parts: dict[str, tuple[Any, Callable[..., _Forward]]] = {
@@ -278,10 +285,13 @@ def accelerate(
                 f"{name}.forward is already replaced on this instance by {_foreign(module)!r}: undo that patch first"
             )
     before = _state(model) if is_accelerated(model) else None
-    if before is not None and isinstance(weights, str) and weights == "auto":
-        chosen = before.weights
-    else:
-        chosen = resolve(weights, host)
+    known = None if before is None else before.weights
+    fits = before is not None and (known is None or known.dense_frames == dense_frames)
+    chosen = (
+        known
+        if fits and isinstance(weights, str) and weights == "auto"
+        else resolve(weights, host, dense_frames)
+    )
     if chosen is not None:
         chosen.to(host.aggregator.camera_token.device)
 

@@ -86,6 +86,11 @@ class Summary:
             f"backbone      {self.backbone}",
             f"keep ratio    {self.config.keep_ratio:g}",
             f"merge budget  {self.config.merge_share:g}",
+            *(
+                ["frames        all patch tokens; global attention is pruned"]
+                if self.config.dense_frames
+                else []
+            ),
             f"weights       {self.weights}",
             f"patched       {', '.join(self.patched)}"
             + (" (paused: the stock forward runs)" if self.paused else ""),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from contextlib import nullcontext
 from typing import overload
 
 import torch
 from torch import Tensor
 
+from .following import FollowedLayer, Following
 from .restoration import FeatureGuidedRestoration, restore
 
 # Frames restored at a time: bounds the [frames, P, K] interpolation weights.
@@ -57,9 +58,19 @@ class RestoredTokens(Sequence):
     def __repr__(self) -> str:
         batch, frames, kept = self.kept.shape
         return (
-            f"RestoredTokens({self._length} layers, dense in {sorted(self.compact)}, {batch} x {frames} frames, "
-            f"{kept} of {self.features.shape[2]} patch tokens kept)"
+            f"{type(self).__name__}({self._length} layers, dense in {sorted(self.layers)}, {batch} x {frames} frames, "
+            f"{kept} of {self.role.shape[2]} patch tokens kept)"
         )
+
+    @property
+    def layers(self) -> Set[int]:
+        """The layers that are not None."""
+        return self.compact.keys()
+
+    @property
+    def pruned(self) -> bool:
+        """Whether tokens were dropped, so that there is something to restore."""
+        return self.kept.shape[-1] < self.role.shape[2]
 
     def __len__(self) -> int:
         return self._length
@@ -74,7 +85,7 @@ class RestoredTokens(Sequence):
         if not -len(self) <= index < len(self):
             raise IndexError(f"there are {len(self)} layers, no layer {index}")
         layer = index % len(self)
-        if layer not in self.compact:
+        if layer not in self.layers:
             return None
         frames = self.kept.shape[1]
         chunks = [
@@ -84,22 +95,28 @@ class RestoredTokens(Sequence):
 
     def frames(self, start: int, stop: int, layers: Iterable[int]) -> list[Tensor | None]:
         """Dense tokens [B, stop - start, n + P, 2C] of some layers and frames, None for all other layers."""
-        if self.kept.shape[-1] == self.features.shape[2]:
-            wanted = {range(len(self))[i] for i in layers} & self.compact.keys()
-            dense = {i: self.compact[i][:, start:stop] for i in wanted}
-        else:
+        if self.pruned:
             lead = len(self.kept), -1
             dense = {
-                i: torch.cat([self.compact[i][:, start:stop, : self.special], t.unflatten(0, lead)], dim=2)
+                i: torch.cat([self.special_tokens(i)[:, start:stop], t.unflatten(0, lead)], dim=2)
                 for i, t in self.patches(start, stop, layers).items()
             }
+        else:
+            dense = {i: self.compact[i][:, start:stop] for i in self.wanted(layers)}
         return [dense.get(i) for i in range(len(self))]
+
+    def wanted(self, layers: Iterable[int]) -> list[int]:
+        """Those of `layers`, counted from the front, that the host caches; ascending."""
+        return sorted({range(len(self))[i] for i in layers} & self.layers)
+
+    def special_tokens(self, layer: int) -> Tensor:
+        """Camera and register tokens [B, S, n, 2C] of a layer that the host caches."""
+        return self.compact[layer][:, :, : self.special]
 
     def patches(self, start: int, stop: int, layers: Iterable[int]) -> dict[int, Tensor]:
         """Layer -> dense patch tokens [B * (stop - start), P, 2C], for those of `layers` that the host caches."""
-        wanted = {range(len(self))[i] for i in layers} & self.compact.keys()
         compact = {
-            i: self.compact[i][:, start:stop, self.special :].flatten(0, 1) for i in sorted(wanted)
+            i: self.compact[i][:, start:stop, self.special :].flatten(0, 1) for i in self.wanted(layers)
         }  # [B*s, K, 2C]
         features, kept = (t[:, start:stop].flatten(0, 1) for t in (self.features, self.kept))
         # Tokens of an inference mode that has ended can't enter a graph of gradients, which trained weights ask for.
@@ -121,5 +138,57 @@ class RestoredTokens(Sequence):
         )
 
     def camera(self) -> list[Tensor | None]:
-        """The list a camera head reads: the last layer compact, since a camera token is never pruned."""
-        return [None] * (len(self) - 1) + [self.compact[len(self) - 1]]
+        """The list a camera head reads: of the last layer the special tokens, which are never pruned."""
+        return [None] * (len(self) - 1) + [self.special_tokens(len(self) - 1)]
+
+
+class FollowedTokens(RestoredTokens):
+    """`RestoredTokens` of a forward whose frame blocks had all tokens: nothing to restore but the last step.
+
+    Args:
+        parts: layer -> what its blocks gave.
+        length, kept, role, grid, special: as above; who is not kept is called pruned.
+        following: who followed whom, in B * S rows.
+    """
+
+    def __init__(
+        self,
+        parts: dict[int, FollowedLayer],
+        length: int,
+        kept: Tensor,
+        role: Tensor,
+        grid: tuple[int, int],
+        special: int,
+        following: Following,
+    ):
+        self.parts = parts
+        self._index, self._weights = (t.unflatten(0, kept.shape[:2]) for t in following[:2])  # [B, S, ...]
+        super().__init__({}, length, kept.new_empty(0), kept, role, grid, special)
+
+    @property
+    def layers(self) -> Set[int]:
+        return self.parts.keys()
+
+    def special_tokens(self, layer: int) -> Tensor:
+        frame, _, after = self.parts[layer]
+        return torch.cat([frame[:, :, : self.special], after[:, :, : self.special]], dim=-1)
+
+    def patches(self, start: int, stop: int, layers: Iterable[int]) -> dict[int, Tensor]:
+        following = Following(*(t[:, start:stop].flatten(0, 1) for t in (self._index, self._weights)))
+        dense = {}
+        for i in self.wanted(layers):
+            frame, before, after = (t[:, start:stop].flatten(0, 1) for t in self.parts[i])
+            both = frame, following.follow(before, after)
+            dense[i] = torch.cat([t[:, self.special :] for t in both], dim=-1)
+        return dense
+
+    def select(self, frames: Tensor) -> RestoredTokens:
+        return FollowedTokens(
+            {i: FollowedLayer(*(t.index_select(1, frames) for t in part)) for i, part in self.parts.items()},
+            self._length,
+            self.kept.index_select(1, frames),
+            self.role.index_select(1, frames),
+            self.grid,
+            self.special,
+            Following(*(t.index_select(1, frames).flatten(0, 1) for t in (self._index, self._weights))),
+        )

@@ -34,7 +34,7 @@ from .scorer import TokenScorer
 from .version import __version__
 
 KIND = "pace weights"
-FORMAT = 2  # 1 had no adaptation
+FORMAT = 3  # 1 had no adaptation, 2 none for dense frames
 HUB_FILE = "pace.safetensors"
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^@\s]+))?")
 ACCEPTED = (
@@ -47,10 +47,13 @@ ACCEPTED = (
 class PaceWeights:
     """What makes the accelerated model better than training-free: a trained scorer, merge, restoration and adaptation.
 
+    Weights are for frame blocks on the kept tokens, or for frame blocks on all of them (`dense_frames`), where there is
+    nothing to merge and next to nothing to restore.
+
     Attributes:
         scorer: learned saliency of patch tokens.
-        merge: learned residual of the tokens that enter attention.
-        restoration: learned residual of the dense tokens.
+        merge: learned residual of the tokens that enter attention; None for dense frames.
+        restoration: learned residual of the dense tokens; None for dense frames.
         adaptation: learned changes of the attention blocks.
         backbone: dimensions of the backbone that it was trained for.
         fingerprints: dtype name -> fingerprint of that backbone cast to this dtype (see `backbone.fingerprints`).
@@ -61,8 +64,8 @@ class PaceWeights:
     """
 
     scorer: TokenScorer
-    merge: MergeAdapter
-    restoration: FeatureGuidedRestoration
+    merge: MergeAdapter | None
+    restoration: FeatureGuidedRestoration | None
     adaptation: BlockAdaptation
     backbone: BackboneSpec
     fingerprints: dict[str, str]
@@ -74,7 +77,12 @@ class PaceWeights:
     @classmethod
     @torch.inference_mode(False)  # parameters made in inference mode could never be trained
     def new(
-        cls, model: nn.Module, *, keep_ratios: Sequence[float] = (), training: dict[str, Any] | None = None
+        cls,
+        model: nn.Module,
+        *,
+        dense_frames: bool = False,
+        keep_ratios: Sequence[float] = (),
+        training: dict[str, Any] | None = None,
     ) -> PaceWeights:
         """Untrained weights that fit a VGGT, in float32 on its device. They change nothing until they are trained.
 
@@ -88,13 +96,17 @@ class PaceWeights:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.random.default_generator.manual_seed(0)
             scorer = TokenScorer(backbone.embed_dim)
-            merge = MergeAdapter(backbone.embed_dim)
-            restoration = FeatureGuidedRestoration(backbone.embed_dim, backbone.cached_layers)
+            merge = None if dense_frames else MergeAdapter(backbone.embed_dim).eval()
+            restoration = (
+                None
+                if dense_frames
+                else FeatureGuidedRestoration(backbone.embed_dim, backbone.cached_layers).eval()
+            )
             adaptation = BlockAdaptation(block_shapes(host.aggregator))
         weights = cls(
             scorer.eval(),
-            merge.eval(),
-            restoration.eval(),
+            merge,
+            restoration,
             adaptation.eval(),
             backbone,
             fingerprints(host),
@@ -114,10 +126,13 @@ class PaceWeights:
         fields = {
             "library_version": self.library_version,
             "backbone": self.backbone.to_dict(),
+            "dense_frames": self.dense_frames,
             "hidden_dims": {
                 "scorer": self.scorer.hidden.weight.shape[0],
-                "merge": self.merge.out.weight.shape[1],
-                "restoration": tensors["restoration.hidden.0.weight"].shape[0],
+                "merge": None if self.merge is None else self.merge.out.weight.shape[1],
+                "restoration": (
+                    None if self.dense_frames else tensors["restoration.hidden.0.weight"].shape[0]
+                ),
                 "adaptation": self.adaptation.rank,
             },
             "adapted": self.adaptation.shapes(),
@@ -148,8 +163,13 @@ class PaceWeights:
         repo, revision = match["repo"], match["revision"]
         return _read(_download(repo, revision), f"{repo}@{revision or 'main'}")
 
-    def check(self, host: Host) -> None:
-        """Check that these weights were trained for this backbone.
+    @property
+    def dense_frames(self) -> bool:
+        """Whether they are for frame blocks on all patch tokens."""
+        return self.restoration is None
+
+    def check(self, host: Host, dense_frames: bool = False) -> None:
+        """Check that these weights were trained for this backbone and setting.
 
         A float32 backbone has a fingerprint for each dtype that it can be cast to, so weights and host belong
         together if the fingerprints of any dtype that both know agree.
@@ -157,6 +177,11 @@ class PaceWeights:
         Raises:
             WeightsError: names both sides.
         """
+        if self.dense_frames != dense_frames:
+            raise WeightsError(
+                f"pace weights {self.source} were trained for dense_frames={self.dense_frames}: pass that, or "
+                "other weights"
+            )
         mine, theirs = self.backbone, spec(host)
         if not _dimensions_fit(mine, theirs, bool(host.dense_heads)):
             raise WeightsError(
@@ -195,7 +220,8 @@ class PaceWeights:
     def modules(self) -> nn.ModuleDict:
         """The trained modules by name, the modules themselves."""
         names = ("scorer", "merge", "restoration", "adaptation")
-        return nn.ModuleDict({name: getattr(self, name) for name in names})
+        modules = {name: getattr(self, name) for name in names}
+        return nn.ModuleDict({name: module for name, module in modules.items() if module is not None})
 
     def __str__(self) -> str:
         parameters = sum(p.numel() for p in self.modules().parameters())
@@ -206,13 +232,16 @@ class PaceWeights:
         return f"{self.source} ({trained}; {parameters:,d} parameters; pacevggt-patch {self.library_version})"
 
 
-def resolve(weights: str | PathLike[str] | PaceWeights | None, host: Host) -> PaceWeights | None:
+def resolve(
+    weights: str | PathLike[str] | PaceWeights | None, host: Host, dense_frames: bool = False
+) -> PaceWeights | None:
     """The weights that `accelerate` was asked for, checked against the host; None is training-free.
 
     Args:
         weights: None, "auto" (bundled weights of this backbone, else None with a warning), `PaceWeights`, a path, or a
             Hub id "user/repo[@revision]".
         host: the model's parts.
+        dense_frames: whether frame blocks keep all patch tokens.
 
     Raises:
         WeightsError: anything else, or weights that can't be had, are damaged, or do not fit.
@@ -220,26 +249,31 @@ def resolve(weights: str | PathLike[str] | PaceWeights | None, host: Host) -> Pa
     if weights is None:
         return None
     if isinstance(weights, str) and weights == "auto":
-        found = _bundled(host)
+        found = _bundled(host, dense_frames)
         if found is None:
+            setting = " and dense_frames=True" if dense_frames else ""
             warnings.warn(
-                "no pace weights are bundled for this checkpoint, so it runs training-free: pass weights=PATH or "
-                'weights="user/repo" to use trained ones, or weights=None to choose training-free without this warning',
+                f"no pace weights are bundled for this checkpoint{setting}, so it runs training-free: pass "
+                'weights=PATH or weights="user/repo" to use trained ones, or weights=None to choose training-free '
+                "without this warning",
                 UserWarning,
                 stacklevel=3,  # past accelerate(), to the line that called it
             )
         return found
     chosen = weights if isinstance(weights, PaceWeights) else PaceWeights.load(weights)
-    chosen.check(host)
+    chosen.check(host, dense_frames)
     return chosen
 
 
-def _bundled(host: Host) -> PaceWeights | None:
+def _bundled(host: Host, dense_frames: bool) -> PaceWeights | None:
     known = fingerprints(host)
     for path in bundled_files("pace-*.safetensors"):
-        if _same_backbone(tensorfile.read_metadata(path, KIND, FORMAT).get("fingerprints", {}), known):
+        fields = tensorfile.read_metadata(path, KIND, FORMAT)
+        if fields.get("dense_frames", False) == dense_frames and _same_backbone(
+            fields.get("fingerprints", {}), known
+        ):
             weights = _read(path, f"bundled {path.stem}")
-            weights.check(host)
+            weights.check(host, dense_frames)
             return weights
     return None
 
@@ -254,14 +288,19 @@ def _read(path: Path, source: str) -> PaceWeights:
         # Nothing is allocated or initialised before the tensors of the file are known to fit.
         with torch.device("meta"):
             scorer = TokenScorer(backbone.embed_dim, hidden["scorer"])
-            merge = MergeAdapter(backbone.embed_dim, hidden["merge"])
-            restoration = FeatureGuidedRestoration(backbone.embed_dim, layers, hidden["restoration"])
+            dense_frames = fields["format"] > 2 and fields["dense_frames"]
+            merge = None if dense_frames else MergeAdapter(backbone.embed_dim, hidden["merge"]).eval()
+            restoration = (
+                None
+                if dense_frames
+                else FeatureGuidedRestoration(backbone.embed_dim, layers, hidden["restoration"]).eval()
+            )
             adapted, rank = (fields["adapted"], hidden["adaptation"]) if fields["format"] > 1 else ({}, 0)
             adaptation = BlockAdaptation({name: tuple(shape) for name, shape in adapted.items()}, rank)
         weights = PaceWeights(
             scorer.eval(),
-            merge.eval(),
-            restoration.eval(),
+            merge,
+            restoration,
             adaptation.eval(),
             backbone,
             dict(fields["fingerprints"]),

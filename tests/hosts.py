@@ -124,9 +124,9 @@ def assert_equal(first, second) -> None:
             assert torch.equal(a, b), f"{key} differs by {(a - b).abs().max():.2e}"
 
 
-def random_adaptation(model, size: float = 0.05) -> PaceWeights:
+def random_adaptation(model, size: float = 0.05, dense_frames: bool = False) -> PaceWeights:
     """Weights that change the blocks and nothing else."""
-    weights = PaceWeights.new(model)
+    weights = PaceWeights.new(model, dense_frames=dense_frames)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in weights.adaptation.parameters():

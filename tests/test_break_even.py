@@ -59,7 +59,7 @@ def test_the_model_is_asked_about_its_own_sizes(batch, frames, monkeypatch):
     with torch.inference_mode():
         kinds = [type(model.aggregator(images)[0]) for _ in range(2)]
     assert kinds == [list, RestoredTokens]
-    assert asked == [("cpu", batch, frames, 20, 8, 5, 32, 4)] * 2
+    assert asked == [("cpu", batch, frames, 20, 8, 5, 32, 4, False)] * 2
 
 
 @pytest.mark.parametrize("frames", [1, 3])

@@ -51,6 +51,8 @@ def calibrate(
         PaceError: there are no clips, a setting is out of range, or the model is accelerated already.
     """
     weights = weights or PaceWeights.new(model, keep_ratios=keep_ratios)
+    if weights.dense_frames:
+        raise PaceError("weights for dense_frames=True have no restoration, so there is nothing to calibrate")
     with guest(model, weights):
         fit_linear(model, clips, weights, keep_ratios, ridge)
     return weights
@@ -61,6 +63,7 @@ def fit_linear(
     model: Any, clips: Iterable[Tensor], weights: PaceWeights, keep_ratios: Sequence[float], ridge: float
 ) -> None:
     """`calibrate` for a model that is accelerated with these weights."""
+    assert weights.restoration is not None
     linear: list[Any] = list(weights.restoration.linear)
     for layer in linear:
         layer.weight.zero_()
@@ -92,7 +95,7 @@ def accumulate(
     module = student.restoration
     if module is None:
         return
-    layers = [layer for layer in module.layers if layer in student.compact]
+    layers = [layer for layer in module.layers if layer in student.layers]
     restored: list[Any] = student.frames(frames.start, frames.stop, layers)
     wanted: list[Any] = teacher.frames(frames.start, frames.stop, layers)
     kept = student.kept[:, frames.start : frames.stop].flatten(0, 1)

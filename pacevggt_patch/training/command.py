@@ -84,6 +84,8 @@ def run_training(options: Options) -> dict[str, Any]:
     if (options.images is None) == (options.rooms is None):
         raise PaceError("training needs images: pass --images DIR, or --rooms for rendered ones")
     settings = options.settings
+    if settings.dense_frames and not settings.steps:
+        raise PaceError("with dense frames there is no restoration to calibrate: train some steps")
     # What is on the disk is looked at before a large model is loaded.
     mini = options.backbone == "mini" or is_mini(Path(options.backbone))
     source = make_source(options, mini, device)
@@ -104,7 +106,7 @@ def run_training(options: Options) -> dict[str, Any]:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         model.to(device)
-        weights = PaceWeights.new(model)
+        weights = PaceWeights.new(model, dense_frames=settings.dense_frames)
         with guest(model, weights):
             fit = Fit(model, weights, source, settings, checkpointing=large, rank=rank, world=world)
             return Run(fit, options).go()
@@ -147,9 +149,10 @@ class Run:
             self.load()
         else:
             self.check("training-free")
-            fit.calibrate()
-            self.save_weights("calibrated.safetensors")
-            self.check("calibrated")
+            if not fit.weights.dense_frames:
+                fit.calibrate()
+                self.save_weights("calibrated.safetensors")
+                self.check("calibrated")
         saved = time.monotonic()
         with (
             ThreadPoolExecutor(2) as pool,

@@ -64,6 +64,7 @@ class Settings:
         truth: how much of the camera, depth and point losses is against ground truth where clips have it.
         calibration: clips that the closed-form fit takes.
         checks: clips that no step draws, on which the run is judged.
+        dense_frames: train for frame blocks on all patch tokens, see `accelerate`.
         seed: of everything random.
     """
 
@@ -81,6 +82,7 @@ class Settings:
     truth: float = 0.5
     calibration: int = 8
     checks: int = 4
+    dense_frames: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -136,7 +138,7 @@ def step_plan(settings: Settings, step: int) -> StepPlan:
     ratio = low * (high / low) ** (below(RATIOS) / (RATIOS - 1))
     all_merged = torch.rand((), generator=generator).item() < ALL_MERGED
     share = MERGED_OTHERWISE[below(len(MERGED_OTHERWISE))]
-    budget = None if all_merged else share * (1 - ratio)
+    budget = None if all_merged or settings.dense_frames else share * (1 - ratio)
     views = settings.views[below(len(settings.views))]
     frames = torch.randperm(views, generator=generator)[: settings.dense].sort().values.tolist()
     return StepPlan(views, ratio, budget, frames)
@@ -201,7 +203,9 @@ class Fit:
         """An optimizer without a past, for the stage that begins."""
         weights = self.weights
         modules = (weights.scorer,), (weights.merge, weights.restoration), (weights.adaptation,)
-        groups = [[p for module in group for p in module.parameters()] for group in modules]
+        groups = [
+            [p for module in group if module is not None for p in module.parameters()] for group in modules
+        ]
         settings = self.settings
         return torch.optim.AdamW(
             [{"params": group} for group in groups],
@@ -313,7 +317,9 @@ class Fit:
         self.optimizer = self.new_optimizer()
 
     def calibrate(self) -> None:
-        """Fit the linear part of the restoration."""
+        """Fit the linear part of the restoration, if there is one."""
+        if self.weights.dense_frames:
+            return
         clips = (sample.images for sample in self.reserved(CALIBRATION, self.settings.calibration))
         fit_linear(self.model, clips, self.weights, KEEP_RATIOS, RIDGE)
         if self.world > 1:

@@ -27,7 +27,7 @@ def guest(model: nn.Module, weights: PaceWeights) -> Generator[None]:
             "this model is accelerated already: call pacevggt_patch.remove(model) before training"
         )
     # Values are looked at where they come in; a look in every step would make CUDA wait.
-    accelerate(model, weights=weights, check_finite=False, min_frames=1)
+    accelerate(model, weights=weights, check_finite=False, min_frames=1, dense_frames=weights.dense_frames)
     training = [(module, module.training) for module in model.modules()]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:

@@ -158,17 +158,17 @@ def token_losses(student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
     """Mean squared error of tokens over the variance of the teacher's, mean over layers, so that layers weigh alike.
 
     "special": camera and register tokens of all frames and returned layers. "dense": patch tokens of the n frames with
-    dense outputs, at the layers that a learned restoration knows.
+    dense outputs, at the layers that the learned restoration knows, if there is one.
     """
     n = student.tokens.special
     special = [
-        relative_error(compact[:, :, :n], teacher.tokens.compact[layer][:, :, :n])
-        for layer, compact in student.tokens.compact.items()
+        relative_error(student.tokens.special_tokens(layer), teacher.tokens.special_tokens(layer))
+        for layer in student.tokens.layers
     ]
     losses = {"special": torch.stack(special).mean()}
     module, frames = student.dense.restoration, student.dense.kept.shape[1]
-    if module is not None and frames:
-        layers = [layer for layer in module.layers if layer in student.dense.compact]
+    if frames:
+        layers = [layer for layer in student.dense.layers if module is None or layer in module.layers]
         found: list[Any] = student.dense.frames(0, frames, layers)
         wanted: list[Any] = teacher.dense.frames(0, frames, layers)
         dense = [relative_error(found[layer][:, :, n:], wanted[layer][:, :, n:]) for layer in layers]

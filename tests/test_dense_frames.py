@@ -1,0 +1,251 @@
+"""Frame blocks on all patch tokens, global blocks on the kept ones: against a loop over tokens, and stock VGGT."""
+
+import pytest
+import torch
+from hosts import assert_equal, random_adaptation, random_images, tiny_vggt
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pacevggt_patch import PaceError, PaceWeights, WeightsError, accelerate, backbone, remove, summary
+from pacevggt_patch.break_even import saved_flops
+from pacevggt_patch.following import Following, following
+from pacevggt_patch.patch import retune
+from pacevggt_patch.scorer import token_scores
+from pacevggt_patch.tokens import FollowedTokens
+
+
+def by_hand(aggregator, images, keep, weights=None):
+    """The forward pass written out with lists, for clips [1, S, 3, H, W]: layer -> [S, n + P, 2C]."""
+    frames, n = images.shape[1], int(aggregator.patch_start_idx)
+    grid = images.shape[-2] // 14, images.shape[-1] // 14
+    features = backbone.patch_tokens(aggregator, images)
+    order = token_scores(features, grid, keep).argsort(dim=-1, descending=True, stable=True)[0]
+    kept = [sorted(row[:keep].tolist()) for row in order]
+    places = backbone.rope_positions(aggregator, grid, images.device)
+    origin = places.new_zeros(n, 2)
+    tokens = [
+        torch.cat([s, f])
+        for s, f in zip(backbone.special_tokens(aggregator, 1, frames)[0], features[0], strict=True)
+    ]
+    reads = []
+    for s in range(frames):
+        unit = torch.nn.functional.normalize(features[0, s].float(), dim=-1)
+        cells = torch.cartesian_prod(torch.arange(grid[0]), torch.arange(grid[1])).float()
+        squared = (cells[:, None] - cells[kept[s]][None]).square().sum(-1)
+        variance = 0.75**2 * len(unit) / keep
+        reads.append((20.0 * unit @ unit[kept[s]].T - squared / (2 * variance)).softmax(-1))
+    layers = []
+    for frame_block, global_block in zip(aggregator.frame_blocks, aggregator.global_blocks, strict=True):
+        inside = [frame_block(t[None], pos=torch.cat([origin, places])[None])[0] for t in tokens]
+        few = [torch.cat([t[:n], t[n:][k]]) for t, k in zip(inside, kept, strict=True)]
+        where = torch.cat([torch.cat([origin, places[k]]) for k in kept])
+        after = global_block(torch.cat(few)[None], pos=where[None])[0].split(n + keep)
+        tokens = []
+        for before, old, new, k, read in zip(inside, few, after, kept, reads, strict=True):
+            patches = before[n:] + read.to(before.dtype) @ (new - old)[n:]
+            patches[k] = new[n:]
+            tokens.append(torch.cat([new[:n], patches]))
+        layers.append(torch.stack([torch.cat(pair, -1) for pair in zip(inside, tokens, strict=True)]))
+    return layers
+
+
+@pytest.mark.parametrize(("frames", "keep"), [(1, 6), (3, 1), (3, 6), (3, 19)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@torch.inference_mode()
+def test_it_is_the_forward_written_out(frames, keep, dtype):
+    model, images = tiny_vggt().to(dtype), random_images(frames).to(dtype)
+    expected = by_hand(model.aggregator, images, keep)
+    accelerate(model, keep / 20, weights=None, dense_frames=True)
+    tokens, start = model.aggregator(images)
+    assert start == 5 and isinstance(tokens, FollowedTokens) and len(tokens) == 4
+    for layer, wanted in enumerate(expected):
+        torch.testing.assert_close(tokens[layer], wanted[None], rtol=1e-4, atol=1e-5)
+
+
+@given(st.integers(1, 12), st.integers(0, 3), st.data())
+def test_tokens_follow(patches, special, data):
+    keep = data.draw(st.integers(1, patches))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    kept = torch.stack([torch.randperm(patches, generator=generator)[:keep].sort().values for _ in range(2)])
+    before = torch.randn(2, special + patches, 3, generator=generator, dtype=torch.float64)
+    features = torch.randn(2, patches, 5, generator=generator)
+    followed = following(features, kept, (1, patches), special, torch.float64)
+    assert followed.index.tolist() == [
+        [*range(special), *(i + special for i in row)] for row in kept.tolist()
+    ]
+    read = followed.weights[:, special:].sum(-1)
+    torch.testing.assert_close(read, torch.ones_like(read), rtol=0, atol=1e-5)
+    old = followed.compact(before)
+    assert torch.equal(followed.follow(before, old), before)  # nobody moves
+    # If all kept tokens move by the same, so do all that follow; special ones move alone.
+    new = old + torch.tensor([9.0] * special + [2.0] * keep).view(-1, 1)
+    expected = before + torch.tensor([9.0] * special + [2.0] * patches).view(-1, 1)
+    torch.testing.assert_close(followed.follow(before, new), expected, rtol=0, atol=1e-5)
+    assert torch.equal(followed.compact(followed.follow(before, new)), new)
+
+
+def test_special_tokens_are_never_dropped():
+    tokens = torch.arange(2 * 6 * 1.0).view(2, 6, 1)
+    halves = torch.nn.functional.pad(torch.full((2, 4, 2), 0.5), (0, 0, 2, 0))
+    followed = Following(torch.tensor([[0, 1, 3, 5], [0, 1, 2, 4]]), halves)
+    assert followed.compact(tokens).flatten(1).tolist() == [[0, 1, 3, 5], [6, 7, 8, 10]]
+    after = followed.compact(tokens) + torch.tensor([100.0, 200.0, 1.0, 3.0]).view(1, 4, 1)
+    assert followed.follow(tokens, after)[0, :, 0].tolist() == [100, 201, 2 + 2, 3 + 1, 4 + 2, 5 + 3]
+
+
+@pytest.mark.parametrize("group", [1, 2])
+@torch.inference_mode()
+def test_all_kept_but_by_another_way_is_the_stock_model(group, monkeypatch):
+    """With every token kept nothing follows, so the two ways agree up to rounding; without pruning stock runs."""
+    model, images = tiny_vggt(group=group), random_images(3, batch=2)
+    stock = model(images)
+    assert_equal(accelerate(model, 1.0, weights=None, dense_frames=True)(images), stock)
+    everyone = following(torch.randn(6, 20, 8), torch.arange(20).expand(6, -1), (4, 5), 5, torch.float32)
+    aggregator = model.aggregator
+    positions = torch.cat(
+        [torch.zeros(5, 2).long(), backbone.rope_positions(aggregator, (4, 5), images.device)]
+    )
+    positions = positions.repeat(2, 3, 1, 1)
+    everyone = everyone._replace(positions=positions.flatten(0, 1))
+    special = backbone.special_tokens(aggregator, 2, 3)
+    entering = torch.cat([special, backbone.patch_tokens(aggregator, images)], dim=2)
+    remove(model)
+    monkeypatch.setitem(backbone.HIDDEN_BYTES, "cpu", 4 * 32 * 25 * 4 * 2)  # two of the six frames at a time
+    found = backbone.alternating_attention(aggregator, entering, positions, (3,), following=everyone)[3]
+    wanted = aggregator(images)[0][3]
+    torch.testing.assert_close(torch.cat([found.frame, found.after], -1), wanted, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_heads_see_the_tokens_that_a_reader_sees():
+    model, images = tiny_vggt(), random_images(3, batch=2)
+    accelerate(model, 0.3, weights=None, dense_frames=True)
+    tokens, start = model.aggregator(images)
+    depth, _ = model.depth_head(tokens, images=images, patch_start_idx=start)
+    poses = model.camera_head(tokens)[-1]
+    remove(model)
+    dense = list(tokens)
+    wanted, _ = model.depth_head(dense, images=images, patch_start_idx=start)
+    torch.testing.assert_close(depth, wanted)
+    assert torch.equal(poses, model.camera_head(dense)[-1])
+    torch.testing.assert_close(tokens.select(torch.tensor([2, 0]))[1], dense[1][:, [2, 0]])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.inference_mode()
+def test_narrow_models(dtype):
+    model, images = tiny_vggt(), random_images(3)
+    accelerate(model, 0.3, weights=None, dense_frames=True)
+    tokens, _ = model.aggregator(images)
+    narrow, _ = model.to(dtype).aggregator(images.to(dtype))
+    assert narrow[3].dtype == dtype
+    same = (narrow.kept == tokens.kept).all(-1, keepdim=True)[..., None]  # rounding may keep others
+    error = ((narrow[3].float() - tokens[3]) * same).norm() / (tokens[3] * same).norm()
+    assert same.any() and error < 0.1
+    with torch.autocast("cpu", dtype):
+        cast, _ = model.float().aggregator(images)
+    assert cast._weights.dtype == dtype and cast[3].isfinite().all()
+
+
+@torch.inference_mode()
+def test_frames_in_chunks_change_nothing(monkeypatch):
+    model, images = tiny_vggt(), random_images(5)
+    accelerate(model, 0.3, weights=None, dense_frames=True)
+    whole = model(images)
+    monkeypatch.setitem(backbone.HIDDEN_BYTES, "cpu", 1)
+    parts = model(images)
+    for key in ("pose_enc", "depth", "world_points"):
+        torch.testing.assert_close(parts[key], whole[key], rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_frame_blocks_see_all_tokens_and_global_blocks_the_kept_ones():
+    model, images = tiny_vggt(), random_images(3)
+    seen = {"frame": [], "global": []}
+    for kind, lengths in seen.items():
+        for block in getattr(model.aggregator, f"{kind}_blocks"):
+            block.register_forward_hook(
+                lambda _, args, __, lengths=lengths: lengths.append(args[0].shape[:2])
+            )
+    accelerate(model, 0.3, weights=None, dense_frames=True)(images)
+    assert seen == {"frame": [(3, 25)] * 4, "global": [(1, 3 * 11)] * 4}
+    assert "all patch tokens; global attention is pruned" in str(summary(model))
+
+
+@torch.inference_mode()
+def test_other_settings_work_beside_it():
+    model, images = tiny_vggt(), random_images(3)
+    plain = accelerate(model, 0.3, weights=None, dense_frames=True)(images)["depth"]
+    fewer = accelerate(model, 0.3, weights=None, dense_frames=True, global_keys=0.5)(images)["depth"]
+    assert fewer.isfinite().all() and not torch.allclose(fewer, plain, atol=1e-6)
+    compiled = accelerate(model, 0.3, weights=None, dense_frames=True, compile=True)(images)["depth"]
+    torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-3)
+
+
+def test_gradients_are_the_same_with_checkpointing():
+    model, images = tiny_vggt(), random_images(2)
+    weights = random_adaptation(model, dense_frames=True)
+    accelerate(model, 0.4, weights=weights, dense_frames=True)
+    found = []
+    for checkpointing in (False, True):
+        retune(model, 0.4, checkpointing=checkpointing)
+        weights.adaptation.requires_grad_(True)
+        tokens, _ = model.aggregator(images)
+        loss = tokens[3].square().mean()
+        found.append(torch.autograd.grad(loss, list(weights.adaptation.parameters())))
+    assert any(gradient.abs().max() > 0 for gradient in found[0])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@torch.inference_mode()
+def test_weights_are_for_one_setting(tmp_path):
+    model, images = tiny_vggt(), random_images(3)
+    weights = random_adaptation(model, dense_frames=True)
+    assert weights.dense_frames and weights.merge is None and weights.restoration is None
+    changed = accelerate(model, 0.3, weights=weights, dense_frames=True)(images)["depth"]
+    plain = accelerate(model, 0.3, weights=None, dense_frames=True)(images)["depth"]
+    assert not torch.allclose(changed, plain, atol=1e-6)
+    weights.save(tmp_path / "dense.safetensors")
+    loaded = PaceWeights.load(tmp_path / "dense.safetensors")
+    assert (
+        loaded.dense_frames and loaded.modules().state_dict().keys() == weights.modules().state_dict().keys()
+    )
+    again = accelerate(model, 0.3, weights=loaded, dense_frames=True)(images)["depth"]
+    assert torch.equal(again, changed)
+    with pytest.raises(WeightsError) as error:
+        accelerate(model, 0.3, weights=loaded)
+    assert str(error.value) == (
+        f"pace weights {loaded.source} were trained for dense_frames=True: pass that, or other weights"
+    )
+    # The weights in force stay where they fit, and are looked for anew where they do not.
+    assert torch.equal(accelerate(model, 0.3, dense_frames=True)(images)["depth"], changed)
+    with pytest.warns(UserWarning, match="no pace weights are bundled for this checkpoint, so"):
+        accelerate(model, 0.3)
+    with pytest.warns(
+        UserWarning, match="no pace weights are bundled for this checkpoint and dense_frames=True, so"
+    ):
+        accelerate(remove(model), 0.3, dense_frames=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dense_frames": 1}, "dense_frames must be True or False, got 1"),
+        (
+            {"dense_frames": True, "merge_budget": 0.2},
+            "merge_budget=0.2 does not go with dense_frames=True, where no token is merged: leave it out",
+        ),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(PaceError) as error:
+        accelerate(tiny_vggt(), weights=None, **settings)
+    assert str(error.value) == message
+
+
+def test_it_saves_global_attention_alone():
+    sizes = dict(frames=10, patches=100, kept=30, special=5, channels=64, blocks=4)
+    both, one = saved_flops(**sizes), saved_flops(**sizes, dense_frames=True)
+    in_frames = 4 * 10 * (24 * 70 * 64**2 + 4 * 64 * (105**2 - 35**2))
+    assert both - one == pytest.approx(in_frames + 4 * 2 * 10 * 100 * 30 * 64)
