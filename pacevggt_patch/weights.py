@@ -116,8 +116,12 @@ class PaceWeights:
         aggregator: Any = host.aggregator
         return weights.to(aggregator.camera_token.device)
 
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write one safetensors file (float32) with everything else as JSON in its metadata, at once or not at all.
+    def save(self, path: str | PathLike[str], *, eight_bits: bool = False) -> None:
+        """Write one safetensors file with everything else as JSON in its metadata, at once or not at all.
+
+        Args:
+            path: of the file.
+            eight_bits: write matrices in 8 bits, see `tensorfile.in_8_bits`, which rounds; else float32.
 
         Raises:
             WeightsError: no such folder, NaN or infinity, `training` is not JSON, or the write failed.
@@ -140,6 +144,7 @@ class PaceWeights:
             "keep_ratios": list(self.keep_ratios),
             "training": self.training,
         }
+        tensors = tensorfile.in_8_bits(tensors) if eight_bits else tensors
         tensorfile.write(path, tensors, KIND, FORMAT, fields)
 
     @classmethod

@@ -200,6 +200,24 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(weights, file, monkeypat
     assert os.listdir(file.parent) == [file.name]
 
 
+def test_eight_bits_are_a_quarter_of_the_size_and_close(weights, file, tmp_path):
+    small = tmp_path / "small.safetensors"
+    weights.save(small, eight_bits=True)
+    with safe_open(file, "pt") as whole, safe_open(small, "pt") as rounded:
+        assert rounded.metadata() == whole.metadata()
+    assert sum(t.nbytes for t in load_file(small).values()) < 0.4 * sum(
+        t.nbytes for t in load_file(file).values()
+    )
+    found, wanted = tensors_of(PaceWeights.load(small)), tensors_of(PaceWeights.load(file))
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert (found[name] - tensor).abs().max() <= tensor.abs().max() / 200, name
+    with torch.no_grad():
+        weights.scorer.hidden.weight[0, 0] = torch.nan
+    with pytest.raises(WeightsError):
+        weights.save(small, eight_bits=True)
+
+
 def test_the_saved_file_has_the_usual_permissions(file):
     plain = file.with_name("plain")
     plain.write_bytes(b"")
