@@ -202,15 +202,17 @@ def stage_work(
     if kept < patches:
         heads, size = len(dims.dense), dims.aggregator_bytes
 
-        def read(width: int) -> Work:
-            return Work(2 * patches * kept * width, size * (width * (patches + kept) + patches * kept))
+        def read(rows: int, width: int) -> Work:
+            return Work(2 * rows * kept * width, size * (width * (rows + kept) + rows * kept))
 
-        follow = read(channels) + Work(passes=size * channels * (5 * kept + 3 * patches))
+        follow = read(dims.special + patches, channels) + Work(
+            passes=size * channels * (6 * length + 2 * patches)
+        )
         if dense_frames:
             work["following"] = frames * (near + Work(passes=4 * patches * 8 * kept) + dims.depth * follow)
             work["restoration"] = heads * frames * dims.cached * follow
     if kept < patches and not dense_frames:
-        rows = read(2 * channels)
+        rows = read(patches, 2 * channels)
         # Every dense head restores the cached layers for itself.
         restore = near + dims.cached * (rows + Work(passes=size * 2 * channels * (2 * kept + 2 * patches)))
         work["restoration"] = (

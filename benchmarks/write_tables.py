@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ PRUNED = {
     "redkitchen": "redkitchen, 3 x 8 photographs",
     "herzjesu": "herzjesu, 8 photographs",
 }
+ALL_STAGES = ("training-free", "calibrated", "distilled", "refined")
 STAGES = {
     "rooms-8": "24 rooms, 8 frames",
     "rooms-24": "12 rooms, 24 frames",
@@ -88,15 +90,19 @@ def unpruned_table() -> str:
     return "\n".join(lines)
 
 
-def stages_table() -> str:
-    """What each stage of training pace weights is worth: AUC@30 and AbsRel, with the spread over seeds."""
-    stages = ("training-free", "calibrated", "distilled", "refined")
+def stages_table(prefix: str = "", stages: tuple[str, ...] = ALL_STAGES) -> str:
+    """What each stage of training pace weights is worth: AUC@30 and AbsRel, with the spread over seeds.
+
+    Args:
+        prefix: of the clips in the names of the files of `pace_quality.py`.
+        stages: the columns.
+    """
     lines = [
         "| clips | keep ratio | unpruned | " + " | ".join(stages) + " |",
         "|---|---|" + "---|" * (1 + len(stages)),
     ]
     for name, title in STAGES.items():
-        found = json.loads((RESULTS / f"pace-mini-{name}.json").read_text())["rows"]
+        found = json.loads((RESULTS / f"pace-mini-{prefix}{name}.json").read_text())["rows"]
         by_setting = {(row["stage"], row["keep_ratio"]): row for row in found}
         for ratio in dict.fromkeys(row["keep_ratio"] for row in found if row["stage"] != "unpruned"):
             cells = [by_setting["unpruned", 1.0], *(by_setting[stage, ratio] for stage in stages)]
@@ -129,6 +135,7 @@ def filled(text: str, name: str, table: str) -> str:
 TABLES = [
     (ROOT / "README.md", "pruning", pruning_table),
     (ROOT / "README.md", "stages", stages_table),
+    (ROOT / "README.md", "dense", partial(stages_table, "dense-", ("training-free", "distilled", "refined"))),
     (ROOT / "weights" / "README.md", "unpruned", unpruned_table),
 ]
 

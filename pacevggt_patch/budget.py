@@ -139,8 +139,8 @@ def fit_budget(
     aggregator would run instead, pass `min_frames=1` as well.
 
     Args:
-        model: a VGGT on its device. If it is accelerated, its weights and merge budget are in force during calibration;
-            if not, it is calibrated training-free.
+        model: a VGGT on its device. If it is accelerated, its weights and all other settings are in force during
+            calibration; if not, it is calibrated training-free.
         frames: N, frames of the clip to come.
         size: its height and width in pixels.
         seconds: wall time that one forward may take.

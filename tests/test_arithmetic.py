@@ -63,6 +63,19 @@ def test_flops_of_modules(height, width, keep):
         assert dense + work["restoration"].flops + probes == of("depth_head", "point_head")
 
 
+def test_flops_of_dense_frames():
+    arithmetic = importlib.import_module("arithmetic")
+    model, frames, grid, keep = tiny_vggt().requires_grad_(False), 9, (4, 5), 6
+    accelerate(model, 0.3, weights=None, dense_frames=True)
+    counts = counted(lambda: model(random_images(frames))).get_flop_counts()
+    work = arithmetic.stage_work(arithmetic.Dimensions.of(model, 4, 4), frames, grid, keep, dense_frames=True)
+    probes = 2 * 2  # as above
+    assert sum(stage.flops for stage in work.values()) + probes == sum(counts["Global"].values())
+    frame_blocks = (name for name in counts if ".frame_blocks." in name and name.count(".") == 3)
+    assert work["frame blocks"].flops == sum(sum(counts[name].values()) for name in frame_blocks)
+    assert set(work) & {"keep and merge", "following"} == {"following"}
+
+
 def test_flops_of_the_accelerated_stages():
     arithmetic = importlib.import_module("arithmetic")
     frames, grid, keep = 5, (6, 7), 13

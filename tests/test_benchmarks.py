@@ -115,6 +115,21 @@ def test_noise(tmp_path, monkeypatch, capsys):
     assert "same tokens kept 100.0%" in capsys.readouterr().out
 
 
+def test_latency_with_dense_frames(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    latency, file = script("latency"), tmp_path / "latency.json"
+    latency.BREAK_EVEN_CANDIDATES = ()
+    small = ["--device", "cpu", "--size", "28x42", "--repeats", "1", "--frames", "2", "--dense-frames"]
+    assert latency.main([*small, "--json", str(file)]) == 0
+    report = json.loads(file.read_text())
+    assert report["dense_frames"] and [row["merge_budget"] for row in report["rows"]] == [0, 0]
+    stock, pace = ({stage["stage"]: stage for stage in d["stages"]} for d in report["details"])
+    assert {"following", "restoration"} <= pace.keys() and "keep and merge" not in stock
+    assert pace["frame blocks"]["tflop"] == stock["frame blocks"]["tflop"]
+    assert pace["global blocks"]["tflop"] < stock["global blocks"]["tflop"]
+    assert "frame blocks on all tokens" in capsys.readouterr().out
+
+
 def test_latency_where_stock_runs_out_of_memory(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     latency = script("latency")
