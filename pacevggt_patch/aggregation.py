@@ -95,20 +95,20 @@ def aggregate(
         torch.cat([special_tokens, tokens], dim=2)
     ]  # [B, S, n + K, C]; dense frames: [B, S, n + P, C]
     del tokens
-    all_positions = None
+    in_frames = positions
     if positions is not None:
         at_special = positions.new_zeros(batch, frames, special, 2)
-        in_frames = positions.expand(batch, frames, -1, -1)
-        all_positions = torch.cat([at_special, in_frames], dim=2)  # [B, S, n + P, 2]
         positions = torch.cat([at_special, positions[kept]], dim=2)  # [B, S, n + K, 2]
     followed = None
     if config.dense_frames and keep < patches:
         with timer.stage("following", frames * patches, frames * patches):
             dtype = autocast_dtype(images.device.type) or features.dtype
             followed = following(features.flatten(0, 1), kept.flatten(0, 1), grid, special, dtype)
-            followed = followed._replace(positions=None if positions is None else positions.flatten(0, 1))
+            if positions is not None and in_frames is not None:
+                followed = followed._replace(positions=positions.flatten(0, 1))
+                in_frames = in_frames.expand(batch, frames, -1, -1)
+                positions = torch.cat([at_special, in_frames], dim=2)  # [B, S, n + P, 2]
         del features  # all that they say is in the tokens
-        positions = all_positions
     entered = entering[0].shape[1] * entering[0].shape[2]
     with timer.stage("alternating attention", entered, entered), faster():
         # Popped, so that nobody holds them while the blocks run.

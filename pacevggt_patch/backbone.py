@@ -350,7 +350,7 @@ def alternating_attention(
     outputs: dict[int, Any] = {}
     with nullcontext() if torch.compiler.is_compiling() else _shared_rotations():
         while done["frame"] < depth(aggregator):
-            first = done["frame"]
+            first, before = done["frame"], tokens[:0]  # until something enters global attention
             wanted: dict[str, dict[int, Tensor]] = {}
             for kind in getattr(aggregator, "aa_order", ("frame", "global")):
                 run = (
@@ -363,7 +363,7 @@ def alternating_attention(
                     tokens, batch, frames, length, channels, done[kind], pos=positions
                 )
                 wanted[kind] = {i: t for i, t in enumerate(intermediates, first) if i in layers}
-                if kind == "global":
+                if kind == "global" and following is not None:
                     before = entering
                 # A layer that nobody asked for is not held while the next block runs.
                 del intermediates, entering
@@ -381,14 +381,18 @@ def alternating_attention(
 def _run_in_chunks(
     process: Callable, tokens: Tensor, batch: int, frames: int, length: int, channels: int, *args, pos
 ):
-    """Run frame blocks on a few frames at a time, which bounds the memory of their hidden layers."""
+    """Run frame blocks on a few frames at a time, which bounds the memory of their hidden layers.
+
+    All frames have the same positions.
+    """
     several = chunk_frames(length, channels, tokens.device)
     tokens = tokens.view(batch * frames, length, channels)
-    if len(tokens) <= several:
+    if len(tokens) <= several or torch.compiler.is_compiling():  # a compiler would write all parts out
         return process(tokens, batch, frames, length, channels, *args, pos=pos)
-    places = [None] * len(tokens) if pos is None else pos.view(len(tokens), length, 2).split(several)
     parts, made, block = [], [], 0
-    for part, place in zip(tokens.split(several), places, strict=False):
+    for part in tokens.split(several):
+        # The same tensor for all parts: its cosines and sines are looked up once.
+        place = None if pos is None else pos.view(len(tokens), length, 2)[: len(part)]
         part, block, intermediates = process(part, 1, len(part), length, channels, *args, pos=place)
         parts.append(part)
         made.append(intermediates[:-1])
@@ -415,12 +419,11 @@ def _run_followed(
     The outputs of single blocks are those of special and kept tokens.
     """
     dense = tokens.view(batch * frames, length, channels)
-    compact = following.compact(dense)  # [B*S, n + K, C]
-    shape = compact.shape
+    few = following.index.shape[1]
     after, block, intermediates = process(
-        compact, batch, frames, shape[1], channels, *args, pos=following.positions
+        following.compact(dense), batch, frames, few, channels, *args, pos=following.positions
     )
-    return following.follow(dense, after.view(shape)), block, intermediates
+    return following.follow(dense, after.view(len(dense), few, channels)), block, intermediates
 
 
 def _run_changed(change: Change, process: Callable, tokens: Tensor, *args, **kwargs):

@@ -42,12 +42,14 @@ class Following(NamedTuple):
             after: special and kept ones after it, [N, n + K, C].
         """
         kept = self.weights.shape[-1]
-        change = (after - self.compact(before))[:, -kept:].to(self.weights.dtype)
-        if before.dtype == change.dtype:
-            moved = torch.baddbmm(before, self.weights, change)
-        else:  # under autocast tokens are wider than products
-            moved = before + self.weights @ change
-        return moved.scatter_(1, self.index.unsqueeze(-1).expand_as(after), after.to(moved.dtype))
+        # Autocast would round the tokens, not the products alone.
+        with torch.autocast(before.device.type, enabled=False):
+            change = (after - self.compact(before))[:, -kept:].to(self.weights.dtype)
+            if before.dtype == change.dtype:
+                moved = torch.baddbmm(before, self.weights, change)
+            else:  # under autocast tokens are wider than weights
+                moved = before + self.weights @ change
+            return moved.scatter_(1, self.index.unsqueeze(-1).expand_as(after), after.to(moved.dtype))
 
 
 class FollowedLayer(NamedTuple):

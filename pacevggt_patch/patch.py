@@ -233,7 +233,8 @@ def accelerate(
             to the host.
         dense_frames: keep all patch tokens in frame attention, whose cost grows with the number of frames only, and
             prune global attention alone: what is not kept changes there by what its frame's kept tokens change. Better
-            outputs for the time of unpruned frame blocks and for more memory. Nothing is merged then.
+            outputs for the time of unpruned frame blocks and for more memory. Nothing is merged then. Frame blocks
+            run on a part of a long clip at a time: hooks on them see the parts.
 
     Returns:
         `model`.
@@ -286,7 +287,7 @@ def accelerate(
             )
     before = _state(model) if is_accelerated(model) else None
     known = None if before is None else before.weights
-    fits = before is not None and (known is None or known.dense_frames == dense_frames)
+    fits = before is not None and before.config.dense_frames == dense_frames
     chosen = (
         known
         if fits and isinstance(weights, str) and weights == "auto"

@@ -162,8 +162,19 @@ class FollowedTokens(RestoredTokens):
         following: Following,
     ):
         self.parts = parts
+        self.kept, self.role, self.grid, self.special = kept, role, grid, special
+        self.restoration = None
+        self._length = length
         self._index, self._weights = (t.unflatten(0, kept.shape[:2]) for t in following[:2])  # [B, S, ...]
-        super().__init__({}, length, kept.new_empty(0), kept, role, grid, special)
+
+    @property
+    def compact(self) -> dict[int, Tensor]:
+        """Layer -> special and kept tokens [B, S, n + K, 2C], made anew by each look."""
+        index = self._index.unsqueeze(-1)
+        return {
+            i: torch.cat([part.frame.gather(2, index.expand_as(part.after)), part.after], dim=-1)
+            for i, part in self.parts.items()
+        }
 
     @property
     def layers(self) -> Set[int]:
@@ -183,8 +194,14 @@ class FollowedTokens(RestoredTokens):
         return dense
 
     def select(self, frames: Tensor) -> RestoredTokens:
+        parts = {}
+        for i, (frame, before, after) in self.parts.items():
+            some, few = frame.index_select(1, frames), after.index_select(1, frames)
+            # Mostly one tensor under two names.
+            same = before.data_ptr() == frame.data_ptr()
+            parts[i] = FollowedLayer(some, some if same else before.index_select(1, frames), few)
         return FollowedTokens(
-            {i: FollowedLayer(*(t.index_select(1, frames) for t in part)) for i, part in self.parts.items()},
+            parts,
             self._length,
             self.kept.index_select(1, frames),
             self.role.index_select(1, frames),

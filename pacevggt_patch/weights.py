@@ -130,7 +130,6 @@ class PaceWeights:
         fields = {
             "library_version": self.library_version,
             "backbone": self.backbone.to_dict(),
-            "dense_frames": self.dense_frames,
             "hidden_dims": {
                 "scorer": self.scorer.hidden.weight.shape[0],
                 "merge": None if self.merge is None else self.merge.out.weight.shape[1],
@@ -145,7 +144,10 @@ class PaceWeights:
             "training": self.training,
         }
         tensors = tensorfile.in_8_bits(tensors) if eight_bits else tensors
-        tensorfile.write(path, tensors, KIND, FORMAT, fields)
+        if self.dense_frames:
+            tensorfile.write(path, tensors, KIND, FORMAT, fields | {"dense_frames": True})
+        else:  # older versions can read it
+            tensorfile.write(path, tensors, KIND, FORMAT - 1, fields)
 
     @classmethod
     def load(cls, source: str | PathLike[str]) -> PaceWeights:
@@ -234,6 +236,7 @@ class PaceWeights:
         between = " to " if self.training.get("steps") else ", "
         ratios = between.join(f"{ratio:g}" for ratio in self.keep_ratios)
         trained = f"trained for keep ratios {ratios}" if ratios else "no keep ratios recorded"
+        trained += " with dense frames" if self.dense_frames else ""
         return f"{self.source} ({trained}; {parameters:,d} parameters; pacevggt-patch {self.library_version})"
 
 

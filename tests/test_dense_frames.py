@@ -1,5 +1,7 @@
 """Frame blocks on all patch tokens, global blocks on the kept ones: against a loop over tokens, and stock VGGT."""
 
+import warnings
+
 import pytest
 import torch
 from hosts import assert_equal, random_adaptation, random_images, tiny_vggt
@@ -226,6 +228,28 @@ def test_weights_are_for_one_setting(tmp_path):
         UserWarning, match="no pace weights are bundled for this checkpoint and dense_frames=True, so"
     ):
         accelerate(remove(model), 0.3, dense_frames=True)
+
+
+@torch.inference_mode()
+def test_what_was_not_found_for_one_setting_is_looked_for_in_the_other():
+    model = tiny_vggt()
+    for dense_frames in (True, False, True):
+        with pytest.warns(UserWarning, match="no pace weights are bundled"):
+            accelerate(model, 0.3, dense_frames=dense_frames)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        accelerate(model, 0.4, dense_frames=True)
+
+
+@torch.inference_mode()
+def test_a_reader_may_be_under_autocast():
+    model, images = tiny_vggt(), random_images(3)
+    tokens, _ = accelerate(model, 0.3, weights=None, dense_frames=True).aggregator(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = tokens[3]
+    assert torch.equal(inside, tokens[3])
+    compact, index = tokens.compact[3], torch.cat([torch.arange(5).expand(1, 3, -1), tokens.kept + 5], -1)
+    torch.testing.assert_close(compact, tokens[3].gather(2, index[..., None].expand_as(compact)))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hosts import random_images, tiny_vggt
+from hosts import LAYERS, random_images, tiny_vggt
 from PIL import Image
 from safetensors.torch import load_file
 from scipy.spatial.transform import Rotation
@@ -490,6 +490,10 @@ def test_the_learning_rate_rises_and_falls_in_each_stage():
             "keep ratios of training must lie between 0 and 1, low to high, got 0.5 to 0.2",
         ),
         (dict(truth=-1), "truth is a share between 0 and 1, got -1"),
+        (
+            dict(dense_frames=True, scorer_rate=0.5),
+            "with dense frames nothing tells the scorer better in stage 2: leave scorer_rate at 0",
+        ),
     ],
 )
 def test_settings_out_of_range_are_named(changes, message):
@@ -504,8 +508,8 @@ def test_total_loss_blends_truth_in(folder):
     with guest(model, weights), torch.no_grad():
         teacher, student = run(model, images, frames, 1.0), run(model, images, frames, 0.3)
     truth = teacher_target(outputs(0, batch=1, frames=3))._replace(depth=None, points=None)
-    plain, parts = total_loss(student, teacher, None, 0.5)
-    _, blended = total_loss(student, teacher, Target(truth.pose, *teacher_target(teacher)[1:]), 0.25)
+    plain, parts = total_loss(student, teacher, None, 0.5, LAYERS)
+    _, blended = total_loss(student, teacher, Target(truth.pose, *teacher_target(teacher)[1:]), 0.25, LAYERS)
     true = output_losses(student, Target(truth.pose, *teacher_target(teacher)[1:]))["camera"]
     assert blended["camera"] == pytest.approx((0.75 * parts["camera"] + 0.25 * true).item(), rel=1e-5)
     assert blended["depth"] == pytest.approx(parts["depth"].item(), rel=1e-5)
@@ -609,6 +613,18 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tiny, folder, tmp_path,
     states = [torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("whole", "killed")]
     for one, other in zip(*(s["optimizer"]["state"].values() for s in states), strict=True):
         assert torch.equal(one["exp_avg_sq"], other["exp_avg_sq"])
+
+
+def test_a_state_from_before_dense_frames_goes_on(folder):
+    model, weights, source, settings = fitting(folder)
+    with guest(model, weights):
+        fit = Fit(model, weights, source, settings)
+        state = fit.state()
+        assert not state["settings"].pop("dense_frames")
+        fit.load(state)
+        state["settings"]["dense_frames"] = True
+        with pytest.raises(PaceError, match="the run was started with another dense_frames"):
+            fit.load(state)
 
 
 def test_a_finished_run_is_not_trained_on(tiny, folder, tmp_path):

@@ -11,7 +11,7 @@ Everything random of a step follows from the seed, the number of the step and of
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -102,6 +102,10 @@ class Settings:
         if not 0 < low <= high < 1:
             raise PaceError(
                 f"keep ratios of training must lie between 0 and 1, low to high, got {low:g} to {high:g}"
+            )
+        if self.dense_frames and self.scorer_rate:
+            raise PaceError(
+                "with dense frames nothing tells the scorer better in stage 2: leave scorer_rate at 0"
             )
         if not 0 <= self.truth <= 1:
             raise PaceError(f"truth is a share between 0 and 1, got {self.truth:g}")
@@ -275,7 +279,7 @@ class Fit:
         student = run(
             self.model, images, frames, plan.keep_ratio, plan.merge_budget, checkpointing=self.checkpointing
         )
-        return total_loss(student, teacher, truth, self.settings.truth)
+        return total_loss(student, teacher, truth, self.settings.truth, self.weights.backbone.cached_layers)
 
     def differentiate(self, loss: Tensor, parts: dict[str, Tensor]) -> Tensor:
         """Leave the gradient of the loss in `gradient`; returns the losses, those of `names`."""
@@ -343,7 +347,8 @@ class Fit:
             frames = torch.arange(min(self.settings.dense, sample.images.shape[1]), device=self.device)
             teacher = run(self.model, sample.images, frames, 1.0)
             for ratio in KEEP_RATIOS:
-                rows[f"{ratio:g}"].append(difference(run(self.model, sample.images, frames, ratio), teacher))
+                student = run(self.model, sample.images, frames, ratio)
+                rows[f"{ratio:g}"].append(difference(student, teacher, self.weights.backbone.cached_layers))
         return {
             ratio: {name: sum(row[name] for row in found) / len(found) for name in found[0]}
             for ratio, found in rows.items()
@@ -375,7 +380,13 @@ class Fit:
             "source": self.source.description,
             "version of the library": KINDS,
         }
-        theirs = {**state["settings"], "backbone": state["fingerprints"], "source": state["source"]}
+        # Settings that older states do not have are what they were then.
+        theirs = {
+            "dense_frames": False,
+            **state["settings"],
+            "backbone": state["fingerprints"],
+            "source": state["source"],
+        }
         theirs["version of the library"] = state.get("kinds")
         other = [name for name, value in own.items() if theirs.get(name) != value]
         if other:
@@ -390,7 +401,7 @@ class Fit:
         self.step_number = state["step"]
 
 
-def difference(student: Outputs, teacher: Outputs) -> dict[str, float]:
+def difference(student: Outputs, teacher: Outputs, layers: Collection[int]) -> dict[str, float]:
     """One clip's row of `Fit.check`."""
     row = {}
     if teacher.poses and teacher.poses[-1].shape[1] > 1:
@@ -401,5 +412,5 @@ def difference(student: Outputs, teacher: Outputs) -> dict[str, float]:
     if teacher.depth is not None and student.depth is not None:
         ratio = student.depth[0] / teacher.depth[0]
         row["depth"] = (ratio / ratio.median() - 1).abs().mean().item()
-    row["tokens"] = token_losses(student, teacher)["dense"].item()
+    row["tokens"] = token_losses(student, teacher, layers)["dense"].item()
     return row

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -154,11 +155,11 @@ def confidence_loss(student: Outputs, teacher: Outputs) -> Tensor | None:
     return torch.stack(errors).mean() if errors else None
 
 
-def token_losses(student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
+def token_losses(student: Outputs, teacher: Outputs, layers: Collection[int]) -> dict[str, Tensor]:
     """Mean squared error of tokens over the variance of the teacher's, mean over layers, so that layers weigh alike.
 
     "special": camera and register tokens of all frames and returned layers. "dense": patch tokens of the n frames with
-    dense outputs, at the layers that the learned restoration knows, if there is one.
+    dense outputs, at those of `layers` that the host returns.
     """
     n = student.tokens.special
     special = [
@@ -166,9 +167,9 @@ def token_losses(student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
         for layer in student.tokens.layers
     ]
     losses = {"special": torch.stack(special).mean()}
-    module, frames = student.dense.restoration, student.dense.kept.shape[1]
+    frames = student.dense.kept.shape[1]
     if frames:
-        layers = [layer for layer in student.dense.layers if module is None or layer in module.layers]
+        layers = [layer for layer in layers if layer in student.dense.layers]
         found: list[Any] = student.dense.frames(0, frames, layers)
         wanted: list[Any] = teacher.dense.frames(0, frames, layers)
         dense = [relative_error(found[layer][:, :, n:], wanted[layer][:, :, n:]) for layer in layers]
@@ -201,7 +202,7 @@ def distillation_loss(logits: Tensor, attention: Tensor) -> Tensor:
 
 
 def total_loss(
-    student: Outputs, teacher: Outputs, truth: Target | None, truth_share: float
+    student: Outputs, teacher: Outputs, truth: Target | None, truth_share: float, layers: Collection[int]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of the second stage, and its parts.
 
@@ -210,6 +211,7 @@ def total_loss(
         teacher: output of the unpruned model on the same clips and frames.
         truth: what is known to be true, or None.
         truth_share: how much of the camera, pair, depth, scale and point losses is against the truth where it is known.
+        layers: of the dense tokens that are compared, those that dense heads read.
     """
     parts = output_losses(student, teacher_target(teacher))
     if truth is not None:
@@ -218,5 +220,5 @@ def total_loss(
     confidence = confidence_loss(student, teacher)
     if confidence is not None:
         parts["confidence"] = confidence
-    parts |= token_losses(student, teacher)
+    parts |= token_losses(student, teacher, layers)
     return torch.stack([WEIGHTS[name] * value for name, value in parts.items()]).sum(), parts
