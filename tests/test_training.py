@@ -492,7 +492,7 @@ def test_the_learning_rate_rises_and_falls_in_each_stage():
         (dict(truth=-1), "truth is a share between 0 and 1, got -1"),
         (
             dict(dense_frames=True, scorer_rate=0.5),
-            "with dense frames nothing tells the scorer better in stage 2: leave scorer_rate at 0",
+            "with dense frames the second stage has no gradient for the scorer: leave --scorer-rate at 0",
         ),
     ],
 )

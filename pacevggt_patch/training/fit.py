@@ -105,7 +105,7 @@ class Settings:
             )
         if self.dense_frames and self.scorer_rate:
             raise PaceError(
-                "with dense frames nothing tells the scorer better in stage 2: leave scorer_rate at 0"
+                "with dense frames the second stage has no gradient for the scorer: leave --scorer-rate at 0"
             )
         if not 0 <= self.truth <= 1:
             raise PaceError(f"truth is a share between 0 and 1, got {self.truth:g}")
