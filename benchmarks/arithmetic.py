@@ -205,19 +205,20 @@ def stage_work(
         def read(rows: int, width: int) -> Work:
             return Work(2 * rows * kept * width, size * (width * (rows + kept) + rows * kept))
 
-        follow = read(dims.special + patches, channels) + Work(
-            passes=size * channels * (6 * length + 2 * patches)
-        )
         if dense_frames:
+            passes = Work(passes=size * channels * (6 * length + 2 * patches))
+            follow = read(dims.special + patches, channels) + passes
             work["following"] = frames * (near + Work(passes=4 * patches * 8 * kept) + dims.depth * follow)
             work["restoration"] = heads * frames * dims.cached * follow
-    if kept < patches and not dense_frames:
-        rows = read(patches, 2 * channels)
-        # Every dense head restores the cached layers for itself.
-        restore = near + dims.cached * (rows + Work(passes=size * 2 * channels * (2 * kept + 2 * patches)))
-        work["restoration"] = (
-            heads * frames * (restore + Work(passes=4 * patches * (3 * channels + 8 * kept)))
-        )
+        else:
+            rows = read(patches, 2 * channels)
+            # Every dense head restores the cached layers for itself.
+            restore = near + dims.cached * (
+                rows + Work(passes=size * 2 * channels * (2 * kept + 2 * patches))
+            )
+            work["restoration"] = (
+                heads * frames * (restore + Work(passes=4 * patches * (3 * channels + 8 * kept)))
+            )
     work["camera_head"] = camera_head(dims, frames)
     for name, outputs in dims.dense.items():
         work[name] = dense_head(dims, frames, grid, outputs, kept < patches)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import backbone
@@ -91,29 +92,26 @@ def aggregate(
     adapts = adaptation is not None and len(adaptation) > 0 and keep < patches
     adapt = partial(adaptation, strength=strength(config.keep_ratio)) if adapts else None
     change = FewerKeys(key_numbers(best, special, keys), length) if keys < keep else None
-    entering = [
-        torch.cat([special_tokens, tokens], dim=2)
-    ]  # [B, S, n + K, C]; dense frames: [B, S, n + P, C]
+    # [B, S, n + K, C]; with dense frames [B, S, n + P, C]
+    entering = [torch.cat([special_tokens, tokens], dim=2)]
     del tokens
-    in_frames = positions
-    if positions is not None:
-        at_special = positions.new_zeros(batch, frames, special, 2)
-        positions = torch.cat([at_special, positions[kept]], dim=2)  # [B, S, n + K, 2]
+    where = None
+    if positions is not None:  # special tokens sit at 0
+        where = F.pad(positions[kept], (0, 0, special, 0))  # [B, S, n + K, 2]
     followed = None
     if config.dense_frames and keep < patches:
         with timer.stage("following", frames * patches, frames * patches):
             dtype = autocast_dtype(images.device.type) or features.dtype
             followed = following(features.flatten(0, 1), kept.flatten(0, 1), grid, special, dtype)
-            if positions is not None and in_frames is not None:
-                followed = followed._replace(positions=positions.flatten(0, 1))
-                in_frames = in_frames.expand(batch, frames, -1, -1)
-                positions = torch.cat([at_special, in_frames], dim=2)  # [B, S, n + P, 2]
+            if positions is not None and where is not None:
+                followed = followed._replace(positions=where.flatten(0, 1))
+                where = F.pad(positions, (0, 0, special, 0)).repeat(batch, frames, 1, 1)  # [B, S, n + P, 2]
         del features  # all that they say is in the tokens
     entered = entering[0].shape[1] * entering[0].shape[2]
     with timer.stage("alternating attention", entered, entered), faster():
         # Popped, so that nobody holds them while the blocks run.
         compact = backbone.alternating_attention(
-            aggregator, entering.pop(), positions, layers, checkpointing, change, adapt, followed
+            aggregator, entering.pop(), where, layers, checkpointing, change, adapt, followed
         )
     if change is not None:
         change.check()
