@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,8 +13,8 @@ from torch.overrides import TorchFunctionMode
 from .config import UnsupportedModelError
 
 RANK = 16
-# Up to this keep ratio the changes are in full force; from there to 1, the stock model, they fade out in a line.
-FULL_STRENGTH = 0.6
+# Up to this keep ratio the changes are in full force; from there to 1, the stock model, they fade out.
+FULL_STRENGTH = 0.15
 
 
 class BlockAdaptation(nn.Module):
@@ -28,11 +29,16 @@ class BlockAdaptation(nn.Module):
     Args:
         shapes: shapes of the matrices and vectors of the blocks, by name.
         rank: rank of the changes of matrices.
+        full_strength: keep ratio up to which they are in full force.
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], rank: int = RANK):
+    def __init__(
+        self, shapes: Mapping[str, tuple[int, ...]], rank: int = RANK, full_strength: float = FULL_STRENGTH
+    ):
         super().__init__()
-        self.rank = rank
+        if not 0 < full_strength < 1:
+            raise ValueError(f"full_strength must lie between 0 and 1, got {full_strength:g}")
+        self.rank, self.full_strength = rank, full_strength
         self.down, self.up, self.shift = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
         for name, shape in shapes.items():
             if len(shape) == 2:
@@ -50,6 +56,18 @@ class BlockAdaptation(nn.Module):
     def __len__(self) -> int:
         """How many parameters it changes."""
         return len(self.up) + len(self.shift)
+
+    def strength(self, keep_ratio: float) -> float:
+        """Factor on the changes at a keep ratio: 1 up to `full_strength`, 0 for the stock model, between them by the
+        logarithm of the ratio.
+
+        What is right with few tokens is too much with many: changes that were trained in full force at keep ratios
+        from 0.1 to 0.6 (900 steps, dense frames) gave AUC@30 / AbsRel of 84.4 / .0396 on 12 rooms at 0.5, and
+        .157 on photographs, at half force 85.1 / .0388 and .141.
+        """
+        if keep_ratio <= self.full_strength:
+            return 1.0
+        return math.log(keep_ratio) / math.log(self.full_strength)
 
     def forward(self, parameters: Mapping[str, Tensor], strength: float = 1.0) -> dict[str, Tensor]:
         """The parameters of some blocks with the changes added, in their own dtype.
@@ -117,7 +135,3 @@ def key(name: str) -> str:
     """The name of a parameter as a `ParameterDict` takes it."""
     return name.replace(".", "/")
 
-
-def strength(keep_ratio: float) -> float:
-    """How strong the changes are at a keep ratio: 1 up to FULL_STRENGTH, 0 for the stock model."""
-    return min(1.0, (1 - keep_ratio) / (1 - FULL_STRENGTH))

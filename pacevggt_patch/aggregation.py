@@ -9,16 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import backbone
-from .adaptation import BlockAdaptation, strength
 from .assignment import KEPT, assign
 from .attention import FewerKeys, autocast_dtype, faster_attention, key_numbers
 from .config import PaceConfig, UnsupportedModelError
 from .following import following
-from .merging import MergeAdapter, kept_tokens, merge_tokens
-from .restoration import FeatureGuidedRestoration
-from .scorer import TokenScorer, token_scores
+from .merging import kept_tokens, merge_tokens
+from .scorer import token_scores
 from .summary import StageTimer
 from .tokens import FollowedTokens, RestoredTokens
+from .weights import PaceWeights
 
 
 def aggregate(
@@ -27,10 +26,7 @@ def aggregate(
     grid: tuple[int, int],
     config: PaceConfig,
     layers: tuple[int, ...],
-    scorer: TokenScorer | None,
-    adapter: MergeAdapter | None,
-    restoration: FeatureGuidedRestoration | None,
-    adaptation: BlockAdaptation | None,
+    weights: PaceWeights | None,
     timer: StageTimer,
     checkpointing: bool = False,
 ) -> RestoredTokens:
@@ -42,13 +38,16 @@ def aggregate(
         grid: patch rows and columns.
         config: how many tokens are kept and merged.
         layers: AA layers whose outputs are returned.
-        scorer, adapter, restoration, adaptation: trained modules, or None for the training-free path.
+        weights: trained modules, on the device of the images; None for the training-free path.
         timer: keeps the stages.
         checkpointing: compute the attention blocks once more for the backward pass instead of keeping what is in them.
 
     Raises:
         UnsupportedModelError: the host's patch embedding does not give one token for each patch.
     """
+    scorer = adapter = adaptation = None
+    if weights is not None:
+        scorer, adapter, adaptation = weights.scorer, weights.merge, weights.adaptation
     batch, frames = images.shape[:2]
     patches = grid[0] * grid[1]
     keep, merge = config.kept_tokens(patches), config.merged_tokens(frames, patches)
@@ -89,8 +88,9 @@ def aggregate(
     special = special_tokens.shape[2]
     length = frames * (special + keep)  # of a clip in global attention
     # The stock model, to which keep ratio 1 belongs, runs with its own parameters.
-    adapts = adaptation is not None and len(adaptation) > 0 and keep < patches
-    adapt = partial(adaptation, strength=strength(config.keep_ratio)) if adapts else None
+    adapt = None
+    if adaptation is not None and len(adaptation) > 0 and keep < patches:
+        adapt = partial(adaptation, strength=adaptation.strength(config.keep_ratio))
     change = FewerKeys(key_numbers(best, special, keys), length) if keys < keep else None
     # [B, S, n + K, C]; with dense frames [B, S, n + P, C]
     entering = [torch.cat([special_tokens, tokens], dim=2)]
@@ -118,4 +118,5 @@ def aggregate(
     depth = backbone.depth(aggregator)
     if followed is not None:
         return FollowedTokens(compact, depth, kept, role, grid, special, followed)
+    restoration = None if weights is None else weights.restoration
     return RestoredTokens(compact, depth, features, kept, role, grid, special, restoration)

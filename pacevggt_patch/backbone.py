@@ -368,12 +368,12 @@ def alternating_attention(
                 # A layer that nobody asked for is not held while the next block runs.
                 del intermediates, entering
             for layer in wanted["frame"]:
-                parts = [wanted[kind][layer] for kind in process]
-                outputs[layer] = (
-                    torch.cat(parts, dim=-1)
-                    if following is None
-                    else FollowedLayer(wanted["frame"][layer], before, wanted["global"][layer])
-                )
+                if following is None:
+                    outputs[layer] = torch.cat([wanted[kind][layer] for kind in process], dim=-1)
+                else:
+                    after = wanted["global"][layer]
+                    slope = following.slope(before.flatten(0, 1), after.flatten(0, 1), batch)
+                    outputs[layer] = FollowedLayer(wanted["frame"][layer], before, after, slope)
             del before
     return outputs
 
@@ -423,7 +423,8 @@ def _run_followed(
     after, block, intermediates = process(
         following.compact(dense), batch, frames, few, channels, *args, pos=following.positions
     )
-    return following.follow(dense, after.view(len(dense), few, channels)), block, intermediates
+    after = after.view(len(dense), few, channels)
+    return following.follow(dense, after, following.slope(dense, after, batch)), block, intermediates
 
 
 def _run_changed(change: Change, process: Callable, tokens: Tensor, *args, **kwargs):

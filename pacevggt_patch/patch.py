@@ -69,11 +69,8 @@ class _AggregatorForward(_Forward):
                 "use `with paused(model):` for such calls"
             )
         grid = backbone.check_images(self.module, images, state.config.check_finite)
-        scorer = adapter = restoration = adaptation = None
         if state.weights is not None:
             state.weights.to(images.device)
-            scorer, adapter = state.weights.scorer, state.weights.merge
-            restoration, adaptation = state.weights.restoration, state.weights.adaptation
         state.timer.stages.clear()
         frames, patches = images.shape[1], grid[0] * grid[1]
         if not self.prunes(images, patches):
@@ -86,10 +83,7 @@ class _AggregatorForward(_Forward):
             grid,
             state.config,
             state.layers,
-            scorer,
-            adapter,
-            restoration,
-            adaptation,
+            state.weights,
             state.timer,
             state.checkpointing,
         )

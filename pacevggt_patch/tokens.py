@@ -181,25 +181,26 @@ class FollowedTokens(RestoredTokens):
         return self.parts.keys()
 
     def special_tokens(self, layer: int) -> Tensor:
-        frame, _, after = self.parts[layer]
-        return torch.cat([frame[:, :, : self.special], after[:, :, : self.special]], dim=-1)
+        part = self.parts[layer]
+        return torch.cat([t[:, :, : self.special] for t in (part.frame, part.after)], dim=-1)
 
     def patches(self, start: int, stop: int, layers: Iterable[int]) -> dict[int, Tensor]:
         following = Following(*(t[:, start:stop].flatten(0, 1) for t in (self._index, self._weights)))
         dense = {}
         for i in self.wanted(layers):
-            frame, before, after = (t[:, start:stop].flatten(0, 1) for t in self.parts[i])
-            both = frame, following.follow(before, after)
+            *tokens, slope = self.parts[i]
+            frame, before, after = (t[:, start:stop].flatten(0, 1) for t in tokens)
+            both = frame, following.follow(before, after, slope)
             dense[i] = torch.cat([t[:, self.special :] for t in both], dim=-1)
         return dense
 
     def select(self, frames: Tensor) -> RestoredTokens:
         parts = {}
-        for i, (frame, before, after) in self.parts.items():
+        for i, (frame, before, after, slope) in self.parts.items():
             some, few = frame.index_select(1, frames), after.index_select(1, frames)
             # Mostly one tensor under two names.
             same = before.data_ptr() == frame.data_ptr()
-            parts[i] = FollowedLayer(some, some if same else before.index_select(1, frames), few)
+            parts[i] = FollowedLayer(some, some if same else before.index_select(1, frames), few, slope)
         return FollowedTokens(
             parts,
             self._length,

@@ -34,7 +34,8 @@ from .scorer import TokenScorer
 from .version import __version__
 
 KIND = "pace weights"
-FORMAT = 3  # 1 had no adaptation, 2 none for dense frames
+FORMAT = 4  # 1 had no adaptation, 2 none for dense frames, 3 no strength of the adaptation
+OLD_STRENGTH = 0.6  # `full_strength` of the adaptations of older files
 HUB_FILE = "pace.safetensors"
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^@\s]+))?")
 ACCEPTED = (
@@ -144,10 +145,8 @@ class PaceWeights:
             "training": self.training,
         }
         tensors = tensorfile.in_8_bits(tensors) if eight_bits else tensors
-        if self.dense_frames:
-            tensorfile.write(path, tensors, KIND, FORMAT, fields | {"dense_frames": True})
-        else:  # older versions can read it
-            tensorfile.write(path, tensors, KIND, FORMAT - 1, fields)
+        fields |= {"dense_frames": self.dense_frames, "full_strength": self.adaptation.full_strength}
+        tensorfile.write(path, tensors, KIND, FORMAT, fields)
 
     @classmethod
     def load(cls, source: str | PathLike[str]) -> PaceWeights:
@@ -297,6 +296,7 @@ def _read(path: Path, source: str) -> PaceWeights:
         with torch.device("meta"):
             scorer = TokenScorer(backbone.embed_dim, hidden["scorer"])
             dense_frames = fields["format"] > 2 and fields["dense_frames"]
+            full_strength = fields["full_strength"] if fields["format"] > 3 else OLD_STRENGTH
             merge = None if dense_frames else MergeAdapter(backbone.embed_dim, hidden["merge"]).eval()
             restoration = (
                 None
@@ -304,7 +304,8 @@ def _read(path: Path, source: str) -> PaceWeights:
                 else FeatureGuidedRestoration(backbone.embed_dim, layers, hidden["restoration"]).eval()
             )
             adapted, rank = (fields["adapted"], hidden["adaptation"]) if fields["format"] > 1 else ({}, 0)
-            adaptation = BlockAdaptation({name: tuple(shape) for name, shape in adapted.items()}, rank)
+            shapes = {name: tuple(shape) for name, shape in adapted.items()}
+            adaptation = BlockAdaptation(shapes, rank, float(full_strength))
         weights = PaceWeights(
             scorer.eval(),
             merge,

@@ -12,7 +12,7 @@ from hosts import assert_equal, random_adaptation, random_images, tiny_vggt
 
 from pacevggt_patch import PaceWeights, UnsupportedModelError, WeightsError, accelerate, paused, remove
 from pacevggt_patch import weights as weights_module
-from pacevggt_patch.adaptation import RANK, BlockAdaptation, strength
+from pacevggt_patch.adaptation import RANK, BlockAdaptation
 from pacevggt_patch.backbone import all_block_parameters
 from pacevggt_patch.patch import retune
 from pacevggt_patch.training.guest import guest
@@ -44,7 +44,7 @@ def predictions(model, images):
 @pytest.mark.parametrize("ratio", [0.3, 0.6, 0.8])
 def test_equals_a_model_changed_by_hand(model, ratio):
     weights, images = random_adaptation(model), random_images(3, batch=2)
-    by_hand = changed_by_hand(model, weights.adaptation, strength(ratio))
+    by_hand = changed_by_hand(model, weights.adaptation, weights.adaptation.strength(ratio))
     expected = predictions(accelerate(by_hand, ratio, weights=None), images)
     found = predictions(accelerate(model, ratio, weights=weights), images)
     plain = predictions(accelerate(model, ratio, weights=None), images)
@@ -111,9 +111,13 @@ def test_the_parameters_of_the_host_are_never_touched(model):
 
 
 def test_strength_fades_towards_the_stock_model():
-    assert [strength(ratio) for ratio in (0.05, 0.3, 0.6)] == [1, 1, 1]
-    assert strength(0.8) == pytest.approx(0.5)
-    assert strength(1.0) == 0
+    adaptation = BlockAdaptation({}, full_strength=0.25)
+    assert [adaptation.strength(ratio) for ratio in (0.05, 0.25)] == [1, 1]
+    assert adaptation.strength(0.5) == pytest.approx(0.5)  # half of the way, by the logarithm
+    assert adaptation.strength(1.0) == 0
+    for wrong in (0.0, 1.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="full_strength must lie between 0 and 1"):
+            BlockAdaptation({}, full_strength=wrong)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

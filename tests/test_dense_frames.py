@@ -2,6 +2,7 @@
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from hosts import assert_equal, random_adaptation, random_images, tiny_vggt
@@ -10,10 +11,23 @@ from hypothesis import strategies as st
 
 from pacevggt_patch import PaceError, PaceWeights, WeightsError, accelerate, backbone, remove, summary
 from pacevggt_patch.break_even import saved_flops
-from pacevggt_patch.following import Following, following
+from pacevggt_patch.following import RIDGE, ROWS, Following, following
 from pacevggt_patch.patch import retune
 from pacevggt_patch.scorer import token_scores
 from pacevggt_patch.tokens import FollowedTokens
+
+
+def regression(tokens, after):
+    """Changes of kept tokens on the tokens, less the means of their frames, by numpy in float64: [C, C]."""
+    x = torch.cat([t - t.mean(0) for t in tokens]).double().numpy()
+    y = torch.cat([(b - a) - (b - a).mean(0) for a, b in zip(tokens, after, strict=True)]).double().numpy()
+    level = RIDGE * np.trace(x.T @ x) / x.shape[1]
+    if level == 0:  # one token a frame
+        return tokens[0].new_zeros(x.shape[1], x.shape[1])
+    # Ridge regression is least squares with rows that say 0.
+    rows = np.concatenate([x, np.sqrt(level) * np.eye(x.shape[1])])
+    slope = np.linalg.lstsq(rows, np.concatenate([y, np.zeros((x.shape[1],) * 2)]), rcond=None)[0]
+    return torch.from_numpy(slope.T).to(tokens[0])
 
 
 def by_hand(aggregator, images, keep, weights=None):
@@ -42,9 +56,12 @@ def by_hand(aggregator, images, keep, weights=None):
         few = [torch.cat([t[:n], t[n:][k]]) for t, k in zip(inside, kept, strict=True)]
         where = torch.cat([torch.cat([origin, places[k]]) for k in kept])
         after = global_block(torch.cat(few)[None], pos=where[None])[0].split(n + keep)
+        slope = regression([t[n:] for t in few], [t[n:] for t in after])
         tokens = []
         for before, old, new, k, read in zip(inside, few, after, kept, reads, strict=True):
-            patches = before[n:] + read.to(before.dtype) @ (new - old)[n:]
+            read = read.to(before.dtype)
+            own = (before[n:] - read @ old[n:]) @ slope.T  # what a token changes by since it differs itself
+            patches = before[n:] + read @ (new - old)[n:] + own
             patches[k] = new[n:]
             tokens.append(torch.cat([new[:n], patches]))
         layers.append(torch.stack([torch.cat(pair, -1) for pair in zip(inside, tokens, strict=True)]))
@@ -78,12 +95,13 @@ def test_tokens_follow(patches, special, data):
     read = followed.weights[:, special:].sum(-1)
     torch.testing.assert_close(read, torch.ones_like(read), rtol=0, atol=1e-5)
     old = followed.compact(before)
-    assert torch.equal(followed.follow(before, old), before)  # nobody moves
+    flat = before.new_zeros(1, 3, 3)
+    assert torch.equal(followed.follow(before, old, flat), before)  # nobody moves
     # If all kept tokens move by the same, so do all that follow; special ones move alone.
     new = old + torch.tensor([9.0] * special + [2.0] * keep).view(-1, 1)
     expected = before + torch.tensor([9.0] * special + [2.0] * patches).view(-1, 1)
-    torch.testing.assert_close(followed.follow(before, new), expected, rtol=0, atol=1e-5)
-    assert torch.equal(followed.compact(followed.follow(before, new)), new)
+    torch.testing.assert_close(followed.follow(before, new, flat), expected, rtol=0, atol=1e-5)
+    assert torch.equal(followed.compact(followed.follow(before, new, flat)), new)
 
 
 def test_special_tokens_are_never_dropped():
@@ -92,7 +110,61 @@ def test_special_tokens_are_never_dropped():
     followed = Following(torch.tensor([[0, 1, 3, 5], [0, 1, 2, 4]]), halves)
     assert followed.compact(tokens).flatten(1).tolist() == [[0, 1, 3, 5], [6, 7, 8, 10]]
     after = followed.compact(tokens) + torch.tensor([100.0, 200.0, 1.0, 3.0]).view(1, 4, 1)
-    assert followed.follow(tokens, after)[0, :, 0].tolist() == [100, 201, 2 + 2, 3 + 1, 4 + 2, 5 + 3]
+    alone = tokens.new_zeros(2, 1, 1)
+    assert followed.follow(tokens, after, alone)[0, :, 0].tolist() == [100, 201, 2 + 2, 3 + 1, 4 + 2, 5 + 3]
+
+
+@given(st.integers(1, 9), st.integers(1, 3), st.integers(0, 99))
+def test_a_change_that_depends_on_the_token_is_found(keep, clips, seed):
+    """If kept tokens change by a linear map of themselves and something of the frame, so do all that follow."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    frames, patches, special, channels = 5, 9, 2, 3  # few enough that all are looked at
+    kept = torch.stack(
+        [torch.randperm(patches, generator=generator)[:keep].sort().values for _ in range(clips * frames)]
+    )
+    features = normal(clips * frames, patches, 5).float()
+    followed = following(features, kept, (3, 3), special, torch.float64)
+    before, maps = normal(clips, frames, special + patches, channels), normal(clips, 1, channels, channels)
+    after = (before + before @ maps.mT + normal(clips, frames, 1, channels)).flatten(0, 1)
+    before = before.flatten(0, 1)
+    few = followed.compact(after)
+    slope = followed.slope(before, few, clips)
+    assert slope.shape == (clips, channels, channels)
+    tokens, new = (t.view(clips, frames, -1, channels) for t in (followed.compact(before), few))
+    for clip in range(clips):
+        by_lists = regression(list(tokens[clip, :, special:]), list(new[clip, :, special:]))
+        torch.testing.assert_close(slope[clip], by_lists)
+    exact = followed.follow(before, few, maps[:, 0])
+    torch.testing.assert_close(exact[:, special:], after[:, special:], rtol=0, atol=1e-5)
+
+
+def test_a_few_frames_tell_the_slope():
+    generator = torch.Generator().manual_seed(0)
+    kept = torch.arange(4).expand(40, -1)
+    followed = following(torch.randn(40, 6, 5, generator=generator), kept, (2, 3), 1, torch.float32)
+    before, after = torch.randn(40, 7, 2, generator=generator), torch.randn(40, 5, 2, generator=generator)
+    frames = [i * 20 // 8 for i in range(8)]  # of 20 in each clip: 8 of 4 tokens are 16 for each of 2 channels
+    assert ROWS == 16
+    found = followed.slope(before, after, 2)
+    for clip in range(2):
+        chosen = [20 * clip + i for i in frames]
+        alone = followed._replace(index=followed.index[chosen], weights=followed.weights[chosen])
+        torch.testing.assert_close(found[clip], alone.slope(before[chosen], after[chosen], 1)[0])
+
+
+@torch.inference_mode()
+def test_clips_of_a_batch_are_apart():
+    model, images = tiny_vggt(), random_images(3, batch=2)
+    accelerate(model, 0.3, weights=None, dense_frames=True)
+    together = model.aggregator(images)[0]
+    for clip in range(2):
+        alone = model.aggregator(images[clip : clip + 1])[0]
+        for layer in range(4):
+            torch.testing.assert_close(together[layer][clip], alone[layer][0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("group", [1, 2])

@@ -146,7 +146,8 @@ def test_the_file_is_plain_safetensors_with_json_metadata(file):
     with safe_open(file, "pt") as opened:
         metadata = {name: json.loads(text) for name, text in opened.metadata().items()}
     assert metadata["kind"] == "pace weights"
-    assert metadata["format"] == 2  # what older versions can read
+    assert metadata["format"] == 4
+    assert metadata["dense_frames"] is False and metadata["full_strength"] == 0.15
     assert metadata["hidden_dims"]["adaptation"] == 16
     assert metadata["adapted"]["global_blocks.3.attn.qkv.weight"] == [96, 32]
     assert metadata["backbone"]["embed_dim"] == 32
@@ -292,10 +293,10 @@ def test_other_kind(file):
 
 
 def test_newer_format(file):
-    rewrite(file, metadata={"format": 4})
+    rewrite(file, metadata={"format": 5})
     refused(
         file,
-        f"{file} has format 4, this version of pacevggt-patch reads up to 3: "
+        f"{file} has format 5, this version of pacevggt-patch reads up to 4: "
         "upgrade with `pip install -U pacevggt-patch`",
     )
 

@@ -22,8 +22,10 @@ from ..config import ClipError
 from ..mini import trainer as rooms
 from ..mini.held_out import HELD_OUT_SEED
 from .recording import Recorder
+from .sweeps import Sweeps, render_sweeps, sample_sweeps
 
 LARGEST_STRIDE = 4
+SWEEPS = 0.25  # share of steps that see photographs instead of scenes, where there are some
 
 
 class Truth(NamedTuple):
@@ -160,6 +162,8 @@ class PlainRooms:
 class RenderedScenes:
     """Rooms and facades as VGGT-mini is trained on them, rendered in one batch on the device that trains.
 
+    With photographs among the textures, some steps see those alone (see `sweeps`).
+
     Args:
         size: pixels a side, a multiple of 28.
         atlas: their textures, on that device.
@@ -172,12 +176,21 @@ class RenderedScenes:
         # Rendering is hundreds of kernels whose launches take longer than they.
         self.recorder = Recorder(atlas.texels.is_cuda)
         self.description = f"rendered scenes with {len(atlas)} textures"
+        if atlas.photographs:
+            self.description += f", {SWEEPS:.0%} of steps on {atlas.photographs} photographs"
 
-    def draw(self, seed: int, clips: int, views: int) -> rooms.Inputs:
+    def draw(self, seed: int, clips: int, views: int) -> rooms.Inputs | Sweeps:
+        generator = torch.Generator().manual_seed(rooms.mixed_seed(seed, clips, views))
+        if self.atlas.photographs and torch.rand((), generator=generator) < SWEEPS:
+            return sample_sweeps(clips, views, self.atlas.photographs, generator)
         settings = rooms.Settings(frames=clips * views, dense=1, views=(views,), size=self.size)
         return rooms.sample_inputs(settings, views, seed, len(self.atlas), self.atlas.photographs)
 
-    def finish(self, drawn: rooms.Inputs, device: torch.device) -> Sample:
+    def finish(self, drawn: rooms.Inputs | Sweeps, device: torch.device) -> Sample:
+        if isinstance(drawn, Sweeps):
+            with torch.no_grad():
+                on_device = Sweeps(*(to_device(value, device) for value in drawn))
+                return Sample(render_sweeps(on_device, self.atlas, self.size), None)
         packed = to_device(drawn.packed(), device)
         shape = tuple(drawn.scenes.cameras.shape)
         images, *truth = self.recorder(shape, partial(self.render, drawn), [packed])

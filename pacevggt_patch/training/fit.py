@@ -298,7 +298,7 @@ class Fit:
         else:
             plan = step_plan(self.settings, self.step_number)
             frames = to_device(torch.tensor(plan.frames), self.device)
-            kind = plan.views, plan.keep_ratio, plan.merge_budget
+            kind = plan.views, plan.keep_ratio, plan.merge_budget  # and whether there is a truth, by the inputs
 
             def refine(frames: Tensor, images: Tensor, *truth: Tensor) -> list[Tensor]:
                 inputs = Sample(images, Truth(*truth) if truth else None)
