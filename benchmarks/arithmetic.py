@@ -14,6 +14,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from pacevggt_patch.following import ROWS
+
 # Dense bfloat16 product and large copy, as measured on an H100 80 GB.
 H100_FLOPS = 798e12
 H100_BANDWIDTH = 3.0e12
@@ -206,9 +208,16 @@ def stage_work(
             return Work(2 * rows * kept * width, size * (width * (rows + kept) + rows * kept))
 
         if dense_frames:
+            # A product with the slope of the clip, for all tokens and once more for those in global attention.
+            rows = dims.special + patches + length
             passes = Work(passes=size * channels * (6 * length + 2 * patches))
-            follow = read(dims.special + patches, channels) + passes
-            work["following"] = frames * (near + Work(passes=4 * patches * 8 * kept) + dims.depth * follow)
+            guess = Work(2 * rows * channels**2, size * 2 * rows * channels)
+            follow = read(dims.special + patches, channels) + guess + passes
+            # The slope itself, in float32 from some of the tokens: two products; its factorisation is left out.
+            looked = min(frames, math.ceil(ROWS * channels / kept)) * kept
+            slope = Work(4 * looked * channels**2, 4 * (2 * looked * channels + 2 * channels**2))
+            near += Work(passes=4 * patches * 8 * kept)
+            work["following"] = frames * (near + dims.depth * follow) + (dims.depth + dims.cached) * slope
             work["restoration"] = heads * frames * dims.cached * follow
         else:
             rows = read(patches, 2 * channels)

@@ -35,7 +35,8 @@ def saved_flops(
     before, after = special + patches, special + kept
     saved = in_clip(before) - in_clip(after)
     if dense_frames:
-        saved -= 2 * frames * patches * kept * channels  # the others follow
+        # The others follow: a mean over kept tokens, and a product of their own.
+        saved -= 2 * frames * (patches * kept * channels + (before + after) * channels**2)
     else:
         saved += in_frames(before) - in_frames(after)
     return blocks * float(saved)

@@ -344,4 +344,4 @@ def test_it_saves_global_attention_alone():
     sizes = dict(frames=10, patches=100, kept=30, special=5, channels=64, blocks=4)
     both, one = saved_flops(**sizes), saved_flops(**sizes, dense_frames=True)
     in_frames = 4 * 10 * (24 * 70 * 64**2 + 4 * 64 * (105**2 - 35**2))
-    assert both - one == pytest.approx(in_frames + 4 * 2 * 10 * 100 * 30 * 64)
+    assert both - one == pytest.approx(in_frames + 4 * 2 * 10 * (100 * 30 * 64 + 140 * 64**2))
