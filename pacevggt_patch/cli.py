@@ -124,6 +124,11 @@ def add_train(commands) -> None:
     )
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--device", help="cpu or cuda (cuda where there is one if not given)")
+    train.add_argument(
+        "--start",
+        metavar="WEIGHTS",
+        help="pace weights to go on with: a file or a Hub id (takes --distil 0)",
+    )
     train.add_argument("--resume", action="store_true", help="go on from DIR/state.pt, if it is there")
     train.set_defaults(run=train_command, extra="train")
 
@@ -178,7 +183,7 @@ def train_command(arguments: argparse.Namespace) -> int:
         dense_frames=arguments.dense_frames,
         seed=arguments.seed,
     )
-    names = ("out", "backbone", "images", "rooms", "textures", "width", "device", "resume")
+    names = ("out", "backbone", "images", "rooms", "textures", "width", "device", "start", "resume")
     report = run_training(Options(settings=settings, **{name: getattr(arguments, name) for name in names}))
     if os.environ.get("RANK", "0") == "0":
         print(format_checks(report["checks"]))

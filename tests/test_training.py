@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from scipy.spatial.transform import Rotation
 
 import pacevggt_patch
-from pacevggt_patch import PaceError, PaceWeights, accelerate
+from pacevggt_patch import PaceError, PaceWeights, WeightsError, accelerate
 from pacevggt_patch.cli import main
 from pacevggt_patch.clips import render_room, save_clip
 from pacevggt_patch.clips.textures import texture_atlas
@@ -38,6 +39,7 @@ from pacevggt_patch.training.losses import (
     truth_target,
 )
 from pacevggt_patch.training.passes import Outputs, run
+from pacevggt_patch.training.sweeps import Sweeps
 
 CPU = torch.device("cpu")
 
@@ -117,6 +119,35 @@ def test_a_broken_image_is_named(tmp_path):
     source = FolderSource(folder, 3, 28, "square")
     with pytest.raises(PaceError, match=r"001\.png cannot be read as an image"):
         source.draw(0, 1, 3)
+
+
+def test_some_steps_see_photographs_alone():
+    flat = torch.tensor([200, 100, 50], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 64, 64)
+    ramp = torch.arange(64, dtype=torch.uint8).mul(4).expand(1, 3, 64, 64)
+    source = RenderedScenes(28, texture_atlas(torch.cat([flat, ramp]), 2))
+    assert source.description == "rendered scenes with 4 textures, 25% of steps on 2 photographs"
+    drawn = [source.draw(seed, 2, 5) for seed in range(200)]
+    sweeps = [d for d in drawn if isinstance(d, Sweeps)]
+    assert 30 < len(sweeps) < 70
+    again = [source.draw(seed, 2, 5) for seed in range(200)]
+    same = [d for d in again if isinstance(d, Sweeps)]
+    assert all(torch.equal(a.cameras, b.cameras) for a, b in zip(sweeps, same, strict=True))
+    seen = set()
+    for sweep in sweeps[:8]:
+        assert sweep.cameras.shape == (2, 5, 8) and sweep.texture.max() < 2
+        half = sweep.cameras[..., 2].exp()
+        assert half.min() > 0.2 and half.max() < 0.6
+        images, truth = source.finish(sweep, CPU)
+        assert images.shape == (2, 5, 3, 28, 28) and truth is None
+        assert 0 <= images.min() and images.max() <= 1
+        for texture, clip in zip(sweep.texture.tolist(), images, strict=True):
+            seen.add(texture)
+            if texture == 0:  # of one colour, wherever one looks
+                assert (clip - clip[:1, :, :1, :1]).abs().max() < 1e-5
+            else:  # each frame sees something else, neighbours much the same
+                steps = (clip[1:] - clip[:-1]).abs().mean((1, 2, 3))
+                assert steps.min() > 1e-3 and steps.max() < (clip.amax() - clip.amin())
+    assert seen == {0, 1}
 
 
 @pytest.mark.parametrize("make", [lambda: PlainRooms(28), lambda: RenderedScenes(28, texture_atlas(None, 3))])
@@ -581,6 +612,34 @@ def test_weights_for_dense_frames(tiny, folder, tmp_path):
     assert str(error.value) == (
         "weights for dense_frames=True have no restoration, so there is nothing to calibrate"
     )
+
+
+@pytest.mark.parametrize("dense_frames", [False, True])
+def test_a_run_may_start_from_weights(tiny, folder, tmp_path, dense_frames):
+    first = Settings(**{**vars(SETTINGS), "dense_frames": dense_frames})
+    command.run_training(
+        command.Options(out=tmp_path / "first", images=folder, width=56, settings=first, save_every=0)
+    )
+    start = str(tmp_path / "first" / "pace.safetensors")
+    settings = Settings(**{**vars(first), "distil": 0.0, "steps": 4, "seed": 1})
+    more = command.Options(out=tmp_path / "more", images=folder, width=56, settings=settings, start=start)
+    report = command.run_training(more)
+    assert [(c["stage"], c["step"]) for c in report["checks"]] == [("start", 0), ("refined", 4)]
+    assert report["start"] == start
+    assert sorted(p.suffix for p in more.out.iterdir()) == [".json", ".png", ".pt", ".safetensors"]
+    before, after = (load_file(tmp_path / name / "pace.safetensors") for name in ("first", "more"))
+    moved = {name.split(".")[0] for name, value in before.items() if not torch.equal(value, after[name])}
+    assert moved == ({"adaptation"} if dense_frames else {"adaptation", "merge", "restoration"})
+    assert PaceWeights.load(more.out / "pace.safetensors").training["start"] == start
+    with pytest.raises(PaceError) as error:
+        command.run_training(replace(more, settings=Settings(dense_frames=dense_frames)))
+    assert str(error.value) == (
+        "the first stage, 10% of the steps, would undo what the weights to start from have learned: pass --distil 0 "
+        "with --start"
+    )
+    other = replace(more, settings=Settings(**{**vars(settings), "dense_frames": not dense_frames}))
+    with pytest.raises(WeightsError, match=f"were trained for dense_frames={dense_frames}"):
+        command.run_training(other)
 
 
 @pytest.mark.parametrize("scorer_rate", [0.0, 0.5])

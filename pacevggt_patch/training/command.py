@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..backbone import find_host
 from ..clips.textures import load_photographs, texture_atlas
 from ..config import PaceError
 from ..demo import usable_device
@@ -46,6 +47,7 @@ class Options:
         textures: zip file or folder of photographs for "all".
         width: pixels; None takes 224 for VGGT-mini, else 518 for images and 504 for rooms.
         device: None takes CUDA where there is one.
+        start: pace weights to begin with, as `PaceWeights.load` takes them, in place of untrained ones.
         resume: go on from `out`, if a run was stopped there.
         save_every: seconds between two states.
         settings: of the training.
@@ -58,6 +60,7 @@ class Options:
     textures: Path | None = None
     width: int | None = None
     device: str | None = None
+    start: str | None = None
     resume: bool = False
     save_every: float = 60.0
     settings: Settings = field(default_factory=Settings)
@@ -66,7 +69,7 @@ class Options:
 def run_training(options: Options) -> dict[str, Any]:
     """Train pace weights and write them to `options.out`; the first process alone writes.
 
-    Writes `calibrated.safetensors` and `distilled.safetensors` (what the earlier stages gave, to compare),
+    With `options.start` there is the second stage alone. Writes `calibrated.safetensors` and `distilled.safetensors` (what the earlier stages gave, to compare),
     `pace.safetensors` (the result), `report.json`, `curve.png`, and `state.pt` to resume from, each whole or not at
     all.
 
@@ -86,7 +89,13 @@ def run_training(options: Options) -> dict[str, Any]:
     settings = options.settings
     if settings.dense_frames and not settings.steps:
         raise PaceError("with dense frames there is no restoration to calibrate: train some steps")
+    if options.start is not None and settings.distil:
+        raise PaceError(
+            f"the first stage, {settings.distil:.0%} of the steps, would undo what the weights to start from have "
+            "learned: pass --distil 0 with --start"
+        )
     # What is on the disk is looked at before a large model is loaded.
+    begun = None if options.start is None else PaceWeights.load(options.start)
     mini = options.backbone == "mini" or is_mini(Path(options.backbone))
     source = make_source(options, mini, device)
     try:
@@ -106,7 +115,11 @@ def run_training(options: Options) -> dict[str, Any]:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         model.to(device)
-        weights = PaceWeights.new(model, dense_frames=settings.dense_frames)
+        if begun is None:
+            weights = PaceWeights.new(model, dense_frames=settings.dense_frames)
+        else:
+            begun.check(find_host(model), settings.dense_frames)
+            weights = begun.to(device)
         with guest(model, weights):
             fit = Fit(model, weights, source, settings, checkpointing=large, rank=rank, world=world)
             return Run(fit, options).go()
@@ -147,6 +160,8 @@ class Run:
         fit, steps = self.fit, self.fit.settings.steps
         if self.options.resume and (self.out / STATE_FILE).is_file():
             self.load()
+        elif self.options.start is not None:
+            self.check("start")
         else:
             self.check("training-free")
             if not fit.weights.dense_frames:
@@ -220,6 +235,7 @@ class Run:
         training = {
             "backbone": self.options.backbone,
             "images": fit.source.description,
+            "start": self.options.start,
             "steps": fit.step_number,
             "processes": fit.world,
             "settings": asdict(fit.settings),
@@ -255,6 +271,7 @@ class Run:
             "backbone": self.options.backbone,
             "dimensions": str(fit.weights.backbone),
             "images": fit.source.description,
+            "start": self.options.start,
             "settings": asdict(fit.settings),
             "processes": fit.world,
             "steps": fit.step_number,
