@@ -213,7 +213,7 @@ def stage_work(
             passes = Work(passes=size * channels * (6 * length + 2 * patches))
             guess = Work(2 * rows * channels**2, size * 2 * rows * channels)
             follow = read(dims.special + patches, channels) + guess + passes
-            # The slope itself, in float32 from some of the tokens: two products; its factorisation is left out.
+            # The slope itself, in float32 from some of the tokens: two products; factorisation and solves are left out.
             looked = min(frames, math.ceil(ROWS * channels / kept)) * kept
             slope = Work(4 * looked * channels**2, 4 * (2 * looked * channels + 2 * channels**2))
             near += Work(passes=4 * patches * 8 * kept)

@@ -73,7 +73,9 @@ def aggregate(
     else:
         with timer.stage("scores", frames * patches, frames * patches):
             scores = token_scores(features, grid, keep, scorer)
-        with timer.stage("keep and merge", frames * patches, frames * keep):
+        with timer.stage(
+            "keep" if config.dense_frames else "keep and merge", frames * patches, frames * keep
+        ):
             assignment = assign(scores, keep, merge)
             if config.dense_frames:
                 tokens = features

@@ -372,7 +372,8 @@ def alternating_attention(
                     outputs[layer] = torch.cat([wanted[kind][layer] for kind in process], dim=-1)
                 else:
                     after = wanted["global"][layer]
-                    slope = following.slope(before.flatten(0, 1), after.flatten(0, 1), batch)
+                    few = following.compact(before.flatten(0, 1))
+                    slope = following.slope(few, after.flatten(0, 1), batch)
                     outputs[layer] = FollowedLayer(wanted["frame"][layer], before, after, slope)
             del before
     return outputs
@@ -419,12 +420,12 @@ def _run_followed(
     The outputs of single blocks are those of special and kept tokens.
     """
     dense = tokens.view(batch * frames, length, channels)
-    few = following.index.shape[1]
+    few = following.compact(dense)
     after, block, intermediates = process(
-        following.compact(dense), batch, frames, few, channels, *args, pos=following.positions
+        few, batch, frames, few.shape[1], channels, *args, pos=following.positions
     )
-    after = after.view(len(dense), few, channels)
-    return following.follow(dense, after, following.slope(dense, after, batch)), block, intermediates
+    after = after.view(few.shape)
+    return following.follow(dense, after, following.slope(few, after, batch)), block, intermediates
 
 
 def _run_changed(change: Change, process: Callable, tokens: Tensor, *args, **kwargs):

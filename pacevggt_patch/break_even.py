@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from .following import ROWS
+
 # Tokens are picked one after another, and on a GPU each pick waits for a few small kernels, however few frames there
 # are. An H100 could have done this much of attention and MLP in the meantime: at 392x518 and keep ratio 0.3, VGGT-1B in
 # bfloat16 was measured to gain from 6 frames on. On the CPU, pruning was the faster one from a single frame on.
@@ -35,8 +37,9 @@ def saved_flops(
     before, after = special + patches, special + kept
     saved = in_clip(before) - in_clip(after)
     if dense_frames:
-        # The others follow: a mean over kept tokens, and a product of their own.
+        # The others follow: a mean over kept tokens and a product of their own, by a regression.
         saved -= 2 * frames * (patches * kept * channels + (before + after) * channels**2)
+        saved -= 4 * min(frames * kept, ROWS * channels) * channels**2 + 7 * channels**3 // 3
     else:
         saved += in_frames(before) - in_frames(after)
     return blocks * float(saved)

@@ -62,6 +62,9 @@ def make_parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--weights", default="auto", help='"auto" (default), "none" (training-free), a file, a Hub id'
     )
+    demo.add_argument(
+        "--dense-frames", action="store_true", help="frame attention keeps all tokens; nothing is merged"
+    )
     demo.add_argument("--device", help="cpu or cuda (cuda where there is one if not given)")
     demo.set_defaults(run=demo_command, extra="demo")
     add_train(commands)
@@ -159,6 +162,7 @@ def demo_command(arguments: argparse.Namespace) -> int:
         keep_ratio=arguments.keep_ratio,
         merge_budget=arguments.merge_budget,
         weights=None if arguments.weights == "none" else arguments.weights,
+        dense_frames=arguments.dense_frames,
         device=arguments.device,
     )
     print(format_table(report))

@@ -43,6 +43,7 @@ def run_demo(
     keep_ratio: float = 0.3,
     merge_budget: float | None = None,
     weights: str | None = "auto",
+    dense_frames: bool = False,
     device: str | None = None,
     repeats: int = 3,
 ) -> Demo:
@@ -54,7 +55,7 @@ def run_demo(
         out: folder for the results; made if it is not there.
         clip_folder: a folder of images, or a `clip.json` folder; None takes the bundled clip.
         frames: how many frames, evenly spaced over the clip; None takes 24, or all where there are fewer.
-        keep_ratio, merge_budget, weights: as in `accelerate`.
+        keep_ratio, merge_budget, weights, dense_frames: as in `accelerate`.
         device: None takes CUDA where there is one.
         repeats: timed runs of each, interleaved.
 
@@ -72,7 +73,7 @@ def run_demo(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # training-free or not stands in the table
         # What pruning does is shown even where it is not the faster one.
-        accelerate(model, keep_ratio, merge_budget, weights=weights, min_frames=1)
+        accelerate(model, keep_ratio, merge_budget, weights=weights, dense_frames=dense_frames, min_frames=1)
     settings = summary(model)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -147,6 +148,7 @@ def make_report(clip: Clip, settings: Summary, timings: dict[str, Timing]) -> di
         "frames": len(clip),
         "keep_ratio": settings.config.keep_ratio,
         "merge_budget": settings.config.merge_share,
+        "dense_frames": settings.config.dense_frames,
         "weights": settings.weights,
         "seconds_stock": stock.median,
         "seconds_pace": pace.median,
@@ -189,9 +191,10 @@ def format_table(report: dict[str, Any]) -> str:
         ),
         ("depth AbsRel (lower is better)", number(stock["absrel"], 4), number(pace["absrel"], 4)),
     ]
+    others = "dense frames" if report["dense_frames"] else f"merge budget {report['merge_budget']:g}"
     title = (
         f"{report['backbone']} on {report['clip']}, {report['frames']} frames, keep ratio {report['keep_ratio']:g}, "
-        f"merge budget {report['merge_budget']:g}, weights {report['weights']}"
+        f"{others}, weights {report['weights']}"
     )
     lines = [title, f"{'':42s}{'stock':>10s}{'accelerated':>13s}"]
     lines += [f"{name:42s}{a:>10s}{b:>13s}" for name, a, b in rows]

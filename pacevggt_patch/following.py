@@ -59,44 +59,45 @@ class Following(NamedTuple):
         kept, dtype = self.weights.shape[-1], self.weights.dtype
         # Autocast would round the tokens, not the products alone.
         with torch.autocast(before.device.type, enabled=False):
-            few, guess = self.compact(before), slope.to(dtype).mT  # [N, n + K, C], [B, C, C]
-            missed = (after - few).to(dtype) - times(few.to(dtype), guess)
-            if before.dtype == dtype:
-                clips = before.view(len(slope), -1, before.shape[-1])  # [B, N / B * (n + P), C]
-                moved = torch.baddbmm(clips, clips, guess).view(before.shape)
-                moved = moved.baddbmm_(self.weights, missed[:, -kept:])
-            else:  # under autocast tokens are wider than weights
-                moved = before + times(before.to(dtype), guess) + self.weights @ missed[:, -kept:]
-            rows = self.rows(before.shape[1])
-            moved.flatten(0, 1).index_copy_(0, rows, after.flatten(0, 1).to(moved.dtype))
+            before, matrices = before.contiguous(), slope.to(dtype).mT
+            few = self.compact(before)
+            # What all tokens of a frame share cancels in the sum, and is taken out before anything is rounded.
+            mean = few[:, -kept:].mean(1, keepdim=True)  # [N, 1, C]
+            missed = (after - few).to(dtype) - times((few - mean).to(dtype), matrices)
+            change = times((before - mean).to(dtype), matrices)  # [N, n + P, C]
+            moved = before + change.baddbmm_(self.weights, missed[:, -kept:])
+            moved.view(-1, moved.shape[-1]).index_copy_(
+                0, self.rows(moved.shape[1]), after.flatten(0, 1).to(moved.dtype)
+            )
             return moved
 
-    @torch.no_grad()  # as a constant: what is learned is learned through the tokens
     def slope(self, before: Tensor, after: Tensor, clips: int) -> Tensor:
         """How the change of a token depends on the token, A [B, C, C] of each clip, for `follow`.
 
         Ridge regression over kept tokens: of their changes on the tokens before, both less their mean over the kept
-        ones of the frame. In float32 at least, from at most `ROWS` * C tokens of evenly spread frames.
+        ones of the frame. In float32 at least, from at most `ROWS` * C tokens of evenly spread frames. A constant for
+        gradients: what is learned is learned through the tokens.
 
         Args:
-            before, after: as `follow` takes them.
+            before, after: special and kept tokens before and after it, [N, n + K, C].
             clips: B, of which the N frames are.
         """
         kept, channels = self.weights.shape[-1], before.shape[-1]
         frames = len(before) // clips
         few = min(frames, -(-ROWS * channels // kept))
         chosen = torch.arange(few, device=before.device) * frames // few
-        with torch.autocast(before.device.type, enabled=False):
-            old, new = (t.view(clips, frames, -1, channels).index_select(1, chosen) for t in (before, after))
-            index = self.index.view(clips, frames, -1).index_select(1, chosen)[:, :, -kept:]
-            token = old.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, channels))  # [B, few, K, C]
-            change = new[:, :, -kept:] - token
-            exact = torch.promote_types(token.dtype, torch.float32)
-            x, y = (t.to(exact) - t.to(exact).mean(2, keepdim=True) for t in (token, change))
-            x, y = x.flatten(1, 2), y.flatten(1, 2)
+        with torch.no_grad(), torch.autocast(before.device.type, enabled=False):
+            exact = torch.promote_types(before.dtype, torch.float32)
+            old, new = (
+                t.unflatten(0, (clips, frames)).index_select(1, chosen)[:, :, -kept:].to(exact)
+                for t in (before, after)
+            )  # [B, few, K, C]
+            x, y = ((t - t.mean(2, keepdim=True)).flatten(1, 2) for t in (old, new - old))
             squares, products = x.mT @ x, x.mT @ y  # [B, C, C]
-            # All tokens the same leave nothing to learn: 0 / tiny is 0.
-            level = RIDGE * squares.diagonal(dim1=1, dim2=2).mean(-1).clamp(min=torch.finfo(exact).tiny)
+            # Tokens that are the same but for rounding tell nothing.
+            limits = torch.finfo(exact)
+            rounding = limits.eps * old.square().sum((1, 2, 3)) / channels + limits.tiny
+            level = RIDGE * squares.diagonal(dim1=1, dim2=2).mean(-1).maximum(rounding)  # [B]
             squares.diagonal(dim1=1, dim2=2).add_(level[:, None])
             # Not by `solve`, which waits for the device to tell whether it worked.
             factor = torch.linalg.cholesky_ex(squares).L
@@ -106,7 +107,9 @@ class Following(NamedTuple):
 
 def times(tokens: Tensor, matrices: Tensor) -> Tensor:
     """Tokens [N, L, C] of B clips by the matrix of their clip, [B, C, C]."""
-    return torch.bmm(tokens.flatten(0, 1).view(len(matrices), -1, tokens.shape[-1]), matrices).view(tokens.shape)
+    return torch.bmm(tokens.flatten(0, 1).view(len(matrices), -1, tokens.shape[-1]), matrices).view(
+        tokens.shape
+    )
 
 
 class FollowedLayer(NamedTuple):
@@ -140,13 +143,8 @@ def following(
     Returns:
         Without positions.
     """
-    frames, count = kept.shape
-    at_special = torch.arange(special, device=kept.device).expand(frames, -1)
-    # Rows begin at multiples of 8 numbers, as in `restoration.aligned`.
-    shape = frames, special + features.shape[1], count + -count % 8
-    weights = torch.zeros(shape, dtype=dtype, device=kept.device)[..., :count]
+    at_special = torch.arange(special, device=kept.device).expand(len(kept), -1)
     with torch.autocast(features.device.type, enabled=False):
-        for start in range(0, frames, FRAMES_PER_CHUNK):
-            some = slice(start, start + FRAMES_PER_CHUNK)
-            weights[some, special:] = interpolation_weights(features[some], kept[some], grid).to(dtype)
-    return Following(torch.cat([at_special, kept + special], dim=1), weights)
+        chunks = zip(features.split(FRAMES_PER_CHUNK), kept.split(FRAMES_PER_CHUNK), strict=True)
+        weights = torch.cat([interpolation_weights(f, k, grid).to(dtype) for f, k in chunks])  # [N, P, K]
+    return Following(torch.cat([at_special, kept + special], dim=1), F.pad(weights, (0, 0, special, 0)))

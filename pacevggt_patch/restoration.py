@@ -42,13 +42,6 @@ def interpolation_weights(
     return (temperature * similarity_to_kept(features, kept) - squared / (2 * variance)).softmax(-1)
 
 
-def aligned(weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """`weights` in another dtype, with rows that begin at multiples of 8 numbers: the faster matrix products ask for it,
-    and few K are such."""
-    columns = weights.shape[-1]
-    return F.pad(weights.to(dtype), (0, -columns % 8))[..., :columns]
-
-
 class FeatureGuidedRestoration(nn.Module):
     """Learned part of the restoration: what interpolation misses, from what the dropped token looks like.
 
@@ -142,7 +135,7 @@ def restore(
             weights, difference, offset = reading(features, kept, grid, module)
         dense = {}
         for layer, output in outputs.items():
-            rows = aligned(weights, output.dtype) @ output  # [N, P, 2C]
+            rows = weights.to(output.dtype) @ output  # [N, P, 2C]
             if module is not None and layer in module.layers:
                 rows = rows + module(layer, rows, difference, offset).to(rows.dtype)
             dense[layer] = rows.scatter_(1, kept.unsqueeze(-1).expand_as(output), output)

@@ -85,11 +85,10 @@ class Summary:
         lines = [
             f"backbone      {self.backbone}",
             f"keep ratio    {self.config.keep_ratio:g}",
-            f"merge budget  {self.config.merge_share:g}",
-            *(
-                ["frames        all patch tokens; global attention is pruned"]
+            (
+                "frames        all patch tokens; global attention is pruned, nothing is merged"
                 if self.config.dense_frames
-                else []
+                else f"merge budget  {self.config.merge_share:g}"
             ),
             f"weights       {self.weights}",
             f"patched       {', '.join(self.patched)}"

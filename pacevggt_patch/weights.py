@@ -6,7 +6,7 @@ import os
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from .version import __version__
 
 KIND = "pace weights"
 FORMAT = 4  # 1 had no adaptation, 2 none for dense frames, 3 no strength of the adaptation
-OLD_STRENGTH = 0.6  # `full_strength` of the adaptations of older files
+OLD_STRENGTH = 0.6  # `full_strength` of older files, whose changes faded in a line from there
 HUB_FILE = "pace.safetensors"
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^@\s]+))?")
 ACCEPTED = (
@@ -117,16 +117,20 @@ class PaceWeights:
         aggregator: Any = host.aggregator
         return weights.to(aggregator.camera_token.device)
 
-    def save(self, path: str | PathLike[str], *, eight_bits: bool = False) -> None:
+    def save(self, path: str | PathLike[str], *, eight_bits: bool = False, rank: int | None = None) -> None:
         """Write one safetensors file with everything else as JSON in its metadata, at once or not at all.
 
         Args:
             path: of the file.
             eight_bits: write matrices in 8 bits, see `tensorfile.in_8_bits`, which rounds; else float32.
+            rank: write the changes of matrices as the nearest ones of this rank; None as they are.
 
         Raises:
             WeightsError: no such folder, NaN or infinity, `training` is not JSON, or the write failed.
         """
+        if rank is not None:
+            replace(self, adaptation=self.adaptation.nearest(rank)).save(path, eight_bits=eight_bits)
+            return
         tensors = {name: tensor.float() for name, tensor in self.modules().state_dict().items()}
         fields = {
             "library_version": self.library_version,
@@ -183,11 +187,7 @@ class PaceWeights:
         Raises:
             WeightsError: names both sides.
         """
-        if self.dense_frames != dense_frames:
-            raise WeightsError(
-                f"pace weights {self.source} were trained for dense_frames={self.dense_frames}: pass that, or "
-                "other weights"
-            )
+        self.check_setting(dense_frames)
         mine, theirs = self.backbone, spec(host)
         if not _dimensions_fit(mine, theirs, bool(host.dense_heads)):
             raise WeightsError(
@@ -212,6 +212,18 @@ class PaceWeights:
                 f"pace weights {self.source} were trained for another checkpoint (fingerprint "
                 f"{self.fingerprints[dtype][:12]}) than this model's ({known[dtype][:12]}): train weights for this "
                 "one, or pass weights=None"
+            )
+
+    def check_setting(self, dense_frames: bool) -> None:
+        """Check that these weights were trained for this setting, which takes no model.
+
+        Raises:
+            WeightsError: they were not.
+        """
+        if self.dense_frames != dense_frames:
+            raise WeightsError(
+                f"pace weights {self.source} were trained for dense_frames={self.dense_frames}: pass that, or "
+                "other weights"
             )
 
     def to(self, device: torch.device | str) -> PaceWeights:

@@ -120,6 +120,28 @@ def test_strength_fades_towards_the_stock_model():
             BlockAdaptation({}, full_strength=wrong)
 
 
+def test_nearest_changes_of_a_lower_rank(model):
+    adaptation = random_adaptation(model).adaptation
+    for rank in (1, 5, RANK):
+        nearest = adaptation.nearest(rank)
+        assert nearest.rank == rank and nearest.full_strength == adaptation.full_strength
+        for name, up in adaptation.up.items():
+            wanted = (up @ adaptation.down[name]).detach().double()
+            found = (nearest.up[name] @ nearest.down[name]).detach().double()
+            left = (
+                torch.linalg.svdvals(wanted)[rank:].square().sum().sqrt()
+            )  # no matrix of that rank is nearer
+            assert (found - wanted).norm() == pytest.approx(
+                left.item(), rel=1e-3, abs=1e-4 * wanted.norm().item()
+            )
+            assert nearest.up[name].shape[1] == len(nearest.down[name]) == rank
+        assert all(torch.equal(shift, adaptation.shift[name]) for name, shift in nearest.shift.items())
+    assert adaptation.rank == RANK
+    for wrong in (0, RANK + 1):
+        with pytest.raises(ValueError, match=f"rank must lie between 1 and {RANK}, got {wrong}"):
+            adaptation.nearest(wrong)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_reach_every_part(model, checkpointing):
     weights = random_adaptation(model)

@@ -21,6 +21,7 @@ from pacevggt_patch.report import whole_file, write_json
 
 REAL_CLIPS = os.environ.get("PACEVGGT_REAL_CLIPS")
 KEYS = {
+    "dense_frames",
     "backbone", "clip", "frames", "keep_ratio", "merge_budget", "weights", "seconds_stock", "seconds_pace", "speedup",
     "seconds_range_stock", "seconds_range_pace", "stock", "pace", "environment",
 }  # fmt: skip
@@ -61,6 +62,14 @@ def test_clips_too_short_to_gain_are_pruned_all_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr("pacevggt_patch.patch.pruning_pays", lambda *_: False)
     report, written, _ = run_demo(tmp_path, frames=2, weights=None, repeats=1, device="cpu")
     assert "tokens.png" in written and report["stock"] != report["pace"]
+
+
+def test_dense_frames(tmp_path, capsys):
+    arguments = ["demo", "--frames", "2", "--out", str(tmp_path), "--dense-frames", "--device", "cpu"]
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "keep ratio 0.3, dense frames, weights bundled pace-vggt-mini-dense-frames" in printed
+    assert json.loads((tmp_path / "report.json").read_text())["dense_frames"] is True
 
 
 def test_folder_of_images_has_no_ground_truth(tmp_path, capsys):

@@ -132,8 +132,8 @@ def test_a_change_that_depends_on_the_token_is_found(keep, clips, seed):
     after = (before + before @ maps.mT + normal(clips, frames, 1, channels)).flatten(0, 1)
     before = before.flatten(0, 1)
     few = followed.compact(after)
-    slope = followed.slope(before, few, clips)
-    assert slope.shape == (clips, channels, channels)
+    slope = followed.slope(followed.compact(before).requires_grad_(True), few, clips)
+    assert not slope.requires_grad and slope.shape == (clips, channels, channels)
     tokens, new = (t.view(clips, frames, -1, channels) for t in (followed.compact(before), few))
     for clip in range(clips):
         by_lists = regression(list(tokens[clip, :, special:]), list(new[clip, :, special:]))
@@ -146,14 +146,73 @@ def test_a_few_frames_tell_the_slope():
     generator = torch.Generator().manual_seed(0)
     kept = torch.arange(4).expand(40, -1)
     followed = following(torch.randn(40, 6, 5, generator=generator), kept, (2, 3), 1, torch.float32)
-    before, after = torch.randn(40, 7, 2, generator=generator), torch.randn(40, 5, 2, generator=generator)
-    frames = [i * 20 // 8 for i in range(8)]  # of 20 in each clip: 8 of 4 tokens are 16 for each of 2 channels
+    before, after = torch.randn(2, 40, 5, 2, generator=generator)
+    frames = [
+        i * 20 // 8 for i in range(8)
+    ]  # of 20 in each clip: 8 of 4 tokens are 16 for each of 2 channels
     assert ROWS == 16
     found = followed.slope(before, after, 2)
     for clip in range(2):
         chosen = [20 * clip + i for i in frames]
         alone = followed._replace(index=followed.index[chosen], weights=followed.weights[chosen])
         torch.testing.assert_close(found[clip], alone.slope(before[chosen], after[chosen], 1)[0])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "weights"), [("bfloat16", "bfloat16"), ("float16", "float16"), ("float32", "bfloat16")]
+)
+def test_what_all_tokens_share_is_not_rounded_into_them(tokens, weights):
+    """Large models have channels of a size that dwarfs all others."""
+    narrow = getattr(torch, tokens)
+    generator = torch.Generator().manual_seed(0)
+    kept = torch.stack([torch.randperm(30, generator=generator)[:12].sort().values for _ in range(4)])
+    followed = following(torch.randn(4, 30, 8, generator=generator), kept, (5, 6), 2, getattr(torch, weights))
+    before = torch.randn(4, 32, 16, generator=generator)
+    before[..., 0] += 1000
+    before = before.to(narrow)
+    after = followed.compact(before) + (0.3 * torch.randn(4, 14, 16, generator=generator)).to(narrow)
+    slope = torch.randn(1, 16, 16, generator=generator) / 8
+    exact = Following(followed.index, followed.weights.double()).follow(
+        before.double(), after.double(), slope.double()
+    )
+    found = followed.follow(before, after, slope)
+    assert found.dtype == narrow
+    change = (exact - before.double())[..., 1:]
+    error = (found.double() - exact)[..., 1:].norm() / change.norm()
+    assert error < 0.03
+
+
+def test_tokens_that_are_the_same_tell_no_slope():
+    kept = torch.arange(7).expand(4, -1)
+    followed = following(torch.randn(4, 9, 5), kept, (3, 3), 1, torch.float32)
+    same = torch.randn(8).expand(4, 8, 8)
+    slope = followed.slope(same, same + torch.randn(4, 8, 8), 1)
+    assert slope.abs().max() < 1e-2
+    assert followed.slope(torch.zeros(4, 8, 8), torch.ones(4, 8, 8), 1).abs().max() == 0
+
+
+def test_other_layouts_of_tokens():
+    generator = torch.Generator().manual_seed(0)
+    followed = following(
+        torch.randn(3, 6, 5, generator=generator), torch.tensor([[0, 2, 5]] * 3), (2, 3), 1, torch.float32
+    )
+    before, after = (
+        torch.randn(7, 3, 4, generator=generator).transpose(0, 1),
+        torch.randn(3, 4, 4, generator=generator),
+    )
+    slope = torch.randn(1, 4, 4, generator=generator)
+    wanted = followed.follow(before.contiguous(), after, slope)
+    assert torch.equal(followed.follow(before, after, slope), wanted)
+    assert torch.equal(followed.compact(wanted), after)
+
+
+@torch.inference_mode()
+def test_it_compiles_into_one_graph():
+    model, images = tiny_vggt(), random_images(3)
+    accelerate(model, 0.3, weights=None, dense_frames=True, min_frames=1)
+    wanted = model(images)["depth"]
+    whole = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(whole(images)["depth"], wanted)
 
 
 @torch.inference_mode()
@@ -344,4 +403,6 @@ def test_it_saves_global_attention_alone():
     sizes = dict(frames=10, patches=100, kept=30, special=5, channels=64, blocks=4)
     both, one = saved_flops(**sizes), saved_flops(**sizes, dense_frames=True)
     in_frames = 4 * 10 * (24 * 70 * 64**2 + 4 * 64 * (105**2 - 35**2))
-    assert both - one == pytest.approx(in_frames + 4 * 2 * 10 * (100 * 30 * 64 + 140 * 64**2))
+    following = 2 * 10 * (100 * 30 * 64 + 140 * 64**2)
+    regression = 4 * 300 * 64**2 + 7 * 64**3 // 3
+    assert both - one == pytest.approx(in_frames + 4 * (following + regression))

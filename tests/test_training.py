@@ -20,9 +20,10 @@ from scipy.spatial.transform import Rotation
 
 import pacevggt_patch
 from pacevggt_patch import PaceError, PaceWeights, WeightsError, accelerate
+from pacevggt_patch.adaptation import BlockAdaptation
 from pacevggt_patch.cli import main
 from pacevggt_patch.clips import render_room, save_clip
-from pacevggt_patch.clips.textures import texture_atlas
+from pacevggt_patch.clips.textures import brightened, texture_atlas
 from pacevggt_patch.evaluation import decode_pose_encoding
 from pacevggt_patch.training import calibrate, command
 from pacevggt_patch.training.clip_source import FolderSource, PlainRooms, RenderedScenes, Truth
@@ -39,7 +40,7 @@ from pacevggt_patch.training.losses import (
     truth_target,
 )
 from pacevggt_patch.training.passes import Outputs, run
-from pacevggt_patch.training.sweeps import Sweeps
+from pacevggt_patch.training.sweeps import Sweeps, render_sweeps
 
 CPU = torch.device("cpu")
 
@@ -139,7 +140,7 @@ def test_some_steps_see_photographs_alone():
         assert half.min() > 0.2 and half.max() < 0.6
         images, truth = source.finish(sweep, CPU)
         assert images.shape == (2, 5, 3, 28, 28) and truth is None
-        assert 0 <= images.min() and images.max() <= 1
+        assert images.min() >= 0 and images.max() <= 1
         for texture, clip in zip(sweep.texture.tolist(), images, strict=True):
             seen.add(texture)
             if texture == 0:  # of one colour, wherever one looks
@@ -148,6 +149,33 @@ def test_some_steps_see_photographs_alone():
                 steps = (clip[1:] - clip[:-1]).abs().mean((1, 2, 3))
                 assert steps.min() > 1e-3 and steps.max() < (clip.amax() - clip.amin())
     assert seen == {0, 1}
+
+
+def test_a_sweep_sees_what_its_camera_says():
+    """One pixel by hand, of a photograph whose colours say where they are."""
+    side, size = 64, 28
+    at = (torch.arange(side) * 4 + 2).to(torch.uint8)
+    photograph = torch.stack(
+        [at.expand(side, side), at.view(-1, 1).expand(side, side), torch.zeros(side, side)]
+    )
+    atlas = texture_atlas(photograph[None].to(torch.uint8), 1)
+    centre, half, turn, tilt, shift = (0.45, 0.55), 0.25, 0.3, (0.2, -0.1), (0.2, 0.1)
+    camera = torch.tensor([*centre, np.log(half), turn, *tilt, *shift], dtype=torch.float32)
+    image = render_sweeps(Sweeps(torch.tensor([0]), camera.view(1, 1, 8)), atlas, size)[0, 0]
+    plain = camera.clone()
+    plain[6:] = 0
+    flat = render_sweeps(Sweeps(torch.tensor([0]), plain.view(1, 1, 8)), atlas, size)[0, 0]
+    lit = brightened(photograph[None].to(torch.uint8).float() / 255)[0]
+    gain = (lit[0] / (photograph[0] / 255))[5, 40].item()  # the photograph is brightened as a whole
+    for row, column in ((3, 20), (14, 9), (25, 25)):
+        x, y = (2 * column + 1) / size - 1, (2 * row + 1) / size - 1
+        near = half / (1 + tilt[0] * x + tilt[1] * y)
+        u = centre[0] + near * (np.cos(turn) * x - np.sin(turn) * y)
+        v = centre[1] + near * (np.sin(turn) * x + np.cos(turn) * y)
+        assert flat[:2, row, column].tolist() == pytest.approx([u * gain, v * gain], abs=0.02)
+        relief = (u + v) * gain / 3 - 0.5
+        moved = [(u + shift[0] * relief) * gain, (v + shift[1] * relief) * gain]
+        assert image[:2, row, column].tolist() == pytest.approx(moved, abs=0.02)
 
 
 @pytest.mark.parametrize("make", [lambda: PlainRooms(28), lambda: RenderedScenes(28, texture_atlas(None, 3))])
@@ -631,15 +659,59 @@ def test_a_run_may_start_from_weights(tiny, folder, tmp_path, dense_frames):
     moved = {name.split(".")[0] for name, value in before.items() if not torch.equal(value, after[name])}
     assert moved == ({"adaptation"} if dense_frames else {"adaptation", "merge", "restoration"})
     assert PaceWeights.load(more.out / "pace.safetensors").training["start"] == start
-    with pytest.raises(PaceError) as error:
-        command.run_training(replace(more, settings=Settings(dense_frames=dense_frames)))
-    assert str(error.value) == (
-        "the first stage, 10% of the steps, would undo what the weights to start from have learned: pass --distil 0 "
-        "with --start"
-    )
+    for wrong, message in (
+        (
+            replace(more, settings=Settings(dense_frames=dense_frames)),
+            "the first stage, 400 steps, would undo what the weights to start from have learned: pass --distil 0 with "
+            "--start",
+        ),
+        (
+            replace(more, start=None, resume=True),
+            f"can't resume: the run began with {start}: pass the same --start, or start anew without --resume",
+        ),
+    ):
+        with pytest.raises(PaceError) as error:
+            command.run_training(wrong)
+        assert str(error.value) == message
+    assert command.run_training(replace(more, resume=True))["steps"] == 4
     other = replace(more, settings=Settings(**{**vars(settings), "dense_frames": not dense_frames}))
     with pytest.raises(WeightsError, match=f"were trained for dense_frames={dense_frames}"):
         command.run_training(other)
+
+
+def test_weights_that_nothing_can_start_from(tiny, folder, tmp_path):
+    weights = PaceWeights.new(tiny_vggt())
+    weights.adaptation = BlockAdaptation({})
+    weights.save(tmp_path / "old.safetensors")
+    old = command.Options(tmp_path, images=folder, start=str(tmp_path / "old.safetensors"))
+    for steps, message in (
+        (
+            0,
+            "weights to start from are trained on, not calibrated anew: leave out --start or --calibrate",
+        ),
+        (
+            4,
+            f"{old.start} is of an older version and has no block changes to train: start without it",
+        ),
+    ):
+        with pytest.raises(PaceError) as error:
+            command.run_training(replace(old, settings=Settings(steps=steps, distil=0.0)))
+        assert str(error.value) == message
+
+
+def test_a_run_goes_on_with_the_strength_that_it_began_with(tiny, folder, tmp_path):
+    weights = PaceWeights.new(tiny_vggt())
+    weights.adaptation = BlockAdaptation(weights.adaptation.shapes(), rank=4, full_strength=0.5)
+    weights.library_version = "0.0.1"
+    weights.save(tmp_path / "start.safetensors")
+    settings = Settings(**{**vars(SETTINGS), "distil": 0.0, "steps": 2})
+    start = str(tmp_path / "start.safetensors")
+    one = command.Options(tmp_path / "out", images=folder, width=56, settings=settings, start=start)
+    for options_ in (one, replace(one, resume=True)):
+        command.run_training(options_)
+        written = PaceWeights.load(tmp_path / "out" / "pace.safetensors")
+        assert (written.adaptation.rank, written.adaptation.full_strength) == (4, 0.5)
+        assert written.library_version == pacevggt_patch.__version__
 
 
 @pytest.mark.parametrize("scorer_rate", [0.0, 0.5])

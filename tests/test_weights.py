@@ -292,6 +292,37 @@ def test_other_kind(file):
     refused(file, f"{file} does not hold pace weights: it says it holds a VGGT-mini checkpoint")
 
 
+@pytest.mark.parametrize("version", [2, 3, 4])
+def test_the_strength_of_older_files(file, tmp_path, version):
+    """They were trained with block changes in full force up to 0.6; a newer one says itself."""
+    rewrite(file, metadata={"format": version, "full_strength": 0.3})
+    weights = PaceWeights.load(file)
+    assert weights.adaptation.full_strength == (0.3 if version == 4 else 0.6)
+    weights.save(tmp_path / "again.safetensors")
+    assert PaceWeights.load(tmp_path / "again.safetensors").adaptation.full_strength == (
+        weights.adaptation.full_strength
+    )
+
+
+@pytest.mark.parametrize("value", [None, 2, 0, "much"])
+def test_a_strength_out_of_range(file, value):
+    rewrite(file, metadata={"full_strength": value})
+    with pytest.raises(WeightsError, match="has damaged metadata"):
+        PaceWeights.load(file)
+
+
+def test_a_file_of_lower_rank(file, tmp_path):
+    weights = PaceWeights.load(file)
+    weights.save(tmp_path / "small.safetensors", rank=3, eight_bits=True)
+    small = PaceWeights.load(tmp_path / "small.safetensors")
+    assert small.adaptation.rank == 3 and weights.adaptation.rank == 16
+    assert (tmp_path / "small.safetensors").stat().st_size < file.stat().st_size / 3
+    for name, up in weights.adaptation.nearest(3).up.items():
+        wanted = up @ weights.adaptation.nearest(3).down[name]
+        found = small.adaptation.up[name] @ small.adaptation.down[name]
+        torch.testing.assert_close(found, wanted, rtol=0.05, atol=0.02 * max(wanted.abs().max().item(), 1e-6))
+
+
 def test_newer_format(file):
     rewrite(file, metadata={"format": 5})
     refused(

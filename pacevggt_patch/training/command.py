@@ -21,6 +21,7 @@ from ..config import PaceError
 from ..demo import usable_device
 from ..pictures import save_training_curve
 from ..report import environment, whole_file, write_json
+from ..version import __version__
 from ..weights import HUB_FILE, PaceWeights
 from .backbones import is_mini, load_backbone
 from .calibration import KEEP_RATIOS
@@ -69,7 +70,7 @@ class Options:
 def run_training(options: Options) -> dict[str, Any]:
     """Train pace weights and write them to `options.out`; the first process alone writes.
 
-    With `options.start` there is the second stage alone. Writes `calibrated.safetensors` and `distilled.safetensors` (what the earlier stages gave, to compare),
+    Writes `calibrated.safetensors` and `distilled.safetensors` (what the earlier stages gave, where there were any),
     `pace.safetensors` (the result), `report.json`, `curve.png`, and `state.pt` to resume from, each whole or not at
     all.
 
@@ -84,18 +85,22 @@ def run_training(options: Options) -> dict[str, Any]:
     if name is None and torch.cuda.is_available():
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     device = usable_device(name)
-    if (options.images is None) == (options.rooms is None):
-        raise PaceError("training needs images: pass --images DIR, or --rooms for rendered ones")
     settings = options.settings
     if settings.dense_frames and not settings.steps:
         raise PaceError("with dense frames there is no restoration to calibrate: train some steps")
-    if options.start is not None and settings.distil:
+    if (options.images is None) == (options.rooms is None):
+        raise PaceError("training needs images: pass --images DIR, or --rooms for rendered ones")
+    if options.start is not None and not settings.steps:
         raise PaceError(
-            f"the first stage, {settings.distil:.0%} of the steps, would undo what the weights to start from have "
-            "learned: pass --distil 0 with --start"
+            "weights to start from are trained on, not calibrated anew: leave out --start or --calibrate"
+        )
+    if options.start is not None and settings.distil_steps:
+        raise PaceError(
+            f"the first stage, {settings.distil_steps} steps, would undo what the weights to start from have learned: "
+            "pass --distil 0 with --start"
         )
     # What is on the disk is looked at before a large model is loaded.
-    begun = None if options.start is None else PaceWeights.load(options.start)
+    begun = None if options.start is None else weights_to_start(options.start, settings.dense_frames)
     mini = options.backbone == "mini" or is_mini(Path(options.backbone))
     source = make_source(options, mini, device)
     try:
@@ -126,6 +131,22 @@ def run_training(options: Options) -> dict[str, Any]:
     finally:
         if world > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def weights_to_start(source: str, dense_frames: bool) -> PaceWeights:
+    """Weights to go on with.
+
+    Raises:
+        WeightsError: they can't be had, or are for the other setting.
+        PaceError: they have no block changes, which is most of what training teaches.
+    """
+    weights = PaceWeights.load(source)
+    weights.check_setting(dense_frames)
+    if not len(weights.adaptation):
+        raise PaceError(
+            f"{source} is of an older version and has no block changes to train: start without it"
+        )
+    return weights
 
 
 def make_source(options: Options, mini: bool, device: torch.device) -> ClipSource:
@@ -241,12 +262,16 @@ class Run:
             "settings": asdict(fit.settings),
             "checks": self.checks,
         }
-        replace(fit.weights, keep_ratios=tuple(ratios), training=training).save(self.out / name)
+        changed = replace(
+            fit.weights, keep_ratios=tuple(ratios), training=training, library_version=__version__
+        )
+        changed.save(self.out / name)
 
     def save_state(self) -> None:
         """Write the state to resume from."""
         state = {
             **self.fit.state(),
+            "start": self.options.start,
             "losses": self.losses,
             "checks": self.checks,
             "seconds": self.seconds(),
@@ -261,6 +286,11 @@ class Run:
             state = torch.load(path, map_location=self.fit.device, weights_only=True)
         except Exception as error:  # pickle and zip trip over a damaged file in many ways
             raise PaceError(f"{path} is damaged: start anew without --resume") from error
+        if state.get("start") != self.options.start:
+            raise PaceError(
+                f"can't resume: the run began with {state.get('start') or 'untrained weights'}: pass the same --start, "
+                "or start anew without --resume"
+            )
         self.fit.load(state)
         self.losses, self.checks, self.seconds_before = state["losses"], state["checks"], state["seconds"]
 

@@ -19,14 +19,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..adaptation import FULL_STRENGTH
 from ..backbone import may_wait
 from ..config import PaceError
 from ..evaluation.metrics import decode_pose_encoding, pairwise_pose_errors
+from ..following import RIDGE as RIDGE_OF_SLOPES
 from ..mini.trainer import mixed_seed
 from ..weights import PaceWeights
 from .attention import attention_target
 from .calibration import KEEP_RATIOS, RIDGE, fit_linear
-from .clip_source import ClipSource, Sample, Truth, to_device
+from .clip_source import SWEEPS, ClipSource, Sample, Truth, to_device
 from .losses import distillation_loss, token_losses, total_loss, truth_target
 from .passes import Outputs, half_precision, run
 from .recording import Recorder
@@ -35,8 +37,8 @@ from .recording import Recorder
 RATIOS = 6
 ALL_MERGED = 0.75  # share of steps in which all that is not kept is merged, as it is by default
 MERGED_OTHERWISE = (0.0, 0.5)  # shares of them, one of which is merged in the other steps
-# What a run draws from: one that drew from something else can't go on as this one.
-KINDS = [RATIOS, ALL_MERGED, *MERGED_OTHERWISE]
+# What a run draws from and how its weights run: one where that was something else can't go on as this one.
+KINDS = [RATIOS, ALL_MERGED, *MERGED_OTHERWISE, SWEEPS, FULL_STRENGTH, RIDGE_OF_SLOPES]
 LARGEST_NORM = 1.0  # of the gradient
 # Numbers in place of a process's, for clips that no step draws.
 CALIBRATION, CHECK, COMMON = -1, -2, -3
@@ -298,7 +300,11 @@ class Fit:
         else:
             plan = step_plan(self.settings, self.step_number)
             frames = to_device(torch.tensor(plan.frames), self.device)
-            kind = plan.views, plan.keep_ratio, plan.merge_budget  # and whether there is a truth, by the inputs
+            kind = (
+                plan.views,
+                plan.keep_ratio,
+                plan.merge_budget,
+            )  # and whether there is a truth, by the inputs
 
             def refine(frames: Tensor, images: Tensor, *truth: Tensor) -> list[Tensor]:
                 inputs = Sample(images, Truth(*truth) if truth else None)
