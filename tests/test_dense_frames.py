@@ -122,7 +122,7 @@ def test_a_change_that_depends_on_the_token_is_found(keep, clips, seed):
     def normal(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    frames, patches, special, channels = 5, 9, 2, 3  # few enough that all are looked at
+    frames, patches, special, channels = 2, 9, 2, 6  # few enough that all are looked at
     kept = torch.stack(
         [torch.randperm(patches, generator=generator)[:keep].sort().values for _ in range(clips * frames)]
     )
@@ -147,10 +147,8 @@ def test_a_few_frames_tell_the_slope():
     kept = torch.arange(4).expand(40, -1)
     followed = following(torch.randn(40, 6, 5, generator=generator), kept, (2, 3), 1, torch.float32)
     before, after = torch.randn(2, 40, 5, 2, generator=generator)
-    frames = [
-        i * 20 // 8 for i in range(8)
-    ]  # of 20 in each clip: 8 of 4 tokens are 16 for each of 2 channels
-    assert ROWS == 16
+    assert ROWS == 4
+    frames = [0, 10]  # of 20 in each clip: 2 of 4 tokens are 4 for each of 2 channels
     found = followed.slope(before, after, 2)
     for clip in range(2):
         chosen = [20 * clip + i for i in frames]
