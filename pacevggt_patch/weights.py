@@ -126,9 +126,13 @@ class PaceWeights:
             rank: write the changes of matrices as the nearest ones of this rank; None as they are.
 
         Raises:
-            WeightsError: no such folder, NaN or infinity, `training` is not JSON, or the write failed.
+            WeightsError: no such folder, NaN or infinity, `training` is not JSON, a rank out of range, or the write
+                failed.
         """
         if rank is not None:
+            most = self.adaptation.rank
+            if type(rank) is not int or not 1 <= rank <= most:
+                raise WeightsError(f"rank must be a whole number from 1 to {most}, got {rank!r}")
             replace(self, adaptation=self.adaptation.nearest(rank)).save(path, eight_bits=eight_bits)
             return
         tensors = {name: tensor.float() for name, tensor in self.modules().state_dict().items()}

@@ -661,22 +661,26 @@ def test_a_run_may_start_from_weights(tiny, folder, tmp_path, dense_frames):
     assert PaceWeights.load(more.out / "pace.safetensors").training["start"] == start
     for wrong, message in (
         (
-            replace(more, settings=Settings(dense_frames=dense_frames)),
+            replace(more, out=tmp_path, settings=Settings(dense_frames=dense_frames)),
             "the first stage, 400 steps, would undo what the weights to start from have learned: pass --distil 0 with "
             "--start",
         ),
         (
+            replace(more, resume=False),
+            f"{more.out} holds an earlier run: pass --resume to go on with it, or another --out",
+        ),
+        (
             replace(more, start=None, resume=True),
-            f"can't resume: the run began with {start}: pass the same --start, or start anew without --resume",
+            f"can't resume: the run began with {start}: pass the same --start, or start anew with another --out",
         ),
     ):
         with pytest.raises(PaceError) as error:
             command.run_training(wrong)
         assert str(error.value) == message
     assert command.run_training(replace(more, resume=True))["steps"] == 4
-    other = replace(more, settings=Settings(**{**vars(settings), "dense_frames": not dense_frames}))
+    other = Settings(**{**vars(settings), "dense_frames": not dense_frames})
     with pytest.raises(WeightsError, match=f"were trained for dense_frames={dense_frames}"):
-        command.run_training(other)
+        command.run_training(replace(more, out=tmp_path, settings=other))
 
 
 def test_weights_that_nothing_can_start_from(tiny, folder, tmp_path):
@@ -789,13 +793,13 @@ def test_another_run_cannot_be_resumed(tiny, folder, tmp_path, monkeypatch):
             command.Options(out=tmp_path, images=folder, width=56, settings=other, resume=True)
         )
     assert str(caught.value) == (
-        "can't resume: the run was started with another seed: pass the same settings, or start anew without --resume"
+        "can't resume: the run was started with another seed: pass the same settings, or start anew with another --out"
     )
     monkeypatch.setattr(command, "load_backbone", lambda _: tiny_vggt(seed=1))
     with pytest.raises(PaceError, match="started with another backbone"):
         command.run_training(options(folder, tmp_path, resume=True))
     (tmp_path / "state.pt").write_bytes(b"torn")
-    with pytest.raises(PaceError, match=r"state\.pt is damaged: start anew without --resume$"):
+    with pytest.raises(PaceError, match=r"state\.pt is damaged: start anew with another --out$"):
         command.run_training(options(folder, tmp_path, resume=True))
 
 
@@ -834,7 +838,7 @@ def test_the_command_line(tiny, folder, tmp_path, capsys):
         ([], "training needs images: pass --images DIR, or --rooms for rendered ones"),
         (
             ["--images", "none", "--rooms"],
-            "training needs images: pass --images DIR, or --rooms for rendered ones",
+            "training takes its frames from one place: pass --images or --rooms, not both",
         ),
         (["--images", "none"], "none is not a folder"),
         (
@@ -861,7 +865,9 @@ def test_a_large_model_wants_a_gpu(folder, tmp_path, monkeypatch, capsys):
         "where there is a GPU, pass --calibrate, which takes minutes, or --device cpu to insist\n"
     )
     assert main(["train", *out, "--calibrate"]) == 0
-    assert main(["train", *out, "--steps", "2", "--device", "cpu"]) == 0
+    out[1] += "-2"
+    assert main(["train", *out, "--steps", "2", "--device", "cpu", "--resume"]) == 0
+    assert f"{out[1]} holds no run to resume: starting anew\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["no-such-file.pt", "a/b/c", "mine"])

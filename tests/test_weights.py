@@ -313,6 +313,11 @@ def test_a_strength_out_of_range(file, value):
 
 def test_a_file_of_lower_rank(file, tmp_path):
     weights = PaceWeights.load(file)
+    for wrong in (0, 17, True, 2.5, "8"):
+        with pytest.raises(WeightsError) as error:
+            weights.save(tmp_path / "small.safetensors", rank=wrong)
+        assert str(error.value) == f"rank must be a whole number from 1 to 16, got {wrong!r}"
+    assert not (tmp_path / "small.safetensors").exists()
     weights.save(tmp_path / "small.safetensors", rank=3, eight_bits=True)
     small = PaceWeights.load(tmp_path / "small.safetensors")
     assert small.adaptation.rank == 3 and weights.adaptation.rank == 16

@@ -88,8 +88,16 @@ def run_training(options: Options) -> dict[str, Any]:
     settings = options.settings
     if settings.dense_frames and not settings.steps:
         raise PaceError("with dense frames there is no restoration to calibrate: train some steps")
-    if (options.images is None) == (options.rooms is None):
+    if options.images is None and options.rooms is None:
         raise PaceError("training needs images: pass --images DIR, or --rooms for rendered ones")
+    if options.images is not None and options.rooms is not None:
+        raise PaceError("training takes its frames from one place: pass --images or --rooms, not both")
+    if (options.out / STATE_FILE).is_file() and not options.resume:
+        raise PaceError(
+            f"{options.out} holds an earlier run: pass --resume to go on with it, or another --out"
+        )
+    if options.resume and not (options.out / STATE_FILE).is_file() and rank == 0:
+        print(f"{options.out} holds no run to resume: starting anew")
     if options.start is not None and not settings.steps:
         raise PaceError(
             "weights to start from are trained on, not calibrated anew: leave out --start or --calibrate"
@@ -285,11 +293,11 @@ class Run:
         try:
             state = torch.load(path, map_location=self.fit.device, weights_only=True)
         except Exception as error:  # pickle and zip trip over a damaged file in many ways
-            raise PaceError(f"{path} is damaged: start anew without --resume") from error
+            raise PaceError(f"{path} is damaged: start anew with another --out") from error
         if state.get("start") != self.options.start:
             raise PaceError(
                 f"can't resume: the run began with {state.get('start') or 'untrained weights'}: pass the same --start, "
-                "or start anew without --resume"
+                "or start anew with another --out"
             )
         self.fit.load(state)
         self.losses, self.checks, self.seconds_before = state["losses"], state["checks"], state["seconds"]

@@ -398,7 +398,7 @@ class Fit:
         if other:
             raise PaceError(
                 f"can't resume: the run was started with another {', '.join(sorted(other))}: pass the same settings, "
-                "or start anew without --resume"
+                "or start anew with another --out"
             )
         self.modules.load_state_dict(state["modules"])
         self.optimizer.load_state_dict(state["optimizer"])
