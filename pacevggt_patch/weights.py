@@ -148,12 +148,13 @@ class PaceWeights:
                 "adaptation": self.adaptation.rank,
             },
             "adapted": self.adaptation.shapes(),
+            "full_strength": self.adaptation.full_strength,
+            "dense_frames": self.dense_frames,
             "fingerprints": self.fingerprints,
             "keep_ratios": list(self.keep_ratios),
             "training": self.training,
         }
         tensors = tensorfile.in_8_bits(tensors) if eight_bits else tensors
-        fields |= {"dense_frames": self.dense_frames, "full_strength": self.adaptation.full_strength}
         tensorfile.write(path, tensors, KIND, FORMAT, fields)
 
     @classmethod
