@@ -22,7 +22,7 @@ from pacevggt_patch.summary import device_time
 
 # A forward takes about so many times its floor; used until the first size is measured.
 TIMES_FLOOR = 2.5
-IN_FLOAT32 = ("scores", "keep", "keep and merge")
+IN_FLOAT32 = ("scores", "keep and merge")
 HEADS = ("camera_head", "depth_head", "point_head")
 
 

@@ -14,7 +14,7 @@ from .restoration import interpolation_weights
 FRAMES_PER_CHUNK = 32
 # Of the regression, relative to the mean eigenvalue. AUC@30 / AbsRel of 12 rooms of 8 views at keep ratio 0.3 and 0.15:
 # 77.8 / .0474 and 50.5 / .0917 without regression, 78.4 / .0460 and 57.1 / .0764 with 0.3, 78.7 / .0458 and
-# 56.4 / .0768 with 1, 78.7 / .0457 at 0.3 with 3.
+# 56.4 / .0768 with 1, 78.7 / .0457 at 0.3 with 3 (benchmarks/NOTES.md).
 RIDGE = 1.0
 ROWS = 4  # kept tokens that it looks at, per channel; 8 frames of VGGT-mini at keep ratio 0.3 have 2.4
 

@@ -170,11 +170,15 @@ class FollowedTokens(RestoredTokens):
     @property
     def compact(self) -> dict[int, Tensor]:
         """Layer -> special and kept tokens [B, S, n + K, 2C], made anew by each look."""
-        index = self._index.unsqueeze(-1)
+        following = self._following(0, self.kept.shape[1])
         return {
-            i: torch.cat([part.frame.gather(2, index.expand_as(part.after)), part.after], dim=-1)
-            for i, part in self.parts.items()
+            i: torch.cat([following.compact(frame.flatten(0, 1)).view(after.shape), after], dim=-1)
+            for i, (frame, _, after, _) in self.parts.items()
         }
+
+    def _following(self, start: int, stop: int) -> Following:
+        """Who followed whom in some frames."""
+        return Following(*(t[:, start:stop].flatten(0, 1) for t in (self._index, self._weights)))
 
     @property
     def layers(self) -> Set[int]:
@@ -185,7 +189,7 @@ class FollowedTokens(RestoredTokens):
         return torch.cat([t[:, :, : self.special] for t in (part.frame, part.after)], dim=-1)
 
     def patches(self, start: int, stop: int, layers: Iterable[int]) -> dict[int, Tensor]:
-        following = Following(*(t[:, start:stop].flatten(0, 1) for t in (self._index, self._weights)))
+        following = self._following(start, stop)
         dense = {}
         for i in self.wanted(layers):
             *tokens, slope = self.parts[i]

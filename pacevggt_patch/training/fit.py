@@ -300,11 +300,8 @@ class Fit:
         else:
             plan = step_plan(self.settings, self.step_number)
             frames = to_device(torch.tensor(plan.frames), self.device)
-            kind = (
-                plan.views,
-                plan.keep_ratio,
-                plan.merge_budget,
-            )  # and whether there is a truth, by the inputs
+            # Whether there is a truth is told by the inputs.
+            kind = plan.views, plan.keep_ratio, plan.merge_budget
 
             def refine(frames: Tensor, images: Tensor, *truth: Tensor) -> list[Tensor]:
                 inputs = Sample(images, Truth(*truth) if truth else None)
