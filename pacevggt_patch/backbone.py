@@ -351,7 +351,7 @@ def alternating_attention(
     with nullcontext() if torch.compiler.is_compiling() else _shared_rotations():
         while done["frame"] < depth(aggregator):
             first, before = done["frame"], tokens[:0]  # until something enters global attention
-            wanted: dict[str, dict[int, Tensor]] = {}
+            wanted: dict[str, dict[int, Any]] = {}
             for kind in getattr(aggregator, "aa_order", ("frame", "global")):
                 run = (
                     partial(checkpoint, process[kind], use_reentrant=False)
@@ -371,10 +371,7 @@ def alternating_attention(
                 if following is None:
                     outputs[layer] = torch.cat([wanted[kind][layer] for kind in process], dim=-1)
                 else:
-                    after = wanted["global"][layer]
-                    few = following.compact(before.flatten(0, 1))
-                    slope = following.slope(few, after.flatten(0, 1), batch)
-                    outputs[layer] = FollowedLayer(wanted["frame"][layer], before, after, slope)
+                    outputs[layer] = FollowedLayer(wanted["frame"][layer], before, *wanted["global"][layer])
             del before
     return outputs
 
@@ -417,15 +414,16 @@ def _run_followed(
 ):
     """Run global blocks on the special and kept tokens, then let the others follow.
 
-    The outputs of single blocks are those of special and kept tokens.
+    Of single blocks it gives the outputs of special and kept tokens, and the slope by which others follow them.
     """
     dense = tokens.view(batch * frames, length, channels)
     few = following.compact(dense)
     after, block, intermediates = process(
         few, batch, frames, few.shape[1], channels, *args, pos=following.positions
     )
-    after = after.view(few.shape)
-    return following.follow(dense, after, following.slope(few, after, batch)), block, intermediates
+    followed = [(tokens, following.slope(few, tokens.view(few.shape), batch)) for tokens in intermediates]
+    # The output of the last block is what goes on.
+    return following.follow(dense, after.view(few.shape), followed[-1][1]), block, followed
 
 
 def _run_changed(change: Change, process: Callable, tokens: Tensor, *args, **kwargs):

@@ -63,6 +63,19 @@ def compiled(function: types.FunctionType, *key: Hashable) -> Callable[..., Any]
     return call
 
 
+def works(device: torch.device) -> bool:
+    """Whether functions can be compiled for a device on this machine, which has to have a C compiler; takes seconds."""
+    try:
+        compiled(_double)(torch.ones(2, device=device))
+    except Exception:  # whatever a compiler that is not all there trips over
+        return False
+    return True
+
+
+def _double(x: Tensor) -> Tensor:
+    return x + x
+
+
 def _device(arguments: Iterable[Any]) -> torch.device | None:
     """The device of the first tensor among arguments and lists of them."""
     for argument in arguments:

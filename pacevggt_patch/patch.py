@@ -300,7 +300,12 @@ def accelerate(
 
 
 def retune(
-    model: nn.Module, keep_ratio: float, merge_budget: float | None = None, *, checkpointing: bool = False
+    model: nn.Module,
+    keep_ratio: float,
+    merge_budget: float | None = None,
+    *,
+    checkpointing: bool = False,
+    compile_heads: bool | None = None,
 ) -> None:
     """Change the settings of an accelerated model and nothing else; for training, which does so in every step.
 
@@ -308,12 +313,15 @@ def retune(
         model: an accelerated model.
         keep_ratio, merge_budget: as in `accelerate`.
         checkpointing: compute the attention blocks once more for the backward pass instead of keeping what is in them.
+        compile_heads: whether dense heads run compiled from here on; None leaves that as it is. Blocks stay as
+            `accelerate` made them.
 
     Raises:
         PaceError: a setting is out of range, or the model is not accelerated.
     """
     state = _state(model)
-    state.config = replace(state.config, keep_ratio=keep_ratio, merge_budget=merge_budget)
+    compile = state.config.compile if compile_heads is None else compile_heads
+    state.config = replace(state.config, keep_ratio=keep_ratio, merge_budget=merge_budget, compile=compile)
     state.checkpointing = checkpointing
 
 

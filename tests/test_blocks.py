@@ -454,6 +454,15 @@ def test_a_compiler_that_fails_is_named(monkeypatch):
         model(random_images(2))
 
 
+def test_whether_compiling_works_is_tried(monkeypatch):
+    def broken(graph, inputs):
+        raise RuntimeError("no C++ compiler")
+
+    for backend, expected in (("eager", True), (broken, False)):
+        monkeypatch.setattr(compiling, "BACKEND", backend)
+        assert compiling.works(torch.device("cpu")) is expected
+
+
 def test_a_block_that_is_compiled_afterwards_can_be_taken_off():
     model = compiled_model()
     block = model.aggregator.frame_blocks[0]

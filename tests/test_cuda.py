@@ -266,7 +266,8 @@ def test_recorded_calls_are_replayed_with_new_inputs():
         assert torch.equal(scaled.cpu(), torch.full((5,), factor * step + 1.0)) and total.item() == 5 * step
 
 
-def test_recorded_steps_train_as_others_do():
+@pytest.mark.parametrize(("dense_frames", "compile"), [(False, False), (False, True), (True, True)])
+def test_recorded_and_compiled_steps_train_as_others_do(dense_frames, compile):
     from pacevggt_patch.clips.textures import texture_atlas
     from pacevggt_patch.training.clip_source import RenderedScenes
     from pacevggt_patch.training.fit import Fit, Settings
@@ -275,12 +276,19 @@ def test_recorded_steps_train_as_others_do():
     model = tiny_vggt().cuda()
     source = RenderedScenes(56, texture_atlas(None, 3, device="cuda"))
     settings = Settings(
-        steps=12, distil=0, keep_ratios=(0.3, 0.3), views=(3,), dense=2, calibration=1, checks=1
+        steps=12,
+        distil=0,
+        keep_ratios=(0.3, 0.3),
+        views=(3,),
+        dense=2,
+        calibration=1,
+        checks=1,
+        dense_frames=dense_frames,
     )
     losses = []
     for recorded in (False, True):
-        weights = PaceWeights.new(model)
-        with guest(model, weights):
+        weights = PaceWeights.new(model, dense_frames=dense_frames)
+        with guest(model, weights, recorded and compile):
             fit = Fit(model, weights, source, settings)
             fit.recorder.on = source.recorder.on = recorded
             rows = []

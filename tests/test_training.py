@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from scipy.spatial.transform import Rotation
 
 import pacevggt_patch
-from pacevggt_patch import PaceError, PaceWeights, WeightsError, accelerate
+from pacevggt_patch import PaceError, PaceWeights, WeightsError, accelerate, compiling, patch
 from pacevggt_patch.adaptation import BlockAdaptation
 from pacevggt_patch.cli import main
 from pacevggt_patch.clips import render_room, save_clip
@@ -445,6 +445,29 @@ def test_every_trained_tensor_gets_a_gradient_and_the_host_none(folder, checkpoi
         unheard = ("scorer.",) if dense_frames else ("scorer.out.bias",)
         assert all(name.startswith(unheard) for name in silent)
         assert all(p.grad is None for p in model.parameters())
+
+
+def test_compiled_steps_have_the_same_gradients(folder, monkeypatch):
+    """Blocks run by the compiled functions, in the teacher as in the student, and dense heads as they are."""
+    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
+    compiled, real = [], compiling.compiled
+    monkeypatch.setattr(
+        patch, "compiled", lambda function, *key: compiled.append(function) or real(function, *key)
+    )
+    gradients = []
+    for compile in (False, True):
+        model, weights, source, settings = fitting(folder, dense_frames=True)
+        with torch.no_grad():
+            for parameter in weights.modules().parameters():
+                generator = torch.Generator().manual_seed(parameter.numel())
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+        with guest(model, weights, compile):
+            fit = Fit(model, weights, source, settings)
+            fit.differentiate(*fit.refine_loss(fit.finish(source.draw(0, 1, 3)), step_plan(settings, 3)))
+        gradients.append(fit.gradient.clone())
+        assert bool(compiled) is compile
+    assert {function.__module__ for function in compiled} == {"pacevggt_patch.blocks"}
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4 * gradients[0].abs().max())
 
 
 def test_gradients_lie_in_one_tensor(folder):

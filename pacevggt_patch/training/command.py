@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from ..backbone import find_host
 from ..clips.textures import load_photographs, texture_atlas
+from ..compiling import works
 from ..config import PaceError
 from ..demo import usable_device
 from ..pictures import save_training_curve
@@ -133,7 +134,11 @@ def run_training(options: Options) -> dict[str, Any]:
         else:
             begun.check(find_host(model), settings.dense_frames)
             weights = begun.to(device)
-        with guest(model, weights):
+        # A large model computes its blocks twice; its kernels are long, and so is what they take to compile.
+        compile = device.type == "cuda" and not large and works(device)
+        if device.type == "cuda" and not large and not compile and rank == 0:
+            print("torch.compile does not work on this machine: steps will take about twice as long")
+        with guest(model, weights, compile):
             fit = Fit(model, weights, source, settings, checkpointing=large, rank=rank, world=world)
             return Run(fit, options).go()
     finally:

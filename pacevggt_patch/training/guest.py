@@ -7,17 +7,23 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from ..config import PaceError
-from ..patch import accelerate, is_accelerated, remove
+from ..config import DEFAULT_KEEP_RATIO, PaceError
+from ..patch import accelerate, is_accelerated, remove, retune
 from ..weights import PaceWeights
 
 
 @contextmanager
-def guest(model: nn.Module, weights: PaceWeights) -> Generator[None]:
+def guest(model: nn.Module, weights: PaceWeights, compile: bool = False) -> Generator[None]:
     """Inside the `with` block the model is accelerated with `weights`, in evaluation mode, and needs no gradients.
 
     Afterwards every flag (`training` of each module, `requires_grad` of each parameter) is what it was, and the model
     is the stock one again, also after an error.
+
+    Args:
+        model: a VGGT that is not accelerated.
+        weights: on its device.
+        compile: run the attention blocks compiled. Dense heads never are: with gradients that takes minutes, anew for
+            other numbers of frames, and a step spends little time in them.
 
     Raises:
         PaceError: the model is accelerated already, or the weights do not fit.
@@ -27,7 +33,15 @@ def guest(model: nn.Module, weights: PaceWeights) -> Generator[None]:
             "this model is accelerated already: call pacevggt_patch.remove(model) before training"
         )
     # Values are looked at where they come in; a look in every step would make CUDA wait.
-    accelerate(model, weights=weights, check_finite=False, min_frames=1, dense_frames=weights.dense_frames)
+    accelerate(
+        model,
+        weights=weights,
+        check_finite=False,
+        min_frames=1,
+        dense_frames=weights.dense_frames,
+        compile=compile,
+    )
+    retune(model, DEFAULT_KEEP_RATIO, compile_heads=False)
     training = [(module, module.training) for module in model.modules()]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
