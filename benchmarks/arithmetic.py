@@ -217,7 +217,7 @@ def stage_work(
             looked = min(frames, math.ceil(ROWS * channels / kept)) * kept
             slope = Work(4 * looked * channels**2, 4 * (2 * looked * channels + 2 * channels**2))
             near += Work(passes=4 * patches * 8 * kept)
-            work["following"] = frames * (near + dims.depth * follow) + (dims.depth + dims.cached) * slope
+            work["following"] = frames * (near + dims.depth * follow) + dims.depth * slope
             work["restoration"] = heads * frames * dims.cached * follow
         else:
             rows = read(patches, 2 * channels)

@@ -90,24 +90,35 @@ def unpruned_table() -> str:
     return "\n".join(lines)
 
 
-def stages_table(prefix: str = "", stages: tuple[str, ...] = ALL_STAGES) -> str:
+def stages_table(
+    prefix: str = "", stages: tuple[str, ...] = ALL_STAGES, more: tuple[str, str] | None = None
+) -> str:
     """What each stage of training pace weights is worth: AUC@30 and AbsRel, with the spread over seeds.
 
     Args:
         prefix: of the clips in the names of the files of `pace_quality.py`.
         stages: the columns.
+        more: the prefix of trainings that went on from these, whose result is one more column, and its title.
     """
+    titles = [*stages, *([] if more is None else [more[1]])]
     lines = [
-        "| clips | keep ratio | unpruned | " + " | ".join(stages) + " |",
-        "|---|---|" + "---|" * (1 + len(stages)),
+        "| clips | keep ratio | unpruned | " + " | ".join(titles) + " |",
+        "|---|---|" + "---|" * (1 + len(titles)),
     ]
     for name, title in STAGES.items():
-        found = json.loads((RESULTS / f"pace-mini-{prefix}{name}.json").read_text())["rows"]
-        by_setting = {(row["stage"], row["keep_ratio"]): row for row in found}
-        for ratio in dict.fromkeys(row["keep_ratio"] for row in found if row["stage"] != "unpruned"):
+        by_setting = stage_rows(prefix + name)
+        later = {} if more is None else stage_rows(more[0] + name)
+        for ratio in dict.fromkeys(ratio for stage, ratio in by_setting if stage != "unpruned"):
             cells = [by_setting["unpruned", 1.0], *(by_setting[stage, ratio] for stage in stages)]
+            cells += [later["refined", ratio]] if later else []
             lines.append(f"| {title} | {ratio:g} | " + " | ".join(map(both_metrics, cells)) + " |")
     return "\n".join(lines)
+
+
+def stage_rows(name: str) -> dict[tuple[str, float], dict[str, Any]]:
+    """Stage and keep ratio -> row of a file that `pace_quality.py` wrote."""
+    found = json.loads((RESULTS / f"pace-mini-{name}.json").read_text())["rows"]
+    return {(row["stage"], row["keep_ratio"]): row for row in found}
 
 
 def both_metrics(row: dict[str, Any]) -> str:
@@ -135,7 +146,16 @@ def filled(text: str, name: str, table: str) -> str:
 TABLES = [
     (ROOT / "README.md", "pruning", pruning_table),
     (ROOT / "README.md", "stages", stages_table),
-    (ROOT / "README.md", "dense", partial(stages_table, "dense-", ("training-free", "distilled", "refined"))),
+    (
+        ROOT / "README.md",
+        "dense",
+        partial(
+            stages_table,
+            "dense-",
+            ("training-free", "distilled", "refined"),
+            ("dense-more-", "5600 steps more"),
+        ),
+    ),
     (ROOT / "weights" / "README.md", "unpruned", unpruned_table),
 ]
 

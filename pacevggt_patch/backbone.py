@@ -421,7 +421,7 @@ def _run_followed(
     after, block, intermediates = process(
         few, batch, frames, few.shape[1], channels, *args, pos=following.positions
     )
-    followed = [(tokens, following.slope(few, tokens.view(few.shape), batch)) for tokens in intermediates]
+    followed = [(output, following.slope(few, output.view(few.shape), batch)) for output in intermediates]
     # The output of the last block is what goes on.
     return following.follow(dense, after.view(few.shape), followed[-1][1]), block, followed
 

@@ -102,7 +102,7 @@ def add_train(commands) -> None:
         "--calibrate", action="store_true", help="closed-form calibration only: no gradient steps"
     )
     train.add_argument(
-        "--distil", type=float, default=0.1, help="share of the steps for the first stage (0.1)"
+        "--distil", type=float, help="share of the steps for the first stage (0.1; none of them with --start)"
     )
     train.add_argument(
         "--views", type=int, nargs="+", default=[8], help="frames of a clip, one of these a step (8)"
@@ -130,7 +130,7 @@ def add_train(commands) -> None:
     train.add_argument(
         "--start",
         metavar="WEIGHTS",
-        help="pace weights to go on with: a file or a Hub id (takes --distil 0)",
+        help="pace weights to go on with: a file or a Hub id",
     )
     train.add_argument("--resume", action="store_true", help="go on from DIR/state.pt, if it is there")
     train.set_defaults(run=train_command, extra="train")
@@ -176,9 +176,12 @@ def train_command(arguments: argparse.Namespace) -> int:
     from .training.command import Options, format_checks, run_training
     from .training.fit import Settings
 
+    distil = arguments.distil
+    if distil is None:  # what the weights to start from have learned is not to be undone
+        distil = Settings.distil if arguments.start is None else 0.0
     settings = Settings(
         steps=0 if arguments.calibrate else arguments.steps,
-        distil=arguments.distil,
+        distil=distil,
         clips=arguments.clips,
         dense=arguments.dense,
         views=tuple(arguments.views),

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn, overrides
 from torch.nn.modules import module as modules
 from torch.utils._device import DeviceContext
@@ -64,16 +65,21 @@ def compiled(function: types.FunctionType, *key: Hashable) -> Callable[..., Any]
 
 
 def works(device: torch.device) -> bool:
-    """Whether functions can be compiled for a device on this machine, which has to have a C compiler; takes seconds."""
+    """Whether what a block is made of can be compiled on this machine, and its gradients; takes seconds.
+
+    It takes a C compiler, and on a GPU Triton.
+    """
     try:
-        compiled(_double)(torch.ones(2, device=device))
+        with torch.enable_grad():
+            x = torch.ones(8, 16, device=device, requires_grad=True)
+            compiled(_trial)(x, x[:8, :16]).sum().backward()
     except Exception:  # whatever a compiler that is not all there trips over
         return False
     return True
 
 
-def _double(x: Tensor) -> Tensor:
-    return x + x
+def _trial(x: Tensor, weight: Tensor) -> Tensor:
+    return x + F.gelu(F.linear(F.layer_norm(x, x.shape[-1:]), weight.T @ weight))
 
 
 def _device(arguments: Iterable[Any]) -> torch.device | None:

@@ -99,7 +99,7 @@ def run_demo(
     points, colours = clouds["accelerated"]
     writers = {
         "report.json": lambda path: write_json(path, report),
-        "tokens.png": lambda path: save_token_picture(path, images, roles, tokens.grid),
+        "tokens.png": lambda path: save_token_picture(path, images, roles, tokens.grid, dense_frames),
         "depth.png": lambda path: save_depth_picture(path, images, stock, pace),
         "points.png": lambda path: save_points_picture(path, clouds),
         "points.ply": lambda path: save_points(path, points, colours),

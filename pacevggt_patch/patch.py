@@ -41,6 +41,7 @@ class _State:
     names: tuple[str, ...]  # of the patched submodules
     paused: bool = False
     checkpointing: bool = False
+    compiles_heads: bool = True  # where the settings ask for compilation
     timer: StageTimer = field(default_factory=StageTimer)
 
 
@@ -161,10 +162,14 @@ class _DenseHeadForward(_Forward):
         with reduced_precision(self.module, state.config.head_dtype) as restored:
             if tokens is None:
                 return moved(restored(self.stock(*args, **kwargs)), device)
-            frames, kept = tokens.kept.shape[1:]
-            with state.timer.stage(self.name, frames * kept, frames * tokens.role.shape[2]):
+            frames = tokens.kept.shape[1]
+            with state.timer.stage(self.name, frames * tokens.patches_held, frames * tokens.role.shape[2]):
                 fast = self.fast is type(self.module)
-                compiles = state.config.compile and unwatched(list(self.module.modules())[1:])
+                compiles = (
+                    state.config.compile
+                    and state.compiles_heads
+                    and unwatched(list(self.module.modules())[1:])
+                )
                 speed = compiled if compiles else None
                 return restored(
                     run_dense_head(self.module, self.stock, tokens, args, kwargs, fast, device, speed)
@@ -206,9 +211,9 @@ def accelerate(
         keep_ratio: share of each frame's patch tokens that enters alternating attention, in (0, 1].
         merge_budget: share of the clip's patch tokens that is merged into kept ones, in [0, 1 - keep_ratio]; the rest
             is pruned. None merges all that is not kept, which measured best without training.
-        weights: "auto" keeps the weights in force on a model that is accelerated already, else takes the bundled
-            weights of this backbone, and where there are none the training-free path, with a warning; None is
-            training-free; else a path, a Hugging Face Hub id "user/repo[@revision]", or `PaceWeights`.
+        weights: "auto" keeps the weights in force on a model that is accelerated already with the same `dense_frames`,
+            else takes the bundled weights of this backbone, and where there are none the training-free path, with a
+            warning; None is training-free; else a path, a Hugging Face Hub id "user/repo[@revision]", or `PaceWeights`.
         check_finite: look for NaN and infinity in the images before work starts. None checks on the CPU only, since
             on CUDA the check makes the host wait for the device.
         min_frames: clips of fewer frames run the stock aggregator, on all tokens: `keep_ratio` is not applied to them,
@@ -300,12 +305,7 @@ def accelerate(
 
 
 def retune(
-    model: nn.Module,
-    keep_ratio: float,
-    merge_budget: float | None = None,
-    *,
-    checkpointing: bool = False,
-    compile_heads: bool | None = None,
+    model: nn.Module, keep_ratio: float, merge_budget: float | None = None, *, checkpointing: bool = False
 ) -> None:
     """Change the settings of an accelerated model and nothing else; for training, which does so in every step.
 
@@ -313,16 +313,22 @@ def retune(
         model: an accelerated model.
         keep_ratio, merge_budget: as in `accelerate`.
         checkpointing: compute the attention blocks once more for the backward pass instead of keeping what is in them.
-        compile_heads: whether dense heads run compiled from here on; None leaves that as it is. Blocks stay as
-            `accelerate` made them.
 
     Raises:
         PaceError: a setting is out of range, or the model is not accelerated.
     """
     state = _state(model)
-    compile = state.config.compile if compile_heads is None else compile_heads
-    state.config = replace(state.config, keep_ratio=keep_ratio, merge_budget=merge_budget, compile=compile)
+    state.config = replace(state.config, keep_ratio=keep_ratio, merge_budget=merge_budget)
     state.checkpointing = checkpointing
+
+
+def compile_blocks_alone(model: nn.Module) -> None:
+    """Run the dense heads of an accelerated model as they are, whatever `compile` was; for training.
+
+    Raises:
+        PaceError: the model is not accelerated.
+    """
+    _state(model).compiles_heads = False
 
 
 def remove(model: Model) -> Model:
@@ -404,7 +410,11 @@ def summary(model: nn.Module, images: Tensor | None = None) -> Summary:
 def _compiled_parts(forwards: list[_Forward]) -> str:
     """Which parts run compiled, in words."""
     count = sum(isinstance(forward, _BlockForward) for forward in forwards)
-    heads = [f.name for f in forwards if isinstance(f, _DenseHeadForward) and f.fast is type(f.module)]
+    heads = [
+        f.name
+        for f in forwards
+        if isinstance(f, _DenseHeadForward) and f.fast is type(f.module) and f.state.compiles_heads
+    ]
     return ", ".join([f"{count} blocks", *heads])
 
 

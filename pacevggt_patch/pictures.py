@@ -42,7 +42,9 @@ def overlay_roles(image: Tensor, role: Tensor, grid: tuple[int, int]) -> Tensor:
     return torch.where(cells == PRUNED, 0.2 * image, tinted)
 
 
-def save_token_picture(path: Path, images: Tensor, role: Tensor, grid: tuple[int, int]) -> None:
+def save_token_picture(
+    path: Path, images: Tensor, role: Tensor, grid: tuple[int, int], dense_frames: bool = False
+) -> None:
     """Frames above, and below them which patch tokens were kept, merged and pruned.
 
     Args:
@@ -50,6 +52,7 @@ def save_token_picture(path: Path, images: Tensor, role: Tensor, grid: tuple[int
         images: [S, 3, H, W] in [0, 1].
         role: [S, P], see `assignment.Assignment`.
         grid: patch rows and columns.
+        dense_frames: what is not kept was so for global attention alone.
     """
     plt = _pyplot()
     shown = spread(len(images))
@@ -64,11 +67,13 @@ def save_token_picture(path: Path, images: Tensor, role: Tensor, grid: tuple[int
     share = {
         name: (role == value).float().mean().item() for name, value in (("kept", KEPT), ("merged", MERGED))
     }
-    figure.suptitle(
-        f"patch tokens: {share['kept']:.0%} kept (as they are), {share['merged']:.0%} merged (blue), "
-        f"{1 - sum(share.values()):.0%} pruned (dark)",
-        fontsize=10,
+    kept, pruned = f"{share['kept']:.0%} kept (as they are)", f"{1 - sum(share.values()):.0%}"
+    title = (
+        f"patch tokens in global attention: {kept}, {pruned} follow them (dark)"
+        if dense_frames
+        else f"patch tokens: {kept}, {share['merged']:.0%} merged (blue), {pruned} pruned (dark)"
     )
+    figure.suptitle(title, fontsize=10)
     _save(figure, path)
 
 
@@ -182,7 +187,8 @@ def save_training_curve(path: Path, losses: list[dict[str, float]], checks: list
     names = sorted({name for record in losses for name in record} - {"step", "total", "norm"})
     for name in names:
         rows = [(record["step"], record[name]) for record in losses if name in record]
-        axes[0].plot(*zip(*rows, strict=True), label=name, linewidth=0.8)
+        marker = "." if len(rows) < 3 else ""  # a line through one point can't be seen
+        axes[0].plot(*zip(*rows, strict=True), marker=marker, label=name, linewidth=0.8)
     axes[0].set(title="training losses", xlabel="step", yscale="log" if losses else "linear")
     if names:
         axes[0].legend(fontsize=7)

@@ -72,6 +72,11 @@ class RestoredTokens(Sequence):
         """Whether tokens were dropped, so that there is something to restore."""
         return self.kept.shape[-1] < self.role.shape[2]
 
+    @property
+    def patches_held(self) -> int:
+        """Patch tokens of a frame that there are before anything is restored."""
+        return self.kept.shape[-1]
+
     def __len__(self) -> int:
         return self._length
 
@@ -183,6 +188,10 @@ class FollowedTokens(RestoredTokens):
     @property
     def layers(self) -> Set[int]:
         return self.parts.keys()
+
+    @property
+    def patches_held(self) -> int:
+        return self.role.shape[2]
 
     def special_tokens(self, layer: int) -> Tensor:
         part = self.parts[layer]

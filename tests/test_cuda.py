@@ -267,12 +267,15 @@ def test_recorded_calls_are_replayed_with_new_inputs():
 
 
 @pytest.mark.parametrize(("dense_frames", "compile"), [(False, False), (False, True), (True, True)])
-def test_recorded_and_compiled_steps_train_as_others_do(dense_frames, compile):
+def test_recorded_and_compiled_steps_train_as_others_do(dense_frames, compile, monkeypatch):
+    from pacevggt_patch import backbone
     from pacevggt_patch.clips.textures import texture_atlas
     from pacevggt_patch.training.clip_source import RenderedScenes
     from pacevggt_patch.training.fit import Fit, Settings
     from pacevggt_patch.training.guest import guest
 
+    ran, real = [], backbone.run_fast_block
+    monkeypatch.setattr(backbone, "run_fast_block", lambda *args: ran.append(args) or real(*args))
     model = tiny_vggt().cuda()
     source = RenderedScenes(56, texture_atlas(None, 3, device="cuda"))
     settings = Settings(
@@ -296,5 +299,6 @@ def test_recorded_and_compiled_steps_train_as_others_do(dense_frames, compile):
                 fit.step(fit.draw(step))
                 rows.append(list(fit.latest_losses().values()))
             assert bool(fit.recorder.recordings) is recorded
+            assert bool(ran) is (recorded and compile)
         losses.append(torch.tensor(rows))
     torch.testing.assert_close(losses[0][:, 0], losses[1][:, 0], rtol=0.02, atol=0)

@@ -247,6 +247,26 @@ def test_all_kept_but_by_another_way_is_the_stock_model(group, monkeypatch):
     torch.testing.assert_close(torch.cat([found.frame, found.after], -1), wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("dense_frames", "read"), [(False, 6), (True, 20)])
+def test_summary_counts_the_tokens_that_heads_read(dense_frames, read):
+    model = accelerate(tiny_vggt(), 0.3, weights=None, dense_frames=dense_frames)
+    stages = {stage.name: stage for stage in summary(model, random_images(3)).stages}
+    assert (stages["depth_head"].tokens_in, stages["depth_head"].tokens_out) == (3 * read, 3 * 20)
+
+
+@torch.inference_mode()
+def test_each_block_of_a_group_has_its_own_slope():
+    model, images = tiny_vggt(group=2, all_layers=True), random_images(3, batch=2)
+    accelerate(model, 0.3, weights=None, dense_frames=True)
+    tokens, _ = model.aggregator(images)
+    following = tokens._following(0, 3)
+    assert sorted(tokens.parts) == list(range(len(tokens)))
+    for part in tokens.parts.values():
+        few = following.compact(part.before.flatten(0, 1))
+        torch.testing.assert_close(part.slope, following.slope(few, part.after.flatten(0, 1), 2))
+    assert not torch.allclose(tokens.parts[0].slope, tokens.parts[1].slope)
+
+
 @torch.inference_mode()
 def test_heads_see_the_tokens_that_a_reader_sees():
     model, images = tiny_vggt(), random_images(3, batch=2)

@@ -450,10 +450,13 @@ def test_every_trained_tensor_gets_a_gradient_and_the_host_none(folder, checkpoi
 def test_compiled_steps_have_the_same_gradients(folder, monkeypatch):
     """Blocks run by the compiled functions, in the teacher as in the student, and dense heads as they are."""
     monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
-    compiled, real = [], compiling.compiled
-    monkeypatch.setattr(
-        patch, "compiled", lambda function, *key: compiled.append(function) or real(function, *key)
-    )
+    compiled, real = set(), compiling.compiled
+
+    def counted(function, *key):
+        compiled.add((function.__module__, torch.is_grad_enabled()))
+        return real(function, *key)
+
+    monkeypatch.setattr(patch, "compiled", counted)
     gradients = []
     for compile in (False, True):
         model, weights, source, settings = fitting(folder, dense_frames=True)
@@ -466,7 +469,7 @@ def test_compiled_steps_have_the_same_gradients(folder, monkeypatch):
             fit.differentiate(*fit.refine_loss(fit.finish(source.draw(0, 1, 3)), step_plan(settings, 3)))
         gradients.append(fit.gradient.clone())
         assert bool(compiled) is compile
-    assert {function.__module__ for function in compiled} == {"pacevggt_patch.blocks"}
+    assert compiled == {("pacevggt_patch.blocks", grad) for grad in (False, True)}
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4 * gradients[0].abs().max())
 
 
@@ -685,8 +688,8 @@ def test_a_run_may_start_from_weights(tiny, folder, tmp_path, dense_frames):
     for wrong, message in (
         (
             replace(more, out=tmp_path, settings=Settings(dense_frames=dense_frames)),
-            "the first stage, 400 steps, would undo what the weights to start from have learned: pass --distil 0 with "
-            "--start",
+            "the first stage, 400 steps, would undo what the weights to start from have learned: leave out "
+            "--distil, or pass 0",
         ),
         (
             replace(more, resume=False),
@@ -781,7 +784,7 @@ def test_a_state_from_before_dense_frames_goes_on(folder):
         assert not state["settings"].pop("dense_frames")
         fit.load(state)
         state["settings"]["dense_frames"] = True
-        with pytest.raises(PaceError, match="the run was started with another dense_frames"):
+        with pytest.raises(PaceError, match=r"the run was started with other settings \(dense_frames\)"):
             fit.load(state)
 
 
@@ -816,10 +819,10 @@ def test_another_run_cannot_be_resumed(tiny, folder, tmp_path, monkeypatch):
             command.Options(out=tmp_path, images=folder, width=56, settings=other, resume=True)
         )
     assert str(caught.value) == (
-        "can't resume: the run was started with another seed: pass the same settings, or start anew with another --out"
+        "can't resume: the run was started with other settings (seed): pass the same, or start anew with another --out"
     )
     monkeypatch.setattr(command, "load_backbone", lambda _: tiny_vggt(seed=1))
-    with pytest.raises(PaceError, match="started with another backbone"):
+    with pytest.raises(PaceError, match=r"started with other settings \(backbone\)"):
         command.run_training(options(folder, tmp_path, resume=True))
     (tmp_path / "state.pt").write_bytes(b"torn")
     with pytest.raises(PaceError, match=r"state\.pt is damaged: start anew with another --out$"):
@@ -853,6 +856,10 @@ def test_the_command_line(tiny, folder, tmp_path, capsys):
     assert weights.restoration.linear[0].weight.any() and not weights.merge.out.weight.any()
     assert weights.keep_ratios == (0.5, 0.3, 0.15)
     assert [c["stage"] for c in weights.training["checks"]] == ["training-free", "calibrated"]
+    start = ["--start", str(tmp_path / "fit" / "pace.safetensors"), "--out", str(tmp_path / "more")]
+    assert main(["train", *arguments, *start, "--steps", "20", "--device", "cpu"]) == 0
+    training = PaceWeights.load(tmp_path / "more" / "pace.safetensors").training
+    assert training["settings"]["distil"] == 0 and training["checks"][-1]["stage"] == "refined"
 
 
 @pytest.mark.parametrize(
@@ -864,6 +871,14 @@ def test_the_command_line(tiny, folder, tmp_path, capsys):
             "training takes its frames from one place: pass --images or --rooms, not both",
         ),
         (["--images", "none"], "none is not a folder"),
+        (
+            ["--images", ".", "--textures", "none"],
+            "--textures are photographs for rendered scenes of all kinds",
+        ),
+        (
+            ["--rooms", "plain", "--textures", "none"],
+            "--textures are photographs for rendered scenes of all kinds",
+        ),
         (
             ["--rooms", "plain", "--steps", "-1"],
             "steps must not be negative and distil a share between 0 and 1",

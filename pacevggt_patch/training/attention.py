@@ -27,7 +27,8 @@ def attention_target(
     `patch_queries` of its patch tokens. The full matrix of attention never exists.
 
     Args:
-        aggregator: a VGGT's aggregator, accelerated or not; the stock arithmetic runs, with the host's own blocks.
+        aggregator: a VGGT's aggregator, accelerated or not; the stock arithmetic runs, with the host's own blocks
+            or compiled ones in their place.
         images: [B, S, 3, H, W] in [0, 1].
         patch_queries: how many patch tokens of a clip are asked; all of them, if there are no more.
 

@@ -35,6 +35,8 @@ LOG_EVERY = 20  # steps
 STATE_FILE, REPORT_FILE, CURVE_FILE = "state.pt", "report.json", "curve.png"
 # From this width on a backbone is large: its blocks are computed twice rather than kept, and no CPU trains it.
 LARGE = 512
+# Steps from about which on faster ones win back the minute or two that compiling takes.
+COMPILES_FROM = 2000
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,10 @@ def run_training(options: Options) -> dict[str, Any]:
         raise PaceError("training needs images: pass --images DIR, or --rooms for rendered ones")
     if options.images is not None and options.rooms is not None:
         raise PaceError("training takes its frames from one place: pass --images or --rooms, not both")
+    if options.textures is not None and options.rooms != "all":
+        raise PaceError(
+            "--textures are photographs for rendered scenes of all kinds: pass --rooms, or leave them out"
+        )
     if (options.out / STATE_FILE).is_file() and not options.resume:
         raise PaceError(
             f"{options.out} holds an earlier run: pass --resume to go on with it, or another --out"
@@ -106,7 +112,7 @@ def run_training(options: Options) -> dict[str, Any]:
     if options.start is not None and settings.distil_steps:
         raise PaceError(
             f"the first stage, {settings.distil_steps} steps, would undo what the weights to start from have learned: "
-            "pass --distil 0 with --start"
+            "leave out --distil, or pass 0"
         )
     # What is on the disk is looked at before a large model is loaded.
     begun = None if options.start is None else weights_to_start(options.start, settings.dense_frames)
@@ -134,10 +140,11 @@ def run_training(options: Options) -> dict[str, Any]:
         else:
             begun.check(find_host(model), settings.dense_frames)
             weights = begun.to(device)
-        # A large model computes its blocks twice; its kernels are long, and so is what they take to compile.
-        compile = device.type == "cuda" and not large and works(device)
-        if device.type == "cuda" and not large and not compile and rank == 0:
-            print("torch.compile does not work on this machine: steps will take about twice as long")
+        # In large models few kernels are short.
+        pays = device.type == "cuda" and not large and settings.steps >= COMPILES_FROM
+        compile = pays and works(device)
+        if pays and not compile:
+            print("torch.compile does not work on this machine: steps will take half as long again")
         with guest(model, weights, compile):
             fit = Fit(model, weights, source, settings, checkpointing=large, rank=rank, world=world)
             return Run(fit, options).go()

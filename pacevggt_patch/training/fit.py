@@ -394,7 +394,7 @@ class Fit:
         other = [name for name, value in own.items() if theirs.get(name) != value]
         if other:
             raise PaceError(
-                f"can't resume: the run was started with another {', '.join(sorted(other))}: pass the same settings, "
+                f"can't resume: the run was started with other settings ({', '.join(sorted(other))}): pass the same, "
                 "or start anew with another --out"
             )
         self.modules.load_state_dict(state["modules"])

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from ..config import DEFAULT_KEEP_RATIO, PaceError
-from ..patch import accelerate, is_accelerated, remove, retune
+from ..config import PaceError
+from ..patch import accelerate, compile_blocks_alone, is_accelerated, remove
 from ..weights import PaceWeights
 
 
@@ -22,8 +22,8 @@ def guest(model: nn.Module, weights: PaceWeights, compile: bool = False) -> Gene
     Args:
         model: a VGGT that is not accelerated.
         weights: on its device.
-        compile: run the attention blocks compiled. Dense heads never are: with gradients that takes minutes, anew for
-            other numbers of frames, and a step spends little time in them.
+        compile: run the attention blocks compiled. Dense heads never are: with gradients they take the longest to
+            compile, and anew for other numbers of frames.
 
     Raises:
         PaceError: the model is accelerated already, or the weights do not fit.
@@ -41,7 +41,7 @@ def guest(model: nn.Module, weights: PaceWeights, compile: bool = False) -> Gene
         dense_frames=weights.dense_frames,
         compile=compile,
     )
-    retune(model, DEFAULT_KEEP_RATIO, compile_heads=False)
+    compile_blocks_alone(model)
     training = [(module, module.training) for module in model.modules()]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
