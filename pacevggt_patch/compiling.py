@@ -71,15 +71,14 @@ def works(device: torch.device) -> bool:
     """
     try:
         with torch.enable_grad():
-            x = torch.ones(8, 16, device=device, requires_grad=True)
-            compiled(_trial)(x, x[:8, :16]).sum().backward()
+            compiled(_trial)(torch.ones(8, 16, device=device, requires_grad=True)).sum().backward()
     except Exception:  # whatever a compiler that is not all there trips over
         return False
     return True
 
 
-def _trial(x: Tensor, weight: Tensor) -> Tensor:
-    return x + F.gelu(F.linear(F.layer_norm(x, x.shape[-1:]), weight.T @ weight))
+def _trial(x: Tensor) -> Tensor:
+    return x + F.gelu(F.linear(F.layer_norm(x, x.shape[-1:]), x.mT @ x))
 
 
 def _device(arguments: Iterable[Any]) -> torch.device | None:

@@ -52,7 +52,7 @@ def save_token_picture(
         images: [S, 3, H, W] in [0, 1].
         role: [S, P], see `assignment.Assignment`.
         grid: patch rows and columns.
-        dense_frames: what is not kept was so for global attention alone.
+        dense_frames: whether global attention alone lacked the tokens that were not kept.
     """
     plt = _pyplot()
     shown = spread(len(images))

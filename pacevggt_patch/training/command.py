@@ -89,31 +89,9 @@ def run_training(options: Options) -> dict[str, Any]:
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     device = usable_device(name)
     settings = options.settings
-    if settings.dense_frames and not settings.steps:
-        raise PaceError("with dense frames there is no restoration to calibrate: train some steps")
-    if options.images is None and options.rooms is None:
-        raise PaceError("training needs images: pass --images DIR, or --rooms for rendered ones")
-    if options.images is not None and options.rooms is not None:
-        raise PaceError("training takes its frames from one place: pass --images or --rooms, not both")
-    if options.textures is not None and options.rooms != "all":
-        raise PaceError(
-            "--textures are photographs for rendered scenes of all kinds: pass --rooms, or leave them out"
-        )
-    if (options.out / STATE_FILE).is_file() and not options.resume:
-        raise PaceError(
-            f"{options.out} holds an earlier run: pass --resume to go on with it, or another --out"
-        )
+    check_options(options)
     if options.resume and not (options.out / STATE_FILE).is_file() and rank == 0:
         print(f"{options.out} holds no run to resume: starting anew")
-    if options.start is not None and not settings.steps:
-        raise PaceError(
-            "weights to start from are trained on, not calibrated anew: leave out --start or --calibrate"
-        )
-    if options.start is not None and settings.distil_steps:
-        raise PaceError(
-            f"the first stage, {settings.distil_steps} steps, would undo what the weights to start from have learned: "
-            "leave out --distil, or pass 0"
-        )
     # What is on the disk is looked at before a large model is loaded.
     begun = None if options.start is None else weights_to_start(options.start, settings.dense_frames)
     mini = options.backbone == "mini" or is_mini(Path(options.backbone))
@@ -151,6 +129,38 @@ def run_training(options: Options) -> dict[str, Any]:
     finally:
         if world > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def check_options(options: Options) -> None:
+    """Check what needs neither model nor images.
+
+    Raises:
+        PaceError: options do not go together, or `out` holds an earlier run.
+    """
+    settings = options.settings
+    if settings.dense_frames and not settings.steps:
+        raise PaceError("with dense frames there is no restoration to calibrate: train some steps")
+    if options.images is None and options.rooms is None:
+        raise PaceError("training needs images: pass --images DIR, or --rooms for rendered ones")
+    if options.images is not None and options.rooms is not None:
+        raise PaceError("training takes its frames from one place: pass --images or --rooms, not both")
+    if options.textures is not None and options.rooms != "all":
+        raise PaceError(
+            "--textures are photographs for rendered scenes of all kinds: pass --rooms, or leave them out"
+        )
+    if (options.out / STATE_FILE).is_file() and not options.resume:
+        raise PaceError(
+            f"{options.out} holds an earlier run: pass --resume to go on with it, or another --out"
+        )
+    if options.start is not None and not settings.steps:
+        raise PaceError(
+            "weights to start from are trained on, not calibrated anew: leave out --start or --calibrate"
+        )
+    if options.start is not None and settings.distil_steps:
+        raise PaceError(
+            f"the first stage, {settings.distil_steps} steps, would undo what the weights to start from have learned: "
+            "leave out --distil, or pass 0"
+        )
 
 
 def weights_to_start(source: str, dense_frames: bool) -> PaceWeights:
