@@ -11,6 +11,7 @@ Elementwise passes (norms, activations, scales, residuals, RoPE) can be fused in
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,12 +106,16 @@ def linear(rows: float, inputs: float, outputs: float, size: int) -> Work:
     return Work(2 * rows * inputs * outputs, size * (rows * (inputs + outputs) + inputs * outputs))
 
 
-def block(sequences: int, length: int, channels: int, size: int, positions: bool) -> Work:
-    """A transformer block on `sequences` sequences of `length` tokens that attend to their own sequence."""
+def block(
+    sequences: int, length: int, channels: int, size: int, positions: bool, pairs: float | None = None
+) -> Work:
+    """A transformer block on `sequences` sequences of `length` tokens that attend to their own sequence; `pairs` of
+    queries and keys in all, if not every token attends to every other."""
     rows = sequences * length
+    pairs = rows * length if pairs is None else pairs
     products = linear(rows, channels, 3 * channels, size) + linear(rows, channels, channels, size)
     products += linear(rows, channels, 4 * channels, size) + linear(rows, 4 * channels, channels, size)
-    attention = Work(4 * rows * length * channels, 4 * rows * channels * size)
+    attention = Work(4 * pairs * channels, 4 * rows * channels * size)
     # Of [rows, C]: two norms 4, two scales 4, two residuals 6, GELU 8; with positions also norms of q and k 4, and
     # RoPE on both: rotate 4, two products 8, a sum 6, joining the halves 4.
     return products + attention + Work(passes=(22 + (26 if positions else 0)) * rows * channels * size)
@@ -163,7 +168,12 @@ def camera_head(dims: Dimensions, frames: int) -> Work:
 
 
 def stage_work(
-    dims: Dimensions, frames: int, grid: tuple[int, int], kept: int, dense_frames: bool = False
+    dims: Dimensions,
+    frames: int,
+    grid: tuple[int, int],
+    kept: int,
+    dense_frames: bool = False,
+    matching: Sequence[float] = (),
 ) -> dict[str, Work]:
     """What each stage does for one clip.
 
@@ -173,6 +183,8 @@ def stage_work(
         grid: patch rows and columns.
         kept: K, patch tokens of a frame that enter alternating attention; all of them is the stock model.
         dense_frames: frame blocks have all patch tokens, and those that are not kept follow in every global block.
+        matching: for each global block with heads that see all tokens, the share of its heads that they are. That heads
+            have nothing to restore of such a layer is left out.
     """
     channels, size, patches = dims.embed_dim, dims.aggregator_bytes, grid[0] * grid[1]
     length = dims.special + kept
@@ -200,7 +212,9 @@ def stage_work(
             )
     in_frames = dims.special + patches if dense_frames else length
     work["frame blocks"] = dims.depth * block(frames, in_frames, channels, size, positions=True)
-    work["global blocks"] = dims.depth * block(1, frames * length, channels, size, positions=True)
+    whole = matching if dense_frames and kept < patches else ()
+    few = dims.depth - len(whole)  # blocks
+    work["global blocks"] = few * block(1, frames * length, channels, size, positions=True)
     if kept < patches:
         heads, size = len(dims.dense), dims.aggregator_bytes
 
@@ -217,7 +231,15 @@ def stage_work(
             looked = min(frames, math.ceil(ROWS * channels / kept)) * kept
             slope = Work(4 * looked * channels**2, 4 * (2 * looked * channels + 2 * channels**2))
             near += Work(passes=4 * patches * 8 * kept)
-            work["following"] = frames * (near + dims.depth * follow) + dims.depth * slope
+            work["following"] = frames * (near + few * follow) + few * slope
+            for share in whole:
+                wide = (1 - share) * channels  # of the heads that are filled in
+                pairs = share * (frames * in_frames) ** 2 + (1 - share) * (frames * length) ** 2
+                work["global blocks"] += block(1, frames * in_frames, channels, size, True, pairs)
+                guess = Work(2 * rows * channels * wide, size * rows * (channels + wide))
+                filled = read(in_frames, int(wide)) + guess + Work(passes=size * wide * 4 * in_frames)
+                fit = Work(2 * looked * channels * (channels + wide), 4 * 2 * looked * channels)
+                work["following"] += frames * filled + fit
             work["restoration"] = heads * frames * dims.cached * follow
         else:
             rows = read(patches, 2 * channels)

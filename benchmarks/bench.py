@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,8 @@ from arithmetic import Dimensions, Work, stage_work, total
 from models import build, check_values, forward, random_clip
 from stages import kernels, stages_and_syncs
 
-from pacevggt_patch import accelerate, paused, summary
+from pacevggt_patch import PaceError, PaceWeights, accelerate, paused, summary
+from pacevggt_patch.adaptation import BlockAdaptation
 from pacevggt_patch.attention import kernel_name
 from pacevggt_patch.demo import usable_device
 from pacevggt_patch.evaluation.timing import time_interleaved
@@ -55,11 +57,13 @@ class Bench:
         self.device = usable_device(args.device)
         self.model = build(args.backbone, self.device, args.checkpoint, args.precision)
         check_values(self.model, args.size, args.precision, self.device)
+        weights = calibrated_weights(self.model, args.matching_heads) if args.matching_heads else None
+        self.shares = {} if weights is None else shares_of_heads(weights)
         accelerate(
             self.model,
             args.keep_ratios[0],
             args.merge_budget,
-            weights=None,
+            weights=weights,
             min_frames=1,
             compile=args.compile,
             head_dtype=args.head_dtype and getattr(torch, args.head_dtype),
@@ -100,7 +104,7 @@ class Bench:
         patches = self.grid[0] * self.grid[1]
         kept = patches if ratio is None else min(patches, max(1, round(ratio * patches)))
         dense = self.args.dense_frames and ratio is not None
-        return stage_work(self.dims, frames, self.grid, kept, dense)
+        return stage_work(self.dims, frames, self.grid, kept, dense, list(self.shares.values()))
 
     def floor(self, stage: str, work: Work) -> float:
         """Seconds that a stage can't go below on this device, in the precision it runs in."""
@@ -118,6 +122,25 @@ class Bench:
             runs = job.repeats + job.warm_up + job.stages + (job.kernels and ratio is not None)
             seconds += runs * self.times_floor * self.whole_floor(job.frames, ratio)
         return seconds
+
+
+def calibrated_weights(model: torch.nn.Module, heads: int) -> PaceWeights:
+    """Weights as calibration leaves them, with so many matching heads, in blocks evenly spread."""
+    weights = PaceWeights.new(model, dense_frames=True)
+    depth, most = weights.backbone.depth, weights.backbone.depth * weights.backbone.num_heads
+    if not 0 < heads <= most:
+        raise PaceError(f"--matching-heads must be at most {most}, all heads of the model, got {heads}")
+    each = min(heads, depth)  # blocks that have some
+    blocks = [(2 * i + 1) * depth // (2 * each) for i in range(each)]
+    weights.matching = tuple((blocks[i % each], i // each) for i in range(heads))
+    weights.adaptation = BlockAdaptation({})  # nothing trained
+    return weights
+
+
+def shares_of_heads(weights: PaceWeights) -> dict[int, float]:
+    """Of each global block with matching heads, their share of its heads."""
+    counts = Counter(block for block, _ in weights.matching)
+    return {block: count / weights.backbone.num_heads for block, count in counts.items()}
 
 
 def device_peaks(device: torch.device) -> dict[str, float]:

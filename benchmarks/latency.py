@@ -50,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         "compile": args.compile,
         "head_dtype": args.head_dtype,
         "dense_frames": args.dense_frames,
+        "matching_heads": args.matching_heads,
         "attention": bench.attention,
         "first_call_seconds": None,
         "repeats": args.repeats,
@@ -138,6 +139,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--precision", choices=PRECISIONS, default="float32")
     parser.add_argument("--compile", action="store_true", help="accelerate with compile=True")
     parser.add_argument("--dense-frames", action="store_true", help="accelerate with dense_frames=True")
+    parser.add_argument(
+        "--matching-heads",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with --dense-frames: so many heads of global attention see all tokens, in blocks evenly spread",
+    )
     parser.add_argument("--head-dtype", choices=("bfloat16", "float16"), help="accelerate with head_dtype")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(

@@ -103,6 +103,7 @@ def watched(model: Any, watch: Stopwatch) -> Generator[None]:
         (FollowedTokens, "patches", "restoration"),
         (Following, "compact", "following"),
         (Following, "follow", "following"),
+        (Following, "spread", "following"),
     ]
 
     @contextmanager

@@ -13,6 +13,7 @@ from .assignment import KEPT, assign
 from .attention import FewerKeys, autocast_dtype, faster_attention, key_numbers
 from .config import PaceConfig, UnsupportedModelError
 from .following import following
+from .matching import Heads
 from .merging import kept_tokens, merge_tokens
 from .scorer import token_scores
 from .summary import StageTimer
@@ -46,7 +47,9 @@ def aggregate(
         UnsupportedModelError: the host's patch embedding does not give one token for each patch.
     """
     scorer = adapter = adaptation = None
+    matching: Heads = ()
     if weights is not None:
+        matching = weights.matching
         scorer, adapter, adaptation = weights.scorer, weights.merge, weights.adaptation
     batch, frames = images.shape[:2]
     patches = grid[0] * grid[1]
@@ -113,7 +116,7 @@ def aggregate(
     with timer.stage("alternating attention", entered, entered), faster():
         # Popped, so that nobody holds them while the blocks run.
         compact = backbone.alternating_attention(
-            aggregator, entering.pop(), where, layers, checkpointing, change, adapt, followed
+            aggregator, entering.pop(), where, layers, checkpointing, change, adapt, followed, matching
         )
     if change is not None:
         change.check()

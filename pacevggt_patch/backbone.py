@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -25,6 +25,7 @@ from .adaptation import OtherParameters, in_force
 from .attention import Change, InAttention, autocast_dtype
 from .config import PaceError, UnsupportedModelError
 from .following import FollowedLayer, Following
+from .matching import MatchingHeads
 
 # Parameters of blocks by their names in the aggregator -> those to run with instead.
 Adapt = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -315,6 +316,7 @@ def alternating_attention(
     change: Change | None = None,
     adapt: Adapt | None = None,
     following: Following | None = None,
+    matching: Collection[tuple[int, int]] = (),
 ) -> dict[int, Any]:
     """Run the frame and global blocks, by the host's own functions.
 
@@ -327,6 +329,7 @@ def alternating_attention(
         change: of what goes into the attention of every global block, see `attention.InAttention`.
         adapt: gives the parameters that blocks run with in place of their own.
         following: global blocks run on special and kept tokens alone, and all others follow.
+        matching: (block, head) of the heads that see all tokens nevertheless.
 
     Returns:
         layer index -> [B, S, L, 2C], frame and global output concatenated; with `following` a `FollowedLayer`.
@@ -342,10 +345,14 @@ def alternating_attention(
         process["frame"] = partial(_run_in_chunks, process["frame"])
     if adapt is not None:
         process = {kind: partial(_run_adapted, aggregator, kind, adapt, run) for kind, run in process.items()}
+    if following is not None and matching:  # inside of what changes keys, which are those of the kept tokens
+        process["global"] = partial(_run_matching, following, matching, process["global"])
     if change is not None:
         process["global"] = partial(_run_changed, change, process["global"])
     if following is not None:
-        process["global"] = partial(_run_followed, following, process["global"])
+        together = range(getattr(aggregator, "aa_block_size", 1))
+        dense = {block - i for block, _ in matching for i in together}  # first blocks of those that run together
+        process["global"] = partial(_run_followed, following, dense, process["global"])
     done = dict.fromkeys(process, 0)  # blocks run so far
     outputs: dict[int, Any] = {}
     with nullcontext() if torch.compiler.is_compiling() else _shared_rotations():
@@ -403,6 +410,7 @@ def _run_in_chunks(
 
 def _run_followed(
     following: Following,
+    whole: Collection[int],
     process: Callable,
     tokens: Tensor,
     batch: int,
@@ -414,8 +422,12 @@ def _run_followed(
 ):
     """Run global blocks on the special and kept tokens, then let the others follow.
 
-    Of single blocks it gives the outputs of special and kept tokens, and the slope by which others follow them.
+    Of single blocks it gives the outputs of special and kept tokens, and the slope by which others follow them. Blocks
+    of `whole` take all tokens, and nobody follows.
     """
+    if args[0] in whole:
+        tokens, block, intermediates = process(tokens, batch, frames, length, channels, *args, pos=pos)
+        return tokens, block, [(output, None) for output in intermediates]
     dense = tokens.view(batch * frames, length, channels)
     few = following.compact(dense)
     after, block, intermediates = process(
@@ -426,10 +438,38 @@ def _run_followed(
     return following.follow(dense, after.view(few.shape), followed[-1][1]), block, followed
 
 
+def _run_matching(
+    following: Following, heads: Collection[tuple[int, int]], process: Callable, tokens: Tensor, *args, **kwargs
+):
+    """Run global blocks; where they are given all tokens, only some heads see them."""
+    _, _, length, _, block = args  # (tokens, batch, frames, length, channels, block)
+    if length != following.weights.shape[1]:
+        return process(tokens, *args, **kwargs)
+    with MatchingHeads(following, heads, block):
+        return process(tokens, *args, **kwargs)
+
+
 def _run_changed(change: Change, process: Callable, tokens: Tensor, *args, **kwargs):
     """Run global blocks with a change of their attention, also where a checkpoint runs them once more."""
     with InAttention(change, args[4]):  # (tokens, batch, frames, length, channels, block)
         return process(tokens, *args, **kwargs)
+
+
+def attention_output(aggregator: Any, block: int) -> Tensor:
+    """The matrix [C, C] from the outputs of all heads of a global block to what it adds to the tokens.
+
+    Raises:
+        UnsupportedModelError: the block is of another make.
+    """
+    module = aggregator.global_blocks[block]
+    module = module._modules.get("_orig_mod", module)
+    matrix = getattr(getattr(getattr(module, "attn", None), "proj", None), "weight", None)
+    if not isinstance(matrix, Tensor):
+        raise UnsupportedModelError(
+            f"global block {block} has no attn.proj.weight, so what its heads add to the tokens can't be told"
+        )
+    scale = getattr(getattr(module, "ls1", None), "gamma", None)
+    return matrix if scale is None else matrix * scale[:, None]
 
 
 def block_parameters(aggregator: Any, kind: str, first: int, blocks: int) -> dict[str, Tensor]:

@@ -56,20 +56,42 @@ class Following(NamedTuple):
             after: special and kept ones after it, [N, n + K, C].
             slope: A of each clip, [B, C, C], see `slope`; N is a multiple of B.
         """
-        kept, dtype = self.weights.shape[-1], self.weights.dtype
         # Autocast would round the tokens, not the products alone.
         with torch.autocast(before.device.type, enabled=False):
-            before, matrices = before.contiguous(), slope.to(dtype).mT
+            before = before.contiguous()
             few = self.compact(before)
-            # What all tokens of a frame share cancels in the sum, and is taken out before anything is rounded.
-            mean = few[:, -kept:].mean(1, keepdim=True)  # [N, 1, C]
-            missed = (after - few).to(dtype) - times((few - mean).to(dtype), matrices)
-            change = times((before - mean).to(dtype), matrices)  # [N, n + P, C]
-            moved = before + change.baddbmm_(self.weights, missed[:, -kept:])
-            moved.view(-1, moved.shape[-1]).index_copy_(
-                0, self.rows(moved.shape[1]), after.flatten(0, 1).to(moved.dtype)
-            )
-            return moved
+            moved = before + self._spread(before, few, after - few, slope)
+            return self._with(moved, after)
+
+    def spread(self, tokens: Tensor, values: Tensor, clips: int) -> Tensor:
+        """Values [N, n + P, D] of all tokens, given those of special and kept ones: the others' as in `follow`.
+
+        Args:
+            tokens: all tokens [N, n + P, C], which say how their values differ.
+            values: of special and kept ones, [N, n + K, D].
+            clips: B, of which the N frames are.
+        """
+        with torch.autocast(tokens.device.type, enabled=False):
+            tokens = tokens.contiguous()
+            few = self.compact(tokens)
+            some = (self._some(t, clips, few.shape[-1]) for t in (few, values))
+            slope = ridge_regression(*some)
+            return self._with(self._spread(tokens, few, values, slope), values)
+
+    def _spread(self, tokens: Tensor, few: Tensor, values: Tensor, slope: Tensor) -> Tensor:
+        kept, dtype = self.weights.shape[-1], self.weights.dtype
+        matrices = slope.to(dtype).mT
+        # What all tokens of a frame share cancels in the sum, and is taken out before anything is rounded.
+        mean = few[:, -kept:].mean(1, keepdim=True)  # [N, 1, C]
+        missed = values.to(dtype) - times((few - mean).to(dtype), matrices)
+        guess = times((tokens - mean).to(dtype), matrices)  # [N, n + P, D]
+        return guess.baddbmm_(self.weights, missed[:, -kept:])
+
+    def _with(self, dense: Tensor, values: Tensor) -> Tensor:
+        """Write those of special and kept tokens into those of all, in place."""
+        rows = self.rows(dense.shape[1])
+        dense.view(-1, dense.shape[-1]).index_copy_(0, rows, values.flatten(0, 1).to(dense.dtype))
+        return dense
 
     def slope(self, before: Tensor, after: Tensor, clips: int) -> Tensor:
         """How the change of a token depends on the token, A [B, C, C] of each clip, for `follow`.
@@ -82,34 +104,47 @@ class Following(NamedTuple):
             before, after: special and kept tokens before and after it, [N, n + K, C].
             clips: B, of which the N frames are.
         """
-        kept, channels = self.weights.shape[-1], before.shape[-1]
-        frames = len(before) // clips
+        with torch.autocast(before.device.type, enabled=False):
+            old, new = (self._some(t, clips, before.shape[-1]) for t in (before, after))
+            return ridge_regression(old, new - old)
+
+    def _some(self, tokens: Tensor, clips: int, channels: int) -> Tensor:
+        """The kept ones [B, few, K, C] of special and kept tokens [N, n + K, C] that a regression on `channels` numbers
+        looks at."""
+        kept, frames = self.weights.shape[-1], len(tokens) // clips
         few = min(frames, -(-ROWS * channels // kept))
-        chosen = torch.arange(few, device=before.device) * frames // few
-        with torch.no_grad(), torch.autocast(before.device.type, enabled=False):
-            exact = torch.promote_types(before.dtype, torch.float32)
-            old, new = (
-                t.unflatten(0, (clips, frames)).index_select(1, chosen)[:, :, -kept:].to(exact)
-                for t in (before, after)
-            )  # [B, few, K, C]
-            x, y = ((t - t.mean(2, keepdim=True)).flatten(1, 2) for t in (old, new - old))
-            squares, products = x.mT @ x, x.mT @ y  # [B, C, C]
-            # Tokens that are the same but for rounding tell nothing.
-            limits = torch.finfo(exact)
-            rounding = limits.eps * old.square().sum((1, 2, 3)) / channels + limits.tiny
-            level = RIDGE * squares.diagonal(dim1=1, dim2=2).mean(-1).maximum(rounding)  # [B]
-            squares.diagonal(dim1=1, dim2=2).add_(level[:, None])
-            # Not by `solve`, which waits for the device to tell whether it worked.
-            factor = torch.linalg.cholesky_ex(squares).L
-            half = torch.linalg.solve_triangular(factor, products, upper=False)
-            return torch.linalg.solve_triangular(factor.mT, half, upper=True).mT
+        chosen = torch.arange(few, device=tokens.device) * frames // few
+        some = tokens.detach().unflatten(0, (clips, frames)).index_select(1, chosen)[:, :, -kept:]
+        return some.to(torch.promote_types(tokens.dtype, torch.float32))
+
+
+@torch.no_grad()
+def ridge_regression(x: Tensor, y: Tensor) -> Tensor:
+    """A [B, D, C] for which A x is nearest to y, both less their means over the tokens of a frame.
+
+    Args:
+        x: [B, frames, K, C].
+        y: [B, frames, K, D].
+    """
+    channels = x.shape[-1]
+    square = x.square().sum((1, 2, 3))
+    x, y = ((t - t.mean(2, keepdim=True)).flatten(1, 2) for t in (x, y))
+    squares, products = x.mT @ x, x.mT @ y  # [B, C, C], [B, C, D]
+    # Tokens that are the same but for rounding tell nothing.
+    limits = torch.finfo(x.dtype)
+    rounding = limits.eps * square / channels + limits.tiny
+    level = RIDGE * squares.diagonal(dim1=1, dim2=2).mean(-1).maximum(rounding)  # [B]
+    squares.diagonal(dim1=1, dim2=2).add_(level[:, None])
+    # Not by `solve`, which waits for the device to tell whether it worked.
+    factor = torch.linalg.cholesky_ex(squares).L
+    half = torch.linalg.solve_triangular(factor, products, upper=False)
+    return torch.linalg.solve_triangular(factor.mT, half, upper=True).mT
 
 
 def times(tokens: Tensor, matrices: Tensor) -> Tensor:
-    """Tokens [N, L, C] of B clips by the matrix of their clip, [B, C, C]."""
-    return torch.bmm(tokens.flatten(0, 1).view(len(matrices), -1, tokens.shape[-1]), matrices).view(
-        tokens.shape
-    )
+    """Tokens [N, L, C] of B clips by the matrix of their clip, [B, C, D]."""
+    flat = tokens.flatten(0, 1).view(len(matrices), -1, tokens.shape[-1])
+    return torch.bmm(flat, matrices).view(*tokens.shape[:-1], matrices.shape[-1])
 
 
 class FollowedLayer(NamedTuple):
@@ -118,14 +153,15 @@ class FollowedLayer(NamedTuple):
     Attributes:
         frame: of the frame block, all tokens [B, S, n + P, C].
         before: what entered global attention, all tokens [B, S, n + P, C]; mostly `frame` itself.
-        after: of the global block, special and kept tokens [B, S, n + K, C].
-        slope: how changes depend on tokens, [B, C, C], see `Following.slope`.
+        after: of the global block, special and kept tokens [B, S, n + K, C]; all, [B, S, n + P, C], where a head of it
+            saw all.
+        slope: how changes depend on tokens, [B, C, C], see `Following.slope`; None where `after` is all tokens.
     """
 
     frame: Tensor
     before: Tensor
     after: Tensor
-    slope: Tensor
+    slope: Tensor | None
 
 
 def following(

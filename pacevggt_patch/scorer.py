@@ -1,8 +1,9 @@
 """Scores of patch tokens: which of them must enter alternating attention.
 
-A score has two factors: coverage (how far a token is from everything that is already kept) and, where weights were
-trained, a learned saliency. Coverage alone is the training-free scorer. An importance map without coverage is worse
-than random choice: its top K crowd together, and restoration has nothing to interpolate from.
+A score has three factors: coverage (how far a token is from everything that is already kept), distinctness (how little
+it is like its neighbours, as corners are) and, where weights were trained, a learned saliency. The first two are the
+training-free scorer. An importance map without coverage is worse than random choice: its top K crowd together, and
+restoration has nothing to interpolate from.
 """
 
 from __future__ import annotations
@@ -17,6 +18,11 @@ from .similarity import grid_cells
 
 # Spatial distance, in units of the grid's longer side, against cosine distance of DINO features.
 SPATIAL_WEIGHT = 2.0
+# Log-saliency of a token for each standard deviation that its distinctness is above the mean of its frame.
+DISTINCTNESS = 0.15
+MOST_DEVIATIONS = 3.0
+# Distances to neighbours that spread less than this over a frame are all the same but for rounding.
+LEAST_SPREAD = 1e-3
 # A token this much less salient than the clip's most salient one is as good as never picked.
 LEAST_LOG_SALIENCY = -30.0
 # The pairwise distances of a chunk of frames stay below this.
@@ -31,10 +37,14 @@ class TokenScorer(nn.Module):
     Args:
         embed_dim: channels C of a patch token.
         hidden_dim: width of the hidden layer; C/4 keeps the scorer under 1 % of any VGGT's parameters.
+        distinctness: how much that of a token counts beside what is learned, see `coverage_scores`.
     """
 
-    def __init__(self, embed_dim: int, hidden_dim: int | None = None):
+    def __init__(self, embed_dim: int, hidden_dim: int | None = None, distinctness: float = DISTINCTNESS):
         super().__init__()
+        if not 0 <= distinctness <= 1:
+            raise ValueError(f"distinctness must lie between 0 and 1, got {distinctness:g}")
+        self.distinctness = distinctness
         hidden_dim = hidden_dim or max(1, embed_dim // 4)
         self.norm = nn.LayerNorm(embed_dim)
         self.hidden = nn.Linear(embed_dim, hidden_dim)
@@ -56,7 +66,7 @@ def token_scores(
         features: DINO patch tokens [B, S, P, C].
         grid: patch rows and columns, rows * columns == P.
         keep: K, how many tokens of a frame the scores must rank first.
-        scorer: learned saliency; None scores by coverage alone (training-free).
+        scorer: learned saliency; None is training-free.
 
     Returns:
         Non-negative scores [B, S, P] (float32). Which tokens are picked has no gradient; how a score changes with its
@@ -72,7 +82,8 @@ def token_scores(
         # Only ratios matter: measured against the largest, no saliency overflows.
         saliency = (logits - logits.detach().amax()).clamp(min=LEAST_LOG_SALIENCY).exp()
     chunks = zip(flat.split(frames), saliency.split(frames), strict=True)
-    scores = torch.cat([coverage_scores(f, w, grid, keep) for f, w in chunks])
+    distinct = DISTINCTNESS if scorer is None else scorer.distinctness
+    scores = torch.cat([coverage_scores(f, w, grid, keep, distinct) for f, w in chunks])
     if saliency.requires_grad:
         # A score is the saliency times a distance that the picks fix: a factor of exactly 1 that has its gradient.
         scores = scores * (saliency / saliency.detach())
@@ -80,7 +91,9 @@ def token_scores(
 
 
 @torch.no_grad()
-def coverage_scores(features: Tensor, saliency: Tensor, grid: tuple[int, int], keep: int) -> Tensor:
+def coverage_scores(
+    features: Tensor, saliency: Tensor, grid: tuple[int, int], keep: int, distinct: float = DISTINCTNESS
+) -> Tensor:
     """Saliency-weighted farthest point sampling, as scores.
 
     Tokens are picked one by one, each time the one with the largest saliency * distance to the tokens picked before;
@@ -94,6 +107,7 @@ def coverage_scores(features: Tensor, saliency: Tensor, grid: tuple[int, int], k
         saliency: positive weights [N, P].
         grid: patch rows and columns.
         keep: K, the number of picks.
+        distinct: weight of the distinctness in the logarithm of the saliency.
 
     Returns:
         Scores [N, P] (float32): for picked tokens the value at the pick, for all others the value left.
@@ -103,11 +117,11 @@ def coverage_scores(features: Tensor, saliency: Tensor, grid: tuple[int, int], k
         distance = (unit @ unit.mT).neg_().add_(1)  # [N, P, P], in place: it is the largest tensor here
         centre = F.normalize(unit.mean(1), dim=-1)
         atypical = 1 - (unit @ centre.unsqueeze(-1)).squeeze(-1)  # [N, P]
+    saliency = saliency.float() * (distinct * distinctness(distance, grid)).exp()
     cells = grid_cells(grid, features.device)
     distance.add_(torch.cdist(cells, cells), alpha=SPATIAL_WEIGHT / max(grid)).clamp_(min=0)
     farthest = 2 + SPATIAL_WEIGHT * math.sqrt(2)  # no distance is larger
 
-    saliency = saliency.float()
     distance.mul_(saliency.unsqueeze(1))  # from here on weighted by the saliency of the token that is asked
     frame = torch.arange(len(features), device=features.device)
     left = saliency * farthest  # [N, P]
@@ -123,3 +137,28 @@ def coverage_scores(features: Tensor, saliency: Tensor, grid: tuple[int, int], k
         )  # -1: never picked again
         value, pick = left.max(1)
     return left.scatter(1, torch.stack(picks, 1), torch.stack(values, 1))
+
+
+def distinctness(distance: Tensor, grid: tuple[int, int]) -> Tensor:
+    """How little each patch token is like those around it, in standard deviations over its frame.
+
+    The mean distance to the up to eight neighbours on the grid, less its mean over the frame and over its standard
+    deviation there, at most MOST_DEVIATIONS either way. Corners and small things have much of it, walls little.
+
+    Args:
+        distance: between the tokens of each frame, [N, P, P].
+        grid: patch rows and columns.
+
+    Returns:
+        [N, P].
+    """
+    rows, columns = grid
+    cells = grid_cells(grid, distance.device)
+    steps = torch.cartesian_prod(*[torch.arange(-1, 2, device=distance.device)] * 2)  # [9, 2], itself among them
+    around = cells[:, None].long() + steps  # [P, 9, 2]
+    inside = (around >= 0).all(-1) & (around[..., 0] < rows) & (around[..., 1] < columns)
+    number = (around[..., 0] * columns + around[..., 1]).where(inside, 0)  # [P, 9]
+    near = distance.gather(2, number.expand(len(distance), -1, -1)) * inside  # [N, P, 9]
+    mean = near.sum(-1) / (inside.sum(-1) - 1).clamp(min=1)  # it is no distance from itself
+    spread = mean.std(1, unbiased=False, keepdim=True).clamp(min=LEAST_SPREAD)
+    return ((mean - mean.mean(1, keepdim=True)) / spread).clamp(-MOST_DEVIATIONS, MOST_DEVIATIONS)

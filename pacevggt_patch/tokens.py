@@ -176,9 +176,13 @@ class FollowedTokens(RestoredTokens):
     def compact(self) -> dict[int, Tensor]:
         """Layer -> special and kept tokens [B, S, n + K, 2C], made anew by each look."""
         following = self._following(0, self.kept.shape[1])
+
+        def few(tokens: Tensor) -> Tensor:
+            return following.compact(tokens.flatten(0, 1)).unflatten(0, self.kept.shape[:2])
+
         return {
-            i: torch.cat([following.compact(frame.flatten(0, 1)).view(after.shape), after], dim=-1)
-            for i, (frame, _, after, _) in self.parts.items()
+            i: torch.cat([few(frame), few(after) if slope is None else after], dim=-1)
+            for i, (frame, _, after, slope) in self.parts.items()
         }
 
     def _following(self, start: int, stop: int) -> Following:
@@ -203,7 +207,7 @@ class FollowedTokens(RestoredTokens):
         for i in self.wanted(layers):
             *tokens, slope = self.parts[i]
             frame, before, after = (t[:, start:stop].flatten(0, 1) for t in tokens)
-            both = frame, following.follow(before, after, slope)
+            both = frame, after if slope is None else following.follow(before, after, slope)
             dense[i] = torch.cat([t[:, self.special :] for t in both], dim=-1)
         return dense
 

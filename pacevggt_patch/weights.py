@@ -28,13 +28,15 @@ from .adaptation import BlockAdaptation
 from .backbone import BackboneSpec, Host, block_shapes, find_host, fingerprints, spec
 from .bundled import bundled_files
 from .config import WeightsError
+from .matching import Heads
 from .merging import MergeAdapter
 from .restoration import FeatureGuidedRestoration
 from .scorer import TokenScorer
 from .version import __version__
 
 KIND = "pace weights"
-FORMAT = 4  # 1 had no adaptation, 2 none for dense frames, 3 no strength of the adaptation
+FORMAT = 5  # 1 had no adaptation, 2 none for dense frames, 3 no strength of the adaptation, 4 neither distinctness nor
+# matching heads
 OLD_STRENGTH = 0.6  # `full_strength` of older files, whose changes faded in a line from there
 HUB_FILE = "pace.safetensors"
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^@\s]+))?")
@@ -59,6 +61,8 @@ class PaceWeights:
         backbone: dimensions of the backbone that it was trained for.
         fingerprints: dtype name -> fingerprint of that backbone cast to this dtype (see `backbone.fingerprints`).
         keep_ratios: keep ratios that it was trained for.
+        matching: (block, head) of the heads of global attention that see all tokens with dense frames, see
+            `matching.MatchingHeads`; none for the other setting.
         training: how it was trained, as JSON values.
         library_version: version of this package that made it.
         source: where it came from, in words.
@@ -71,6 +75,7 @@ class PaceWeights:
     backbone: BackboneSpec
     fingerprints: dict[str, str]
     keep_ratios: tuple[float, ...] = ()
+    matching: Heads = ()
     training: dict[str, Any] = field(default_factory=dict)
     library_version: str = __version__
     source: str = "new"
@@ -112,7 +117,7 @@ class PaceWeights:
             backbone,
             fingerprints(host),
             tuple(float(ratio) for ratio in keep_ratios),
-            dict(training or {}),
+            training=dict(training or {}),
         )
         aggregator: Any = host.aggregator
         return weights.to(aggregator.camera_token.device)
@@ -149,9 +154,11 @@ class PaceWeights:
             },
             "adapted": self.adaptation.shapes(),
             "full_strength": self.adaptation.full_strength,
+            "distinctness": self.scorer.distinctness,
             "dense_frames": self.dense_frames,
             "fingerprints": self.fingerprints,
             "keep_ratios": list(self.keep_ratios),
+            "matching_heads": [list(head) for head in self.matching],
             "training": self.training,
         }
         tensors = tensorfile.in_8_bits(tensors) if eight_bits else tensors
@@ -204,6 +211,13 @@ class PaceWeights:
             raise WeightsError(
                 f"pace weights {self.source} change {other[0]} and {len(other) - 1} other parameters that this model's "
                 "attention blocks do not have in that shape"
+            )
+        wrong = [(b, h) for b, h in self.matching if b >= theirs.depth or 0 < theirs.num_heads <= h]
+        if wrong or (self.matching and not dense_frames):
+            raise WeightsError(
+                f"pace weights {self.source} have matching heads {list(self.matching)} (block, head), which this model "
+                f"with {theirs} does not have" if wrong else
+                f"pace weights {self.source} have matching heads, which are for dense_frames=True alone"
             )
         known = fingerprints(host)
         if not self.fingerprints.keys() & known.keys():
@@ -311,9 +325,11 @@ def _read(path: Path, source: str) -> PaceWeights:
         hidden = fields["hidden_dims"]
         # Nothing is allocated or initialised before the tensors of the file are known to fit.
         with torch.device("meta"):
-            scorer = TokenScorer(backbone.embed_dim, hidden["scorer"])
+            distinct = fields["distinctness"] if fields["format"] > 4 else 0.0
+            scorer = TokenScorer(backbone.embed_dim, hidden["scorer"], float(distinct))
             dense_frames = fields["format"] > 2 and fields["dense_frames"]
             full_strength = fields["full_strength"] if fields["format"] > 3 else OLD_STRENGTH
+            heads = tuple((int(b), int(h)) for b, h in fields["matching_heads"]) if fields["format"] > 4 else ()
             merge = None if dense_frames else MergeAdapter(backbone.embed_dim, hidden["merge"]).eval()
             restoration = (
                 None
@@ -331,6 +347,7 @@ def _read(path: Path, source: str) -> PaceWeights:
             backbone,
             dict(fields["fingerprints"]),
             tuple(float(ratio) for ratio in fields["keep_ratios"]),
+            heads,
             dict(fields["training"]),
             str(fields["library_version"]),
             source,

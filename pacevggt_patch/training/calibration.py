@@ -1,4 +1,4 @@
-"""Closed-form calibration: the linear part of the restoration, fitted to a few frames without gradient steps."""
+"""Calibration on a few frames without gradient steps: the linear part of the restoration, or the matching heads."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ..restoration import reading
 from ..tokens import RestoredTokens
 from ..weights import PaceWeights
 from .guest import guest
+from .matching import find_matching_heads
 from .passes import run
 
 KEEP_RATIOS = (0.5, 0.3, 0.15)
@@ -28,7 +29,10 @@ def calibrate(
     keep_ratios: Sequence[float] = KEEP_RATIOS,
     ridge: float = RIDGE,
 ) -> PaceWeights:
-    """Fit the linear part of the restoration to a few clips, by ridge regression against the unpruned model.
+    """Make weights fit a few clips of the user's, in seconds to minutes and without gradient steps.
+
+    Weights for dense frames get the heads that must see all tokens, see `matching.find_matching_heads`. All others get
+    the linear part of the restoration, by ridge regression against the unpruned model:
 
     For each cached layer it finds the matrix A that minimises, over the dropped tokens i of all clips and keep ratios,
     the sum of |t_i - r_i - A d_i|^2 plus lambda |A|^2: t is the token of the unpruned model, r what is restored without
@@ -40,8 +44,9 @@ def calibrate(
     Args:
         model: any VGGT that `accelerate` takes; it is left as it was.
         clips: images [S, 3, H, W] or [B, S, 3, H, W] in [0, 1] on the model's device; a few dozen frames will do.
-        weights: what to start from; the linear part is replaced, all else stays. None starts from untrained weights.
-        keep_ratios: keep ratios that it is fitted for, together.
+        weights: what to start from; the linear part or the matching heads are replaced, all else stays. None starts
+            from untrained weights; for dense frames pass `PaceWeights.new(model, dense_frames=True)`.
+        keep_ratios: keep ratios that the linear part is fitted for, together.
         ridge: strength of the ridge, relative.
 
     Returns:
@@ -51,10 +56,11 @@ def calibrate(
         PaceError: there are no clips, a setting is out of range, or the model is accelerated already.
     """
     weights = weights or PaceWeights.new(model, keep_ratios=keep_ratios)
-    if weights.dense_frames:
-        raise PaceError("weights for dense_frames=True have no restoration, so there is nothing to calibrate")
     with guest(model, weights):
-        fit_linear(model, clips, weights, keep_ratios, ridge)
+        if weights.dense_frames:
+            weights.matching, _ = find_matching_heads(model, clips, weights.scorer)
+        else:
+            fit_linear(model, clips, weights, keep_ratios, ridge)
     return weights
 
 

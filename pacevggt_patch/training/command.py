@@ -138,8 +138,6 @@ def check_options(options: Options) -> None:
         PaceError: options do not go together, or `out` holds an earlier run.
     """
     settings = options.settings
-    if settings.dense_frames and not settings.steps:
-        raise PaceError("with dense frames there is no restoration to calibrate: train some steps")
     if options.images is None and options.rooms is None:
         raise PaceError("training needs images: pass --images DIR, or --rooms for rendered ones")
     if options.images is not None and options.rooms is not None:
@@ -215,10 +213,9 @@ class Run:
             self.check("start")
         else:
             self.check("training-free")
-            if not fit.weights.dense_frames:
-                fit.calibrate()
-                self.save_weights("calibrated.safetensors")
-                self.check("calibrated")
+            fit.calibrate()
+            self.save_weights("calibrated.safetensors")
+            self.check("calibrated")
         saved = time.monotonic()
         with (
             ThreadPoolExecutor(2) as pool,
@@ -337,6 +334,7 @@ class Run:
             "steps": fit.step_number,
             "seconds": self.seconds(),
             "parameters": sum(p.numel() for p in fit.modules.parameters()),
+            "matching_heads": [list(head) for head in fit.weights.matching],
             "checks": self.checks,
             "losses": self.losses[-1] if self.losses else None,
             "environment": environment(fit.device),

@@ -25,10 +25,12 @@ from ..config import PaceError
 from ..evaluation.metrics import decode_pose_encoding, pairwise_pose_errors
 from ..following import RIDGE as RIDGE_OF_SLOPES
 from ..mini.trainer import mixed_seed
+from ..scorer import DISTINCTNESS
 from ..weights import PaceWeights
 from .attention import attention_target
 from .calibration import KEEP_RATIOS, RIDGE, fit_linear
 from .clip_source import SWEEPS, ClipSource, Sample, Truth, to_device
+from .matching import find_matching_heads
 from .losses import distillation_loss, token_losses, total_loss, truth_target
 from .passes import Outputs, half_precision, run
 from .recording import Recorder
@@ -38,7 +40,7 @@ RATIOS = 6
 ALL_MERGED = 0.75  # share of steps in which all that is not kept is merged, as it is by default
 MERGED_OTHERWISE = (0.0, 0.5)  # shares of them, one of which is merged in the other steps
 # What a run draws from and how its weights run: one where that was something else can't go on as this one.
-KINDS = [RATIOS, ALL_MERGED, *MERGED_OTHERWISE, SWEEPS, FULL_STRENGTH, RIDGE_OF_SLOPES]
+KINDS = [RATIOS, ALL_MERGED, *MERGED_OTHERWISE, SWEEPS, FULL_STRENGTH, RIDGE_OF_SLOPES, DISTINCTNESS]
 LARGEST_NORM = 1.0  # of the gradient
 # Numbers in place of a process's, for clips that no step draws.
 CALIBRATION, CHECK, COMMON = -1, -2, -3
@@ -320,14 +322,19 @@ class Fit:
 
     def begin_refinement(self) -> None:
         """What lies between the stages: the closed-form fit, and an optimizer without a past."""
-        self.calibrate()
+        if not self.weights.dense_frames:  # which heads match does not hang on the scorer
+            self.calibrate()
         self.optimizer = self.new_optimizer()
 
     def calibrate(self) -> None:
-        """Fit the linear part of the restoration, if there is one."""
-        if self.weights.dense_frames:
-            return
+        """Fit the linear part of the restoration, or find the matching heads where there is none."""
         clips = (sample.images for sample in self.reserved(CALIBRATION, self.settings.calibration))
+        if self.weights.dense_frames:
+            found: list[Any] = [find_matching_heads(self.model, clips)[0]]
+            if self.world > 1:
+                dist.broadcast_object_list(found, 0, device=self.device)
+            self.weights.matching = found[0]
+            return
         fit_linear(self.model, clips, self.weights, KEEP_RATIOS, RIDGE)
         if self.world > 1:
             for value in self.modules.state_dict().values():
@@ -367,6 +374,7 @@ class Fit:
             "step": self.step_number,
             "settings": asdict(self.settings),
             "fingerprints": self.weights.fingerprints,
+            "matching": self.weights.matching,
             "source": self.source.description,
             "kinds": KINDS,
         }
@@ -398,6 +406,7 @@ class Fit:
                 "or start anew with another --out"
             )
         self.modules.load_state_dict(state["modules"])
+        self.weights.matching = tuple(state["matching"])
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:  # the state may come from another device
             group["fused"] = self.device.type == "cuda"

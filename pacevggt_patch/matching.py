@@ -1,0 +1,98 @@
+"""The few heads of global attention that find what matches between frames: they see all tokens, all others the kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from .following import Following
+
+# (block, head) of global attention, both counted from 0.
+Heads = tuple[tuple[int, int], ...]
+
+
+class MatchingHeads(TorchFunctionMode):
+    """Global attention over all tokens of a clip, of which only some heads make use.
+
+    Most heads gather what many tokens have in common: they lose little by seeing few. Some look for the one place that
+    matches, and lose it if it was dropped. So every `scaled_dot_product_attention` inside the block of code runs on all
+    tokens for those heads, and on the special and kept ones for the others, whose outputs at dropped tokens are filled
+    in, see `Following.spread`.
+
+    Args:
+        following: which tokens are kept.
+        heads: (block, head) of those that see all.
+        first: number of the block whose attention comes first.
+    """
+
+    ours = True  # compiled code may leave it aside
+
+    def __init__(self, following: Following, heads: Collection[tuple[int, int]], first: int):
+        super().__init__()
+        self.following, self.heads, self.number = following, heads, first
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        names = ("query", "key", "value")
+        inputs = dict(zip(names, args, strict=False)) | {n: kwargs[n] for n in names if n in kwargs}
+        others = {name: value for name, value in kwargs.items() if name not in names}
+        block, self.number = self.number, self.number + 1
+        seeing = [head for of, head in self.heads if of == block]
+        return attend(
+            *(inputs[name] for name in names),
+            seeing,
+            self.following,
+            lambda *few: func(*few, *args[3:], **others),
+        )
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seeing: Sequence[int],
+    following: Following,
+    attention: Callable[..., Tensor],
+) -> Tensor:
+    """Attention of which some heads see all tokens, and all others the special and kept ones.
+
+    Args:
+        query, key, value: [B, heads, S * (n + P), d].
+        seeing: numbers of those heads.
+        following: of B * S frames.
+        attention: of queries, keys and values.
+
+    Returns:
+        [B, heads, S * (n + P), d].
+    """
+    batch, heads, tokens, width = query.shape
+    frames = len(following.index)  # of all clips
+    length = tokens * batch // frames
+    found: dict[int, Tensor] = {}  # [B, S * (n + P), d] of each head
+    if seeing:
+        everything = attention(*(_heads(t, seeing) for t in (query, key, value)))
+        found |= {head: everything[:, i] for i, head in enumerate(seeing)}
+    others = [head for head in range(heads) if head not in seeing]
+    if others:
+        rows = following.rows(length).view(batch, -1)  # among the tokens of all clips
+        rows = rows - torch.arange(batch, device=rows.device)[:, None] * tokens
+        rows = rows[:, None, :, None].expand(-1, heads, -1, width)  # [B, heads, S * (n + K), d]
+        few = attention(*(_heads(t.gather(2, rows), others) for t in (query, key, value)))
+        # Values say of a token what heads read there.
+        known = value.transpose(1, 2).reshape(frames, length, heads * width)
+        values = few.transpose(1, 2).reshape(frames, -1, len(others) * width)
+        filled = following.spread(known, values, batch).view(batch, tokens, len(others), width)
+        found |= {head: filled[:, :, i].to(few.dtype) for i, head in enumerate(others)}
+    # Heads innermost, as what comes next wants them.
+    return torch.stack([found[head] for head in range(heads)], dim=2).transpose(1, 2)
+
+
+def _heads(tensor: Tensor, numbers: Sequence[int]) -> Tensor:
+    """Some heads of [B, heads, L, d]. By slices: numbers would have to travel to the device."""
+    return torch.stack([tensor[:, number] for number in numbers], dim=1)
