@@ -43,18 +43,16 @@ def main(argv: list[str] | None = None) -> int:
         "dense_frames": args.dense_frames,
         "rows": [],
     }
-    # Weights for dense frames have nothing to calibrate.
     dense = args.dense_frames
-    stages = {stage: file for stage, file in STAGES.items() if not (dense and stage == "calibrated")}
     unpruned = [mean_metrics(model, clips, 1.0, None, dense)]
     report["rows"].append(make_row("unpruned", 1.0, unpruned, unpruned, unpruned))
-    jobs = 1 + len(stages) * len(args.runs)
+    jobs = 1 + len(STAGES) * len(args.runs)
     with tqdm(total=len(args.keep_ratios) * jobs, unit="setting", disable=None) as bar:
         for ratio in args.keep_ratios:
             free = [mean_metrics(model, clips, ratio, None, dense)]
             bar.update()
             report["rows"].append(make_row("training-free", ratio, free, unpruned, free))
-            for stage, file in stages.items():
+            for stage, file in STAGES.items():
                 found = []
                 for run in args.runs:
                     found.append(mean_metrics(model, clips, ratio, run / f"{file}.safetensors", dense))

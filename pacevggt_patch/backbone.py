@@ -569,7 +569,7 @@ def rotate(rope: Any, tokens: Tensor, positions: Tensor) -> Tensor:
     """
     cos, sin = _rotation(rope, tokens.shape[-1], tokens.dtype, positions)
     # Each half of the channels, for y and for x, turns its own two halves against each other.
-    turned = tokens.unflatten(-1, (2, 2, -1)).flip(-2).flatten(-3)
+    turned = tokens.reshape(*tokens.shape[:-1], 2, 2, -1).flip(-2).flatten(-3)
     return (tokens * cos).add_(turned.mul_(sin))
 
 

@@ -212,13 +212,17 @@ class PaceWeights:
                 f"pace weights {self.source} change {other[0]} and {len(other) - 1} other parameters that this model's "
                 "attention blocks do not have in that shape"
             )
-        wrong = [(b, h) for b, h in self.matching if b >= theirs.depth or 0 < theirs.num_heads <= h]
-        if wrong or (self.matching and not dense_frames):
+        if self.matching and not dense_frames:
             raise WeightsError(
-                f"pace weights {self.source} have matching heads {list(self.matching)} (block, head), which this model "
-                f"with {theirs} does not have" if wrong else
                 f"pace weights {self.source} have matching heads, which are for dense_frames=True alone"
             )
+        for block, head in self.matching:
+            # A fork whose attention does not tell its number of heads has 0.
+            if not (0 <= block < theirs.depth and 0 <= head < (theirs.num_heads or head + 1)):
+                raise WeightsError(
+                    f"pace weights {self.source} let head {head} of global block {block} see all tokens, which this "
+                    f"model, of {theirs.depth} blocks of {theirs.num_heads} heads, does not have"
+                )
         known = fingerprints(host)
         if not self.fingerprints.keys() & known.keys():
             raise WeightsError(
@@ -267,6 +271,8 @@ class PaceWeights:
         ratios = between.join(f"{ratio:g}" for ratio in self.keep_ratios)
         trained = f"trained for keep ratios {ratios}" if ratios else "no keep ratios recorded"
         trained += " with dense frames" if self.dense_frames else ""
+        if self.matching:
+            trained += f", {len(self.matching)} matching head{'s' * (len(self.matching) > 1)}"
         return f"{self.source} ({trained}; {parameters:,d} parameters; pacevggt-patch {self.library_version})"
 
 
