@@ -233,9 +233,11 @@ def stage_work(
             near += Work(passes=4 * patches * 8 * kept)
             work["following"] = frames * (near + few * follow) + few * slope
             for share in whole:
-                wide = (1 - share) * channels  # of the heads that are filled in
                 pairs = share * (frames * in_frames) ** 2 + (1 - share) * (frames * length) ** 2
                 work["global blocks"] += block(1, frames * in_frames, channels, size, True, pairs)
+                wide = (1 - share) * channels  # of the heads that are filled in
+                if not wide:
+                    continue
                 guess = Work(2 * rows * channels * wide, size * rows * (channels + wide))
                 filled = read(in_frames, int(wide)) + guess + Work(passes=size * wide * 4 * in_frames)
                 fit = Work(2 * looked * channels * (channels + wide), 4 * 2 * looked * channels)

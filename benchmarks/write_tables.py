@@ -90,27 +90,20 @@ def unpruned_table() -> str:
     return "\n".join(lines)
 
 
-def stages_table(
-    prefix: str = "", stages: tuple[str, ...] = ALL_STAGES, more: tuple[str, str] | None = None
-) -> str:
+def stages_table(prefix: str = "") -> str:
     """What each stage of training pace weights is worth: AUC@30 and AbsRel, with the spread over seeds.
 
     Args:
         prefix: of the clips in the names of the files of `pace_quality.py`.
-        stages: the columns.
-        more: the prefix of trainings that went on from these, whose result is one more column, and its title.
     """
-    titles = [*stages, *([] if more is None else [more[1]])]
     lines = [
-        "| clips | keep ratio | unpruned | " + " | ".join(titles) + " |",
-        "|---|---|" + "---|" * (1 + len(titles)),
+        "| clips | keep ratio | unpruned | " + " | ".join(ALL_STAGES) + " |",
+        "|---|---|" + "---|" * (1 + len(ALL_STAGES)),
     ]
     for name, title in STAGES.items():
         by_setting = stage_rows(prefix + name)
-        later = {} if more is None else stage_rows(more[0] + name)
-        for ratio in dict.fromkeys(ratio for stage, ratio in by_setting if stage != "unpruned"):
-            cells = [by_setting["unpruned", 1.0], *(by_setting[stage, ratio] for stage in stages)]
-            cells += [later["refined", ratio]] if later else []
+        for ratio in sorted({ratio for stage, ratio in by_setting if stage != "unpruned"}, reverse=True):
+            cells = [by_setting["unpruned", 1.0], *(by_setting[stage, ratio] for stage in ALL_STAGES)]
             lines.append(f"| {title} | {ratio:g} | " + " | ".join(map(both_metrics, cells)) + " |")
     return "\n".join(lines)
 
@@ -146,16 +139,7 @@ def filled(text: str, name: str, table: str) -> str:
 TABLES = [
     (ROOT / "README.md", "pruning", pruning_table),
     (ROOT / "README.md", "stages", stages_table),
-    (
-        ROOT / "README.md",
-        "dense",
-        partial(
-            stages_table,
-            "dense-",
-            ("training-free", "distilled", "refined"),
-            ("dense-more-", "5600 steps more"),
-        ),
-    ),
+    (ROOT / "README.md", "dense", partial(stages_table, "dense-")),
     (ROOT / "weights" / "README.md", "unpruned", unpruned_table),
 ]
 

@@ -351,7 +351,9 @@ def alternating_attention(
         process["global"] = partial(_run_changed, change, process["global"])
     if following is not None:
         together = range(getattr(aggregator, "aa_block_size", 1))
-        dense = {block - i for block, _ in matching for i in together}  # first blocks of those that run together
+        dense = {
+            block - i for block, _ in matching for i in together
+        }  # first blocks of those that run together
         process["global"] = partial(_run_followed, following, dense, process["global"])
     done = dict.fromkeys(process, 0)  # blocks run so far
     outputs: dict[int, Any] = {}
@@ -439,7 +441,12 @@ def _run_followed(
 
 
 def _run_matching(
-    following: Following, heads: Collection[tuple[int, int]], process: Callable, tokens: Tensor, *args, **kwargs
+    following: Following,
+    heads: Collection[tuple[int, int]],
+    process: Callable,
+    tokens: Tensor,
+    *args,
+    **kwargs,
 ):
     """Run global blocks; where they are given all tokens, only some heads see them."""
     _, _, length, _, block = args  # (tokens, batch, frames, length, channels, block)

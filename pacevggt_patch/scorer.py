@@ -154,7 +154,9 @@ def distinctness(distance: Tensor, grid: tuple[int, int]) -> Tensor:
     """
     rows, columns = grid
     cells = grid_cells(grid, distance.device)
-    steps = torch.cartesian_prod(*[torch.arange(-1, 2, device=distance.device)] * 2)  # [9, 2], itself among them
+    steps = torch.cartesian_prod(
+        *[torch.arange(-1, 2, device=distance.device)] * 2
+    )  # [9, 2], itself among them
     around = cells[:, None].long() + steps  # [P, 9, 2]
     inside = (around >= 0).all(-1) & (around[..., 0] < rows) & (around[..., 1] < columns)
     number = (around[..., 0] * columns + around[..., 1]).where(inside, 0)  # [P, 9]

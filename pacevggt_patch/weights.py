@@ -335,7 +335,9 @@ def _read(path: Path, source: str) -> PaceWeights:
             scorer = TokenScorer(backbone.embed_dim, hidden["scorer"], float(distinct))
             dense_frames = fields["format"] > 2 and fields["dense_frames"]
             full_strength = fields["full_strength"] if fields["format"] > 3 else OLD_STRENGTH
-            heads = tuple((int(b), int(h)) for b, h in fields["matching_heads"]) if fields["format"] > 4 else ()
+            heads = (
+                tuple((int(b), int(h)) for b, h in fields["matching_heads"]) if fields["format"] > 4 else ()
+            )
             merge = None if dense_frames else MergeAdapter(backbone.embed_dim, hidden["merge"]).eval()
             restoration = (
                 None

@@ -10,7 +10,8 @@ from hosts import random_images, tiny_vggt
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pacevggt_patch import accelerate
+from pacevggt_patch import PaceWeights, accelerate
+from pacevggt_patch.adaptation import BlockAdaptation
 from pacevggt_patch.assignment import assign
 from pacevggt_patch.merging import merge_tokens
 from pacevggt_patch.restoration import restore
@@ -76,6 +77,34 @@ def test_flops_of_dense_frames():
     frame_blocks = (name for name in counts if ".frame_blocks." in name and name.count(".") == 3)
     assert work["frame blocks"].flops == sum(sum(counts[name].values()) for name in frame_blocks)
     assert set(work) & {"keep and merge", "following"} == {"following"}
+
+
+def test_flops_of_matching_heads():
+    """One of two heads of the first block and both of the second: what runs on which tokens."""
+    arithmetic = importlib.import_module("arithmetic")
+    model, frames, grid, keep = tiny_vggt().requires_grad_(False), 9, (4, 5), 6
+    weights = PaceWeights.new(model, dense_frames=True)
+    weights.matching, weights.adaptation = ((0, 1), (1, 0), (1, 1)), BlockAdaptation({})
+    accelerate(model, 0.3, weights=weights, dense_frames=True)
+    counts = counted(lambda: model.aggregator(random_images(frames))).get_flop_counts()
+    dims = arithmetic.Dimensions.of(model, 4, 4)
+    work = arithmetic.stage_work(dims, frames, grid, keep, dense_frames=True, matching=[0.5, 1.0])
+    found = sum(
+        sum(counts[name].values()) for name in counts if ".global_blocks." in name and name.count(".") == 3
+    )
+    # In the first block half the channels are filled in: of 25 + 11 tokens by the slope, fitted to all kept ones.
+    filled = frames * (36 * 2 * 32 * 16) + 2 * frames * keep * 32 * (32 + 16)
+    assert found == work["global blocks"].flops + filled
+    plain = arithmetic.stage_work(dims, frames, grid, keep, dense_frames=True)
+    in_place = frames * 2 * 25 * keep * 16
+    each = plain["following"].flops - frames * arithmetic_near(grid, keep)
+    assert each % 4 == 0
+    assert work["following"].flops == plain["following"].flops - each // 2 + filled + in_place
+
+
+def arithmetic_near(grid, keep):
+    """FLOPs of the similarity of a frame's tokens to the kept ones."""
+    return 2 * grid[0] * grid[1] * keep * 32
 
 
 def test_flops_of_the_accelerated_stages():

@@ -128,6 +128,14 @@ def test_latency_with_dense_frames(tmp_path, monkeypatch, capsys):
     assert pace["frame blocks"]["tflop"] == stock["frame blocks"]["tflop"]
     assert pace["global blocks"]["tflop"] < stock["global blocks"]["tflop"]
     assert "frame blocks on all tokens" in capsys.readouterr().out
+    assert latency.main([*small, "--matching-heads", "3", "--json", str(file)]) == 0
+    report = json.loads(file.read_text())
+    assert report["matching_heads"] == 3
+    _, more = ({stage["stage"]: stage for stage in d["stages"]} for d in report["details"])
+    assert more["global blocks"]["tflop"] > pace["global blocks"]["tflop"]
+    with pytest.raises(PaceError) as error:
+        latency.main([*small, "--matching-heads", "33"])
+    assert str(error.value) == "--matching-heads must be at most 32, all heads of the model, got 33"
 
 
 def test_latency_where_stock_runs_out_of_memory(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Heads of global attention that see all tokens: against attention written out, the stock model, and what is planted."""
+"""Heads of global attention that see all tokens: against attention written out, and the stock model."""
 
 from dataclasses import replace
 
@@ -85,9 +85,7 @@ def test_attention_written_out(seeing, batch, keep):
     features = torch.randn(batch * frames, patches, 5, generator=generator)
     kept = torch.stack([torch.randperm(patches, generator=generator)[:keep].sort().values for _ in features])
     followed = following(features, kept, (2, 3), n, torch.float32)
-    found = attend(
-        query, key, value, seeing, followed, torch.nn.functional.scaled_dot_product_attention
-    )
+    found = attend(query, key, value, seeing, followed, torch.nn.functional.scaled_dot_product_attention)
     assert found.dtype == torch.float32 and found.shape == query.shape
     wanted = attend_by_hand(query, key, value, seeing, followed)
     torch.testing.assert_close(found.double(), wanted, rtol=1e-3, atol=1e-4)
@@ -237,7 +235,7 @@ def errors_by_hand(model, images, keep):
             block.register_forward_pre_hook(lambda _, args: spread.append(args[0].var((0, 1), False).sum()))
             for block in aggregator.global_blocks
         ]
-        tokens, _ = aggregator(images)
+        aggregator(images)
     for handle in handles:
         handle.remove()
     inside = [part for part in parts if part[0].shape[2] == images.shape[1] * 25]
@@ -326,8 +324,8 @@ def test_heads_that_the_model_does_not_have(head):
     with pytest.raises(WeightsError) as error:
         accelerate(model, weights=with_heads(model, (0, 0), head), dense_frames=True)
     assert str(error.value) == (
-        f"pace weights new let head {head[1]} of global block {head[0]} see all tokens, which this model, of 4 blocks of "
-        "2 heads, does not have"
+        f"pace weights new let head {head[1]} of global block {head[0]} see all tokens, which this model, of 4 blocks "
+        "of 2 heads, does not have"
     )
 
 

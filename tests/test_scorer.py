@@ -14,6 +14,22 @@ def features(frames: int, patches: int, channels: int = 16, seed: int = 0) -> to
     return torch.randn(frames, patches, channels, generator=torch.Generator().manual_seed(seed))
 
 
+def reference_distinctness(f: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """Mean cosine distance to the neighbours of each token of a frame, standardised."""
+    f = f.astype(np.float64) / np.linalg.norm(f.astype(np.float64), axis=1, keepdims=True)
+    means = []
+    for i in range(len(f)):
+        y, x = divmod(i, grid[1])
+        near = [
+            1 - f[i] @ f[v * grid[1] + u]
+            for v in range(max(0, y - 1), min(grid[0], y + 2))
+            for u in range(max(0, x - 1), min(grid[1], x + 2))
+            if (v, u) != (y, x)
+        ]
+        means.append(np.mean(near) if near else 0.0)
+    return np.clip((means - np.mean(means)) / max(np.std(means), module.LEAST_SPREAD), -3, 3)
+
+
 def reference_picks(
     f: np.ndarray, saliency: np.ndarray, grid: tuple[int, int], keep: int
 ) -> tuple[list[int], list]:
@@ -35,7 +51,8 @@ def reference_picks(
 
 @pytest.mark.parametrize("grid", [(4, 5), (1, 7), (3, 3), (6, 2)])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_picks_equal_greedy_reference(grid, weighted):
+@pytest.mark.parametrize("distinct", [0.0, 0.15, 1.0])
+def test_picks_equal_greedy_reference(grid, weighted, distinct):
     patches, keep = grid[0] * grid[1], max(1, grid[0] * grid[1] // 3)
     f = features(6, patches)
     saliency = (
@@ -43,12 +60,37 @@ def test_picks_equal_greedy_reference(grid, weighted):
         if weighted
         else torch.ones(6, patches)
     )
-    scores = coverage_scores(f, saliency, grid, keep)
+    scores = coverage_scores(f, saliency, grid, keep, distinct)
     for n in range(len(f)):
-        picks, left = reference_picks(f[n].numpy(), saliency[n].double().numpy(), grid, keep)
+        own = saliency[n].double().numpy() * np.exp(distinct * reference_distinctness(f[n].numpy(), grid))
+        picks, left = reference_picks(f[n].numpy(), own, grid, keep)
         assert sorted(scores[n].topk(keep).indices.tolist()) == sorted(picks)
         others = [i for i in range(patches) if i not in picks]
         assert torch.allclose(scores[n][others].double(), torch.tensor(left).double()[others], atol=1e-5)
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (1, 6), (4, 5), (7, 3)])
+def test_distinctness(grid):
+    f = features(5, grid[0] * grid[1])
+    unit = torch.nn.functional.normalize(f, dim=-1)
+    found = module.distinctness(1 - unit @ unit.mT, grid)
+    wanted = torch.stack([torch.from_numpy(reference_distinctness(row.numpy(), grid)) for row in f])
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_a_corner_is_distinct_and_its_surroundings_are_not():
+    f = torch.ones(1, 7 * 7, 8)
+    f[0, 3 * 7 + 3] *= torch.tensor([1.0, -1] * 4)
+    unit = torch.nn.functional.normalize(f, dim=-1)
+    found = module.distinctness(1 - unit @ unit.mT, (7, 7)).view(7, 7)
+    assert found[3, 3] == 3 and found[2, 2] > 0 > found[0, 0]
+    assert coverage_scores(f, torch.ones(1, 49), (7, 7), 2).topk(2).indices[0].tolist()[0] == 24
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.5, float("nan")])
+def test_distinctness_out_of_range(value):
+    with pytest.raises(ValueError, match=f"^distinctness must lie between 0 and 1, got {value:g}$"):
+        TokenScorer(16, distinctness=value)
 
 
 @pytest.mark.parametrize("keep", [1, 2, 19, 20])

@@ -25,7 +25,7 @@ from pacevggt_patch.cli import main
 from pacevggt_patch.clips import render_room, save_clip
 from pacevggt_patch.clips.textures import brightened, texture_atlas
 from pacevggt_patch.evaluation import decode_pose_encoding
-from pacevggt_patch.training import calibrate, command
+from pacevggt_patch.training import command, matching
 from pacevggt_patch.training.clip_source import FolderSource, PlainRooms, RenderedScenes, Truth
 from pacevggt_patch.training.fit import RATIOS, Fit, Settings, learning_rate, step_plan
 from pacevggt_patch.training.guest import guest
@@ -645,27 +645,57 @@ def test_a_run_writes_weights_report_and_curve(tiny, folder, tmp_path):
     assert "distilled" in command.format_checks(report["checks"])
 
 
-def test_weights_for_dense_frames(tiny, folder, tmp_path):
+def test_weights_for_dense_frames(tiny, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(matching, "LEAST_ERROR", 0.0)
     settings = Settings(**{**vars(SETTINGS), "dense_frames": True})
     report = command.run_training(command.Options(out=tmp_path, images=folder, width=56, settings=settings))
     assert [(c["stage"], c["step"]) for c in report["checks"]] == [
-        ("training-free", 0), ("distilled", 2), ("refined", 6),
+        ("training-free", 0), ("calibrated", 0), ("distilled", 2), ("refined", 6),
     ]  # fmt: skip
-    assert not (tmp_path / "calibrated.safetensors").exists() and (tmp_path / "curve.png").is_file()
-    weights = PaceWeights.load(tmp_path / "pace.safetensors")
+    found = [
+        PaceWeights.load(tmp_path / f"{name}.safetensors") for name in ("calibrated", "distilled", "pace")
+    ]
+    calibrated, _, weights = found
+    assert not any(up.any() for up in calibrated.adaptation.up.values())
     assert weights.dense_frames and weights.training["settings"]["dense_frames"]
     assert any(up.any() for up in weights.adaptation.up.values())
+    assert len(weights.matching) == 1 and len({w.matching for w in found}) == 1
+    assert report["matching_heads"] == [list(weights.matching[0])]
+    free, after = (c["ratios"]["0.3"]["tokens"] for c in report["checks"][:2])
+    assert after < free
     accelerate(tiny_vggt(), 0.3, weights=weights, dense_frames=True)
-    with pytest.raises(PaceError) as error:
-        command.run_training(
-            command.Options(out=tmp_path, images=folder, settings=Settings(steps=0, dense_frames=True))
-        )
-    assert str(error.value) == "with dense frames there is no restoration to calibrate: train some steps"
-    with pytest.raises(PaceError) as error:
-        calibrate(tiny_vggt(), [random_images(2)], weights)
-    assert str(error.value) == (
-        "weights for dense_frames=True have no restoration, so there is nothing to calibrate"
-    )
+
+
+def test_dense_frames_calibrated_alone(tiny, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(matching, "LEAST_ERROR", 0.0)
+    settings = Settings(steps=0, dense_frames=True, calibration=2, checks=1)
+    report = command.run_training(command.Options(out=tmp_path, images=folder, width=56, settings=settings))
+    assert [c["stage"] for c in report["checks"]] == ["training-free", "calibrated"]
+    weights = PaceWeights.load(tmp_path / "pace.safetensors")
+    assert len(weights.matching) == 1 and weights.keep_ratios == (0.5, 0.3, 0.15)
+
+
+def test_dense_frames_go_on_with_their_heads(tiny, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(matching, "LEAST_ERROR", 0.0)
+    settings = Settings(**{**vars(SETTINGS), "dense_frames": True})
+    run = command.Options(out=tmp_path / "whole", images=folder, width=56, settings=settings)
+    whole = command.run_training(run)
+    step = Fit.step
+
+    def dies(self, drawn):
+        if self.step_number == 4:
+            raise KeyboardInterrupt
+        step(self, drawn)
+
+    monkeypatch.setattr(Fit, "step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        command.run_training(replace(run, out=tmp_path / "killed", save_every=0))
+    monkeypatch.setattr(Fit, "step", step)
+    monkeypatch.setattr(matching, "LEAST_ERROR", 1e9)  # it must not look again
+    resumed = command.run_training(replace(run, out=tmp_path / "killed", resume=True))
+    assert resumed["matching_heads"] == whole["matching_heads"] != []
+    first, second = (load_file(tmp_path / name / "pace.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 @pytest.mark.parametrize("dense_frames", [False, True])

@@ -146,8 +146,9 @@ def test_the_file_is_plain_safetensors_with_json_metadata(file):
     with safe_open(file, "pt") as opened:
         metadata = {name: json.loads(text) for name, text in opened.metadata().items()}
     assert metadata["kind"] == "pace weights"
-    assert metadata["format"] == 4
+    assert metadata["format"] == 5
     assert metadata["dense_frames"] is False and metadata["full_strength"] == 0.15
+    assert metadata["distinctness"] == 0.15 and metadata["matching_heads"] == []
     assert metadata["hidden_dims"]["adaptation"] == 16
     assert metadata["adapted"]["global_blocks.3.attn.qkv.weight"] == [96, 32]
     assert metadata["backbone"]["embed_dim"] == 32
@@ -292,16 +293,40 @@ def test_other_kind(file):
     refused(file, f"{file} does not hold pace weights: it says it holds a VGGT-mini checkpoint")
 
 
-@pytest.mark.parametrize("version", [2, 3, 4])
+@pytest.mark.parametrize("version", [2, 3, 4, 5])
 def test_the_strength_of_older_files(file, tmp_path, version):
     """They were trained with block changes in full force up to 0.6; a newer one says itself."""
     rewrite(file, metadata={"format": version, "full_strength": 0.3})
     weights = PaceWeights.load(file)
-    assert weights.adaptation.full_strength == (0.3 if version == 4 else 0.6)
+    assert weights.adaptation.full_strength == (0.3 if version > 3 else 0.6)
     weights.save(tmp_path / "again.safetensors")
     assert PaceWeights.load(tmp_path / "again.safetensors").adaptation.full_strength == (
         weights.adaptation.full_strength
     )
+
+
+@pytest.mark.parametrize("version", [4, 5])
+def test_distinctness_and_matching_heads_of_older_files(file, tmp_path, version):
+    """They were trained with other tokens, and for heads that all see few."""
+    rewrite(file, metadata={"format": version, "distinctness": 0.25, "matching_heads": [[1, 0]]})
+    weights = PaceWeights.load(file)
+    assert (weights.scorer.distinctness, weights.matching) == (
+        (0.25, ((1, 0),)) if version == 5 else (0.0, ())
+    )
+    weights.save(tmp_path / "again.safetensors")
+    again = PaceWeights.load(tmp_path / "again.safetensors")
+    assert (again.scorer.distinctness, again.matching) == (weights.scorer.distinctness, weights.matching)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("distinctness", v) for v in (None, -0.1, 2, "much")]
+    + [("matching_heads", v) for v in (None, [1], [["a", 0]])],
+)
+def test_other_fields_out_of_range(file, name, value):
+    rewrite(file, metadata={name: value})
+    with pytest.raises(WeightsError, match="has damaged metadata"):
+        PaceWeights.load(file)
 
 
 @pytest.mark.parametrize("value", [None, 2, 0, "much"])
@@ -329,10 +354,10 @@ def test_a_file_of_lower_rank(file, tmp_path):
 
 
 def test_newer_format(file):
-    rewrite(file, metadata={"format": 5})
+    rewrite(file, metadata={"format": 6})
     refused(
         file,
-        f"{file} has format 5, this version of pacevggt-patch reads up to 4: "
+        f"{file} has format 6, this version of pacevggt-patch reads up to 5: "
         "upgrade with `pip install -U pacevggt-patch`",
     )
 

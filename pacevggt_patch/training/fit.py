@@ -30,8 +30,8 @@ from ..weights import PaceWeights
 from .attention import attention_target
 from .calibration import KEEP_RATIOS, RIDGE, fit_linear
 from .clip_source import SWEEPS, ClipSource, Sample, Truth, to_device
-from .matching import find_matching_heads
 from .losses import distillation_loss, token_losses, total_loss, truth_target
+from .matching import find_matching_heads
 from .passes import Outputs, half_precision, run
 from .recording import Recorder
 

@@ -18,8 +18,8 @@ from ..scorer import TokenScorer, token_scores
 from .passes import half_precision
 
 KEEP_RATIO = 0.3
-# A head matches if its output, with the kept tokens alone, is off by this share of the variance of the tokens that it is
-# added to. VGGT-mini has two of 32 above 0.03, on rooms and photographs alike, and the next below 0.023.
+# A head matches if its output, with the kept tokens alone, is off by this share of the variance of the tokens that it
+# is added to. VGGT-mini has two of 32 above 0.03, on rooms and photographs alike, and the next below 0.023.
 LEAST_ERROR = 0.02
 # At most this share of all heads: each costs as much as it does in the unpruned model.
 MOST = 1 / 16
@@ -71,7 +71,7 @@ def head_errors(aggregator: Any, images: Tensor, scorer: TokenScorer | None) -> 
     kept = assign(token_scores(features, grid, keep, scorer), keep, 0).kept
     special = backbone.special_tokens(aggregator, batch, frames)  # [B, S, n, C]
     tokens = torch.cat([special, features], dim=2)
-    n, length = special.shape[2], tokens.shape[2]
+    n = special.shape[2]
     followed = following(features.flatten(0, 1), kept.flatten(0, 1), grid, n, torch.float32)
     positions = backbone.rope_positions(aggregator, grid, images.device)
     if positions is not None:
@@ -110,8 +110,8 @@ def errors_of_heads(
     heads, width = query.shape[1], query.shape[-1]
     query, key, value = (t.to(value.dtype) for t in (query, key, value))
 
-    def attention(*inputs: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(*inputs, scale=scale)
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, scale=scale)
 
     whole = attention(query, key, value)
     off = (attend(query, key, value, (), followed, attention) - whole).float()  # [B, heads, L, d]
