@@ -1,5 +1,6 @@
 """What only a GPU can show: no host syncs, graphs, mixed devices. Skipped without CUDA."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -100,9 +101,13 @@ def test_compiled_is_close(model, images, autocast):
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("compile", [False, True])
-def test_dense_frames_never_wait_and_agree_with_the_cpu(model, images, autocast, compile, monkeypatch):
+@pytest.mark.parametrize("matching", [(), ((1, 0), (2, 1))])
+def test_dense_frames_never_wait_and_agree_with_the_cpu(
+    model, images, autocast, compile, matching, monkeypatch
+):
     monkeypatch.setitem(backbone.HIDDEN_BYTES, "gpu", 4 * 32 * 25 * 4)  # one frame at a time
-    settings = dict(weights=None, min_frames=1, dense_frames=True, check_finite=False)
+    weights = replace(PaceWeights.new(model, dense_frames=True), matching=matching)
+    settings = dict(weights=weights, min_frames=1, dense_frames=True, check_finite=False)
     with torch.inference_mode():
         expected = accelerate(model.cpu(), 0.4, **settings)(images.cpu())
         accelerate(model.cuda(), 0.4, compile=compile, **settings)
@@ -119,6 +124,15 @@ def test_dense_frames_never_wait_and_agree_with_the_cpu(model, images, autocast,
         assert found[key].isfinite().all()
         error = (found[key].cpu() - expected[key]).norm() / expected[key].norm()
         assert autocast or error < 2e-3, key  # rounding to bfloat16 may flip a choice
+
+
+def test_errors_of_heads_are_those_of_the_cpu(model, images):
+    from pacevggt_patch.training.matching import find_matching_heads
+
+    heads, errors = find_matching_heads(model, [images])
+    expected = find_matching_heads(model.cpu(), [images.cpu()])
+    assert heads == expected[0]
+    torch.testing.assert_close(errors.cpu(), expected[1], rtol=0.2, atol=1e-5)  # bfloat16 against float32
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -291,6 +305,7 @@ def test_recorded_and_compiled_steps_train_as_others_do(dense_frames, compile, m
     losses = []
     for recorded in (False, True):
         weights = PaceWeights.new(model, dense_frames=dense_frames)
+        weights.matching = ((1, 0),) if dense_frames else ()
         with guest(model, weights, recorded and compile):
             fit = Fit(model, weights, source, settings)
             fit.recorder.on = source.recorder.on = recorded
