@@ -75,9 +75,11 @@ class CostModel:
     calibration_seconds: float = 0.0
 
     @classmethod
-    def fit(cls, points: list[Point], special: int, calibration_seconds: float = 0.0) -> CostModel:
-        """Fit the coefficients to measured points."""
-        terms = [_time_terms(point.frames, special + point.kept) for point in points]
+    def fit(
+        cls, points: list[Point], special: int, calibration_seconds: float = 0.0, matching: bool = False
+    ) -> CostModel:
+        """Fit the coefficients to measured points; `matching` says whether some heads see all tokens."""
+        terms = [_time_terms(point.frames, special + point.kept, matching) for point in points]
         # Relative errors count: a long forward must not drown a short one.
         weights = [1 / point.seconds for point in points]
         rows = [[w * term for term in row] for w, row in zip(weights, terms, strict=True)]
@@ -92,7 +94,7 @@ class CostModel:
 
     def seconds(self, frames: int, kept: int) -> float:
         """Predicted wall time of one forward, with `kept` patch tokens of each of `frames` frames."""
-        return _dot(self.time, _time_terms(frames, self.special + kept))
+        return _dot(self.time, _time_terms(frames, self.special + kept, len(self.time) > 4))
 
     def memory_gib(self, frames: int, kept: int) -> float | None:
         """Predicted peak CUDA memory in GiB, weights included; None if it was not measured."""
@@ -232,7 +234,8 @@ def measure_costs(
             images = torch.rand(1, n, 3, *size, generator=generator, device=token.device).to(token.dtype)
             points.append(_measure(model, images, kept, run or model, memory))
             del images
-    return CostModel.fit(points, special, time.perf_counter() - start)
+        matching = state.weights is not None and bool(state.weights.matching)
+    return CostModel.fit(points, special, time.perf_counter() - start, matching)
 
 
 def _patches(model: nn.Module, size: tuple[int, int]) -> int:
@@ -316,9 +319,11 @@ def _as_it_was(model: nn.Module) -> Generator[None]:
                 remove(model)
 
 
-def _time_terms(frames: int, length: int) -> list[float]:
+def _time_terms(frames: int, length: int, matching: bool) -> list[float]:
     """What the seconds of a forward are made of, for `frames` frames of `length` tokens."""
-    return [1.0, frames, frames * length, frames * length**2 + (frames * length) ** 2]
+    terms = [1.0, frames, frames * length, frames * length**2 + (frames * length) ** 2]
+    # Heads that see all tokens see them however many are kept.
+    return [*terms, frames**2] if matching else terms
 
 
 def _memory_terms(frames: int, length: int) -> list[float]:

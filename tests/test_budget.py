@@ -11,6 +11,7 @@ import pacevggt_patch
 from pacevggt_patch import (
     PaceConfig,
     PaceError,
+    PaceWeights,
     accelerate,
     budget,
     fit_budget,
@@ -73,6 +74,21 @@ def test_predictions_are_right_within_15_percent(monkeypatch, small_images, cost
     # And calibration is short: a few forwards of the pruned clip, and some of a few frames.
     assert toy.now < 5 * cost(frames, round(0.3 * PATCHES)) + 10 * cost(16, PATCHES)
     assert max(n for n, _ in toy.calls) <= max(32, math.ceil(frames / 2))
+
+
+@pytest.mark.parametrize("frames", [48, 100, 300, 1000])
+def test_heads_that_see_all_tokens_cost_however_many_are_kept(monkeypatch, small_images, frames):
+    def cost(frames, kept):
+        return large_gpu(frames, kept) + 2.4e-10 * (frames * (SPECIAL + PATCHES)) ** 2 / 16
+
+    model = tiny_vggt()
+    weights = PaceWeights.new(model, dense_frames=True)
+    weights.matching = ((1, 0),)
+    accelerate(model, weights=weights, dense_frames=True)
+    costs = measure_costs(model, frames, SIZE, run=Toy(model, cost, monkeypatch))
+    for ratio in (0.05, 0.1, 0.15, 0.3, 0.5, 0.9):
+        kept = round(ratio * PATCHES)
+        assert costs.seconds(frames, kept) == pytest.approx(cost(frames, kept), rel=0.15)
 
 
 @pytest.mark.parametrize("frames,seconds", [(300, 5.0), (300, 2.5), (1000, 24.0), (20, 0.3)])

@@ -1,0 +1,138 @@
+"""Which heads of global attention must see all tokens: what each loses where it sees the kept ones alone.
+
+    python benchmarks/head_errors.py --clips rooms --count 4 --frames 8 --json FILE --plot FILE
+    python benchmarks/head_errors.py --clips DIR --frames 8
+
+The errors are those by which calibration chooses (`pacevggt_patch.training.matching`): mean squares, at keep ratio
+0.3, of what a head adds to the tokens less what it would add, over the variance of the tokens. With `--alone`, each
+head is pruned by itself as well, and the outputs are compared with those of the model whose heads all see all tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from quality import add_clip_arguments, load, parse
+from tqdm import tqdm
+
+from pacevggt_patch import PaceError, PaceWeights, accelerate, remove
+from pacevggt_patch.evaluation import decode_pose_encoding
+from pacevggt_patch.evaluation.metrics import pairwise_pose_errors
+from pacevggt_patch.mini import build_mini
+from pacevggt_patch.report import environment, whole_file, write_json
+from pacevggt_patch.training.matching import KEEP_RATIO, LEAST_ERROR, find_matching_heads
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    model = build_mini(args.checkpoint or True).to(args.device)
+    clips = [
+        clip.to(args.device).images for clip in tqdm(load(args), desc="clips", total=args.count, disable=None)
+    ]
+    heads, errors = find_matching_heads(model, clips)
+    report: dict[str, Any] = {
+        "environment": environment(args.device),
+        "backbone": "vggt-mini",
+        "clips": Path(args.clips).name,
+        "count": len(clips),
+        "frames": args.frames,
+        "keep_ratio": KEEP_RATIO,
+        "least_error": LEAST_ERROR,
+        "matching_heads": [list(head) for head in heads],
+        "errors": errors.tolist(),
+    }
+    if args.alone:
+        report["alone"] = alone(model, clips, tuple(errors.shape))
+    print(f"{report['clips']}: {len(clips)} clips of {args.frames} frames, keep ratio {KEEP_RATIO:g}")
+    for block, row in enumerate(errors.tolist()):
+        print(f"block {block:2d}  " + "  ".join(f"{value:.4f}" for value in row))
+    print("matching heads (block, head): " + (", ".join(map(str, heads)) or "none"))
+    if args.json:
+        write_json(args.json, report)
+    if args.plot:
+        plot(report, args.plot)
+    return 0
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_clip_arguments(parser, rooms=4)
+    parser.add_argument("--alone", action="store_true", help="prune each head by itself, too")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="a PNG")
+    return parse(parser, argv)
+
+
+@torch.inference_mode()
+def alone(model: Any, clips: list[torch.Tensor], shape: tuple[int, int]) -> list[list[dict[str, float]]]:
+    """For each block and head: how far the outputs are off if this head alone sees the kept tokens only.
+
+    `rotation_deg` and `translation_deg`: over frame pairs the mean and the median difference; `depth`: mean relative
+    difference after one scale for the clip. Means over clips.
+    """
+    blocks, heads = shape
+    everyone = [(block, head) for block in range(blocks) for head in range(heads)]
+    weights = PaceWeights.new(model, dense_frames=True)
+    wanted = []
+    weights.matching = tuple(everyone)
+    accelerate(model, KEEP_RATIO, weights=weights, dense_frames=True, min_frames=1)
+    wanted = [model(images) for images in clips]
+    rows: list[list[dict[str, float]]] = [[] for _ in range(blocks)]
+    for block, head in tqdm(everyone, unit="head", disable=None):
+        weights.matching = tuple(one for one in everyone if one != (block, head))
+        found = [difference(model(images), truth) for images, truth in zip(clips, wanted, strict=True)]
+        rows[block].append({name: sum(row[name] for row in found) / len(found) for name in found[0]})
+    remove(model)
+    return rows
+
+
+def difference(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, float]:
+    """Of one clip."""
+    ratio = found["depth"] / wanted["depth"]
+    poses = [decode_pose_encoding(out["pose_enc"][0], 1, 1)[0] for out in (found, wanted)]
+    errors = pairwise_pose_errors(*poses)
+    return {
+        "rotation_deg": errors.rotation.mean().item(),
+        "translation_deg": errors.translation.median().item(),
+        "depth": (ratio / ratio.median() - 1).abs().mean().item(),
+    }
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Errors of all heads, blocks across and heads down; matching heads in frames."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    errors = torch.tensor(report["errors"]).T  # [heads, blocks]
+    figure, axis = pyplot.subplots(
+        figsize=(1.5 + 0.6 * errors.shape[1], 1.5 + 0.4 * errors.shape[0]), layout="constrained"
+    )
+    image = axis.imshow(errors, cmap="magma_r", vmin=0)
+    for block, head in report["matching_heads"]:
+        box = pyplot.Rectangle((block - 0.5, head - 0.5), 1, 1, fill=False, edgecolor="tab:cyan", linewidth=2)
+        axis.add_patch(box)
+    axis.set(
+        xlabel="global block",
+        ylabel="head",
+        title=f"What a head loses with {report['keep_ratio']:.0%} of the tokens",
+    )
+    axis.set_xticks(range(errors.shape[1]))
+    axis.set_yticks(range(errors.shape[0]))
+    figure.colorbar(image, label="error / variance of the tokens")
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except PaceError as error:
+        sys.exit(f"head_errors.py: {error}")
