@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -58,7 +57,7 @@ class Bench:
         self.model = build(args.backbone, self.device, args.checkpoint, args.precision)
         check_values(self.model, args.size, args.precision, self.device)
         weights = calibrated_weights(self.model, args.matching_heads) if args.matching_heads else None
-        self.shares = {} if weights is None else shares_of_heads(weights)
+        self.shares = [] if weights is None else weights.matching_shares()
         accelerate(
             self.model,
             args.keep_ratios[0],
@@ -104,7 +103,7 @@ class Bench:
         patches = self.grid[0] * self.grid[1]
         kept = patches if ratio is None else min(patches, max(1, round(ratio * patches)))
         dense = self.args.dense_frames and ratio is not None
-        return stage_work(self.dims, frames, self.grid, kept, dense, list(self.shares.values()))
+        return stage_work(self.dims, frames, self.grid, kept, dense, self.shares)
 
     def floor(self, stage: str, work: Work) -> float:
         """Seconds that a stage can't go below on this device, in the precision it runs in."""
@@ -125,22 +124,21 @@ class Bench:
 
 
 def calibrated_weights(model: torch.nn.Module, heads: int) -> PaceWeights:
-    """Weights as calibration leaves them, with so many matching heads, in blocks evenly spread."""
+    """Weights as calibration leaves them, with so many matching heads, in blocks evenly spread.
+
+    Without the changes of blocks, which are zero then and cost milliseconds (NOTES, "Changed blocks").
+    """
     weights = PaceWeights.new(model, dense_frames=True)
     depth, most = weights.backbone.depth, weights.backbone.depth * weights.backbone.num_heads
     if not 0 < heads <= most:
-        raise PaceError(f"--matching-heads must be at most {most}, all heads of the model, got {heads}")
+        raise PaceError(
+            f"--matching-heads must lie between 1 and {most}, all heads of the model, got {heads}"
+        )
     each = min(heads, depth)  # blocks that have some
     blocks = [(2 * i + 1) * depth // (2 * each) for i in range(each)]
     weights.matching = tuple((blocks[i % each], i // each) for i in range(heads))
-    weights.adaptation = BlockAdaptation({})  # nothing trained
+    weights.adaptation = BlockAdaptation({})
     return weights
-
-
-def shares_of_heads(weights: PaceWeights) -> dict[int, float]:
-    """Of each global block with matching heads, their share of its heads."""
-    counts = Counter(block for block, _ in weights.matching)
-    return {block: count / weights.backbone.num_heads for block, count in counts.items()}
 
 
 def device_peaks(device: torch.device) -> dict[str, float]:

@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         "errors": errors.tolist(),
     }
     if args.alone:
-        report["alone"] = alone(model, clips, tuple(errors.shape))
+        report["alone"] = alone(model, clips, *errors.shape)
     print(f"{report['clips']}: {len(clips)} clips of {args.frames} frames, keep ratio {KEEP_RATIO:g}")
     for block, row in enumerate(errors.tolist()):
         print(f"block {block:2d}  " + "  ".join(f"{value:.4f}" for value in row))
@@ -69,16 +69,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 @torch.inference_mode()
-def alone(model: Any, clips: list[torch.Tensor], shape: tuple[int, int]) -> list[list[dict[str, float]]]:
+def alone(model: Any, clips: list[torch.Tensor], blocks: int, heads: int) -> list[list[dict[str, float]]]:
     """For each block and head: how far the outputs are off if this head alone sees the kept tokens only.
 
     `rotation_deg` and `translation_deg`: over frame pairs the mean and the median difference; `depth`: mean relative
     difference after one scale for the clip. Means over clips.
     """
-    blocks, heads = shape
     everyone = [(block, head) for block in range(blocks) for head in range(heads)]
     weights = PaceWeights.new(model, dense_frames=True)
-    wanted = []
     weights.matching = tuple(everyone)
     accelerate(model, KEEP_RATIO, weights=weights, dense_frames=True, min_frames=1)
     wanted = [model(images) for images in clips]

@@ -25,7 +25,7 @@ from .adaptation import OtherParameters, in_force
 from .attention import Change, InAttention, autocast_dtype
 from .config import PaceError, UnsupportedModelError
 from .following import FollowedLayer, Following
-from .matching import MatchingHeads
+from .matching import Heads, MatchingHeads
 
 # Parameters of blocks by their names in the aggregator -> those to run with instead.
 Adapt = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -316,7 +316,7 @@ def alternating_attention(
     change: Change | None = None,
     adapt: Adapt | None = None,
     following: Following | None = None,
-    matching: Collection[tuple[int, int]] = (),
+    matching: Heads = (),
 ) -> dict[int, Any]:
     """Run the frame and global blocks, by the host's own functions.
 
@@ -334,7 +334,8 @@ def alternating_attention(
     Returns:
         layer index -> [B, S, L, 2C], frame and global output concatenated; with `following` a `FollowedLayer`.
     """
-    if aggregator.training and torch.is_grad_enabled() and not (change is adapt is None):
+    inside = change is not None or adapt is not None or (following is not None and bool(matching))
+    if aggregator.training and torch.is_grad_enabled() and inside:
         # The host's own checkpoints would run blocks again after what is in force here has ended: ours take over.
         checkpointing, aggregator = True, copy.copy(aggregator)
         aggregator.__dict__["training"] = False
@@ -350,11 +351,10 @@ def alternating_attention(
     if change is not None:
         process["global"] = partial(_run_changed, change, process["global"])
     if following is not None:
+        # First blocks of those that run together, where one of them has such heads.
         together = range(getattr(aggregator, "aa_block_size", 1))
-        dense = {
-            block - i for block, _ in matching for i in together
-        }  # first blocks of those that run together
-        process["global"] = partial(_run_followed, following, dense, process["global"])
+        whole = {block - i for block, _ in matching for i in together}
+        process["global"] = partial(_run_followed, following, whole, process["global"])
     done = dict.fromkeys(process, 0)  # blocks run so far
     outputs: dict[int, Any] = {}
     with nullcontext() if torch.compiler.is_compiling() else _shared_rotations():
@@ -442,7 +442,7 @@ def _run_followed(
 
 def _run_matching(
     following: Following,
-    heads: Collection[tuple[int, int]],
+    heads: Heads,
     process: Callable,
     tokens: Tensor,
     *args,
@@ -452,8 +452,11 @@ def _run_matching(
     _, _, length, _, block = args  # (tokens, batch, frames, length, channels, block)
     if length != following.weights.shape[1]:
         return process(tokens, *args, **kwargs)
-    with MatchingHeads(following, heads, block):
-        return process(tokens, *args, **kwargs)
+    mode = MatchingHeads(following, heads, block)
+    with mode:
+        result = process(tokens, *args, **kwargs)
+    mode.check_number(result[1])
+    return result
 
 
 def _run_changed(change: Change, process: Callable, tokens: Tensor, *args, **kwargs):
@@ -466,14 +469,15 @@ def attention_output(aggregator: Any, block: int) -> Tensor:
     """The matrix [C, C] from the outputs of all heads of a global block to what it adds to the tokens.
 
     Raises:
-        UnsupportedModelError: the block is of another make.
+        UnsupportedModelError: the block is of another make, quantised or offloaded.
     """
     module = aggregator.global_blocks[block]
     module = module._modules.get("_orig_mod", module)
     matrix = getattr(getattr(getattr(module, "attn", None), "proj", None), "weight", None)
-    if not isinstance(matrix, Tensor):
+    if not isinstance(matrix, Tensor) or not matrix.is_floating_point() or matrix.ndim != 2 or matrix.is_meta:
         raise UnsupportedModelError(
-            f"global block {block} has no attn.proj.weight, so what its heads add to the tokens can't be told"
+            f"global block {block} has no matrix attn.proj.weight in floating point on its device, so what its heads "
+            "add to the tokens can't be told: load the model whole and unquantised"
         )
     scale = getattr(getattr(module, "ls1", None), "gamma", None)
     return matrix if scale is None else matrix * scale[:, None]
@@ -576,6 +580,7 @@ def rotate(rope: Any, tokens: Tensor, positions: Tensor) -> Tensor:
     """
     cos, sin = _rotation(rope, tokens.shape[-1], tokens.dtype, positions)
     # Each half of the channels, for y and for x, turns its own two halves against each other.
+    # Not by `unflatten`, which compilers can't trace under a function mode.
     turned = tokens.reshape(*tokens.shape[:-1], 2, 2, -1).flip(-2).flatten(-3)
     return (tokens * cos).add_(turned.mul_(sin))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from .following import ROWS
 
 # Tokens are picked one after another, and on a GPU each pick waits for a few small kernels, however few frames there
@@ -11,7 +13,14 @@ GPU_FLOPS_PER_PICK = 25e9
 
 
 def saved_flops(
-    frames: int, patches: int, kept: int, special: int, channels: int, blocks: int, dense_frames: bool = False
+    frames: int,
+    patches: int,
+    kept: int,
+    special: int,
+    channels: int,
+    blocks: int,
+    dense_frames: bool = False,
+    matching: Sequence[float] = (),
 ) -> float:
     """Floating-point operations of alternating attention that pruning saves for one clip.
 
@@ -23,6 +32,7 @@ def saved_flops(
         channels: C.
         blocks: pairs of frame and global blocks.
         dense_frames: whether frame blocks keep all tokens.
+        matching: for each global block with heads that see all tokens, the share of its heads that they are.
     """
 
     def linear(tokens: int) -> int:
@@ -42,7 +52,15 @@ def saved_flops(
         saved -= 4 * min(frames * kept, ROWS * channels) * channels**2 + 7 * channels**3 // 3
     else:
         saved += in_frames(before) - in_frames(after)
-    return blocks * float(saved)
+    saved = float((blocks - len(matching)) * saved)
+    for share in matching:  # attention of the other heads alone, which are filled in
+        filled = (1 - share) * channels
+        if not filled:
+            continue
+        saved += 4 * filled * ((frames * before) ** 2 - (frames * after) ** 2)
+        saved -= 2 * frames * filled * (patches * kept + (before + after) * channels)
+        saved -= 2 * min(frames * kept, ROWS * channels) * channels * (channels + filled)
+    return saved
 
 
 def pruning_pays(
@@ -55,9 +73,10 @@ def pruning_pays(
     channels: int,
     blocks: int,
     dense_frames: bool = False,
+    matching: Sequence[float] = (),
 ) -> bool:
     """Whether pruning is the faster one on a type of device, for a batch of `clips`; see `saved_flops`."""
     if device == "cpu" or kept == patches:
         return True
-    saved = saved_flops(frames, patches, kept, special, channels, blocks, dense_frames)
+    saved = saved_flops(frames, patches, kept, special, channels, blocks, dense_frames, matching)
     return clips * saved >= GPU_FLOPS_PER_PICK * kept

@@ -98,9 +98,7 @@ def add_train(commands) -> None:
     )
     train.add_argument("--out", type=Path, metavar="DIR", default=Path("runs/train"), help="(runs/train)")
     train.add_argument("--steps", type=int, default=4000, help="gradient steps (4000)")
-    train.add_argument(
-        "--calibrate", action="store_true", help="closed-form calibration only: no gradient steps"
-    )
+    train.add_argument("--calibrate", action="store_true", help="calibration only: no gradient steps")
     train.add_argument(
         "--distil", type=float, help="share of the steps for the first stage (0.1; none of them with --start)"
     )
@@ -130,7 +128,7 @@ def add_train(commands) -> None:
     train.add_argument(
         "--start",
         metavar="WEIGHTS",
-        help="pace weights to go on with: a file or a Hub id",
+        help="pace weights to go on with, and with the heads that they say see all tokens: a file or a Hub id",
     )
     train.add_argument("--resume", action="store_true", help="go on from DIR/state.pt, if it is there")
     train.set_defaults(run=train_command, extra="train")

@@ -64,12 +64,17 @@ class Following(NamedTuple):
             return self._with(moved, after)
 
     def spread(self, tokens: Tensor, values: Tensor, clips: int) -> Tensor:
-        """Values [N, n + P, D] of all tokens, given those of special and kept ones: the others' as in `follow`.
+        """Values of all tokens, given those of special and kept ones: the others' as in `follow`.
+
+        How values depend on tokens is fitted as in `slope`, and a constant for gradients, too.
 
         Args:
             tokens: all tokens [N, n + P, C], which say how their values differ.
             values: of special and kept ones, [N, n + K, D].
             clips: B, of which the N frames are.
+
+        Returns:
+            [N, n + P, D], in the dtype of `weights`.
         """
         with torch.autocast(tokens.device.type, enabled=False):
             tokens = tokens.contiguous()
@@ -120,11 +125,14 @@ class Following(NamedTuple):
 
 @torch.no_grad()
 def ridge_regression(x: Tensor, y: Tensor) -> Tensor:
-    """A [B, D, C] for which A x is nearest to y, both less their means over the tokens of a frame.
+    """The matrix A for which A x is nearest to y, both less their means over the tokens of a frame.
 
     Args:
-        x: [B, frames, K, C].
-        y: [B, frames, K, D].
+        x: [B, frames, K, C], float32 at least.
+        y: [B, frames, K, D], in the same dtype.
+
+    Returns:
+        [B, D, C], without gradient; it shrinks towards 0 as RIDGE says.
     """
     channels = x.shape[-1]
     square = x.square().sum((1, 2, 3))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .config import UnsupportedModelError
 from .following import Following
 
 # (block, head) of global attention, both counted from 0.
@@ -25,13 +26,13 @@ class MatchingHeads(TorchFunctionMode):
 
     Args:
         following: which tokens are kept.
-        heads: (block, head) of those that see all.
-        first: number of the block whose attention comes first.
+        heads: those that see all.
+        first: number of the block whose attention comes first; `number` is then that of the next one.
     """
 
     ours = True  # compiled code may leave it aside
 
-    def __init__(self, following: Following, heads: Collection[tuple[int, int]], first: int):
+    def __init__(self, following: Following, heads: Heads, first: int):
         super().__init__()
         self.following, self.heads, self.number = following, heads, first
 
@@ -42,6 +43,7 @@ class MatchingHeads(TorchFunctionMode):
         names = ("query", "key", "value")
         inputs = dict(zip(names, args, strict=False)) | {n: kwargs[n] for n in names if n in kwargs}
         others = {name: value for name, value in kwargs.items() if name not in names}
+        self.check(*inputs.values(), *args[3:4], **others)
         block, self.number = self.number, self.number + 1
         seeing = [head for of, head in self.heads if of == block]
         return attend(
@@ -50,6 +52,31 @@ class MatchingHeads(TorchFunctionMode):
             self.following,
             lambda *few: func(*few, *args[3:], **others),
         )
+
+    def check(
+        self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+    ) -> None:
+        """Raise UnsupportedModelError for attention that is not that of all tokens to all tokens, head by head."""
+        frames, length = self.following.weights.shape[:2]
+        same = query.shape == key.shape == value.shape and query.ndim == 4
+        if not same or len(query) * query.shape[2] != frames * length:
+            problem = "its attention is not over all tokens of a clip at once"
+        elif attn_mask is not None or is_causal or enable_gqa:
+            problem = "its attention has a mask, or shares keys between heads"
+        else:
+            return
+        raise UnsupportedModelError(
+            f"global block {self.number} of this model can't let some heads see all tokens, since {problem}: pass "
+            "weights without matching heads, or weights=None"
+        )
+
+    def check_number(self, block: int) -> None:
+        """Raise UnsupportedModelError unless every block up to this one called `scaled_dot_product_attention` once."""
+        if self.number != block:
+            raise UnsupportedModelError(
+                "the global blocks of this model do not call scaled_dot_product_attention once each, so none of their "
+                "heads can see all tokens where others see few: pass weights without matching heads, or weights=None"
+            )
 
 
 def attend(
@@ -63,13 +90,13 @@ def attend(
     """Attention of which some heads see all tokens, and all others the special and kept ones.
 
     Args:
-        query, key, value: [B, heads, S * (n + P), d].
+        query, key, value: [B, heads, S * (n + P), d], in any dtype that `attention` takes.
         seeing: numbers of those heads.
         following: of B * S frames.
         attention: of queries, keys and values.
 
     Returns:
-        [B, heads, S * (n + P), d].
+        [B, heads, S * (n + P), d], in the dtype that `attention` gives.
     """
     batch, heads, tokens, width = query.shape
     frames = len(following.index)  # of all clips

@@ -98,8 +98,18 @@ class _AggregatorForward(_Forward):
         channels = self.module.camera_token.shape[-1]
         special, blocks = int(self.module.patch_start_idx), backbone.depth(self.module)
         kept = config.kept_tokens(patches)
+        matching = [] if self.state.weights is None else self.state.weights.matching_shares()
         return pruning_pays(
-            images.device.type, clips, frames, patches, kept, special, channels, blocks, config.dense_frames
+            images.device.type,
+            clips,
+            frames,
+            patches,
+            kept,
+            special,
+            channels,
+            blocks,
+            config.dense_frames,
+            matching,
         )
 
 

@@ -19,7 +19,7 @@ from .similarity import grid_cells
 # Spatial distance, in units of the grid's longer side, against cosine distance of DINO features.
 SPATIAL_WEIGHT = 2.0
 # Log-saliency of a token for each standard deviation that its distinctness is above the mean of its frame.
-DISTINCTNESS = 0.15
+DISTINCTNESS_WEIGHT = 0.15
 MOST_DEVIATIONS = 3.0
 # Distances to neighbours that spread less than this over a frame are all the same but for rounding.
 LEAST_SPREAD = 1e-3
@@ -37,14 +37,16 @@ class TokenScorer(nn.Module):
     Args:
         embed_dim: channels C of a patch token.
         hidden_dim: width of the hidden layer; C/4 keeps the scorer under 1 % of any VGGT's parameters.
-        distinctness: how much that of a token counts beside what is learned, see `coverage_scores`.
+        distinctness_weight: how much distinctness counts beside what is learned, see `coverage_scores`.
     """
 
-    def __init__(self, embed_dim: int, hidden_dim: int | None = None, distinctness: float = DISTINCTNESS):
+    def __init__(
+        self, embed_dim: int, hidden_dim: int | None = None, distinctness_weight: float = DISTINCTNESS_WEIGHT
+    ):
         super().__init__()
-        if not 0 <= distinctness <= 1:
-            raise ValueError(f"distinctness must lie between 0 and 1, got {distinctness:g}")
-        self.distinctness = distinctness
+        if not 0 <= distinctness_weight <= 1:
+            raise ValueError(f"distinctness_weight must lie between 0 and 1, got {distinctness_weight:g}")
+        self.distinctness_weight = distinctness_weight
         hidden_dim = hidden_dim or max(1, embed_dim // 4)
         self.norm = nn.LayerNorm(embed_dim)
         self.hidden = nn.Linear(embed_dim, hidden_dim)
@@ -82,8 +84,8 @@ def token_scores(
         # Only ratios matter: measured against the largest, no saliency overflows.
         saliency = (logits - logits.detach().amax()).clamp(min=LEAST_LOG_SALIENCY).exp()
     chunks = zip(flat.split(frames), saliency.split(frames), strict=True)
-    distinct = DISTINCTNESS if scorer is None else scorer.distinctness
-    scores = torch.cat([coverage_scores(f, w, grid, keep, distinct) for f, w in chunks])
+    weight = DISTINCTNESS_WEIGHT if scorer is None else scorer.distinctness_weight
+    scores = torch.cat([coverage_scores(f, w, grid, keep, weight) for f, w in chunks])
     if saliency.requires_grad:
         # A score is the saliency times a distance that the picks fix: a factor of exactly 1 that has its gradient.
         scores = scores * (saliency / saliency.detach())
@@ -92,7 +94,11 @@ def token_scores(
 
 @torch.no_grad()
 def coverage_scores(
-    features: Tensor, saliency: Tensor, grid: tuple[int, int], keep: int, distinct: float = DISTINCTNESS
+    features: Tensor,
+    saliency: Tensor,
+    grid: tuple[int, int],
+    keep: int,
+    distinctness_weight: float = DISTINCTNESS_WEIGHT,
 ) -> Tensor:
     """Saliency-weighted farthest point sampling, as scores.
 
@@ -107,7 +113,7 @@ def coverage_scores(
         saliency: positive weights [N, P].
         grid: patch rows and columns.
         keep: K, the number of picks.
-        distinct: weight of the distinctness in the logarithm of the saliency.
+        distinctness_weight: of the distinctness, in the logarithm of the saliency.
 
     Returns:
         Scores [N, P] (float32): for picked tokens the value at the pick, for all others the value left.
@@ -117,7 +123,7 @@ def coverage_scores(
         distance = (unit @ unit.mT).neg_().add_(1)  # [N, P, P], in place: it is the largest tensor here
         centre = F.normalize(unit.mean(1), dim=-1)
         atypical = 1 - (unit @ centre.unsqueeze(-1)).squeeze(-1)  # [N, P]
-    saliency = saliency.float() * (distinct * distinctness(distance, grid)).exp()
+    saliency = saliency.float() * (distinctness_weight * distinctness(distance, grid)).exp()
     cells = grid_cells(grid, features.device)
     distance.add_(torch.cdist(cells, cells), alpha=SPATIAL_WEIGHT / max(grid)).clamp_(min=0)
     farthest = 2 + SPATIAL_WEIGHT * math.sqrt(2)  # no distance is larger
@@ -154,13 +160,13 @@ def distinctness(distance: Tensor, grid: tuple[int, int]) -> Tensor:
     """
     rows, columns = grid
     cells = grid_cells(grid, distance.device)
-    steps = torch.cartesian_prod(
-        *[torch.arange(-1, 2, device=distance.device)] * 2
-    )  # [9, 2], itself among them
-    around = cells[:, None].long() + steps  # [P, 9, 2]
+    around = torch.arange(-1, 2, device=distance.device)
+    steps = torch.cartesian_prod(around, around)  # [9, 2]
+    steps = torch.cat([steps[:4], steps[5:]])  # without itself
+    around = cells[:, None].long() + steps  # [P, 8, 2]
     inside = (around >= 0).all(-1) & (around[..., 0] < rows) & (around[..., 1] < columns)
-    number = (around[..., 0] * columns + around[..., 1]).where(inside, 0)  # [P, 9]
-    near = distance.gather(2, number.expand(len(distance), -1, -1)) * inside  # [N, P, 9]
-    mean = near.sum(-1) / (inside.sum(-1) - 1).clamp(min=1)  # it is no distance from itself
+    number = (around[..., 0] * columns + around[..., 1]).where(inside, 0)  # [P, 8]
+    near = distance.gather(2, number.expand(len(distance), -1, -1)) * inside  # [N, P, 8]
+    mean = near.sum(-1) / inside.sum(-1).clamp(min=1)
     spread = mean.std(1, unbiased=False, keepdim=True).clamp(min=LEAST_SPREAD)
     return ((mean - mean.mean(1, keepdim=True)) / spread).clamp(-MOST_DEVIATIONS, MOST_DEVIATIONS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
@@ -61,11 +62,11 @@ class PaceWeights:
         backbone: dimensions of the backbone that it was trained for.
         fingerprints: dtype name -> fingerprint of that backbone cast to this dtype (see `backbone.fingerprints`).
         keep_ratios: keep ratios that it was trained for.
-        matching: (block, head) of the heads of global attention that see all tokens with dense frames, see
-            `matching.MatchingHeads`; none for the other setting.
         training: how it was trained, as JSON values.
         library_version: version of this package that made it.
         source: where it came from, in words.
+        matching: (block, head) of the heads of global attention that see all tokens with dense frames, see
+            `matching.MatchingHeads`; none for the other setting.
     """
 
     scorer: TokenScorer
@@ -75,10 +76,10 @@ class PaceWeights:
     backbone: BackboneSpec
     fingerprints: dict[str, str]
     keep_ratios: tuple[float, ...] = ()
-    matching: Heads = ()
     training: dict[str, Any] = field(default_factory=dict)
     library_version: str = __version__
     source: str = "new"
+    matching: Heads = ()
 
     @classmethod
     @torch.inference_mode(False)  # parameters made in inference mode could never be trained
@@ -154,7 +155,7 @@ class PaceWeights:
             },
             "adapted": self.adaptation.shapes(),
             "full_strength": self.adaptation.full_strength,
-            "distinctness": self.scorer.distinctness,
+            "distinctness": self.scorer.distinctness_weight,
             "dense_frames": self.dense_frames,
             "fingerprints": self.fingerprints,
             "keep_ratios": list(self.keep_ratios),
@@ -189,6 +190,12 @@ class PaceWeights:
     def dense_frames(self) -> bool:
         """Whether they are for frame blocks on all patch tokens."""
         return self.restoration is None
+
+    def matching_shares(self) -> list[float]:
+        """For each global block with matching heads, the share of its heads that they are."""
+        counts = Counter(block for block, _ in self.matching)
+        # Of a fork whose attention does not tell its number of heads, the most that it can be.
+        return [count / (self.backbone.num_heads or count) for count in counts.values()]
 
     def check(self, host: Host, dense_frames: bool = False) -> None:
         """Check that these weights were trained for this backbone and setting.
@@ -335,9 +342,7 @@ def _read(path: Path, source: str) -> PaceWeights:
             scorer = TokenScorer(backbone.embed_dim, hidden["scorer"], float(distinct))
             dense_frames = fields["format"] > 2 and fields["dense_frames"]
             full_strength = fields["full_strength"] if fields["format"] > 3 else OLD_STRENGTH
-            heads = (
-                tuple((int(b), int(h)) for b, h in fields["matching_heads"]) if fields["format"] > 4 else ()
-            )
+            heads = _heads(fields["matching_heads"]) if fields["format"] > 4 else ()
             merge = None if dense_frames else MergeAdapter(backbone.embed_dim, hidden["merge"]).eval()
             restoration = (
                 None
@@ -355,10 +360,10 @@ def _read(path: Path, source: str) -> PaceWeights:
             backbone,
             dict(fields["fingerprints"]),
             tuple(float(ratio) for ratio in fields["keep_ratios"]),
-            heads,
             dict(fields["training"]),
             str(fields["library_version"]),
             source,
+            heads,
         )
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise WeightsError(f"{path} has damaged metadata: {type(error).__name__}: {error}") from error
@@ -367,6 +372,16 @@ def _read(path: Path, source: str) -> PaceWeights:
     tensorfile.check_tensors(path, tensors, modules.state_dict())
     modules.load_state_dict(tensors, assign=True)
     return weights
+
+
+def _heads(pairs: Any) -> Heads:
+    """[[block, head], ...] of a file, checked."""
+    heads = tuple((block, head) for block, head in pairs)
+    if not all(type(number) is int and number >= 0 for pair in heads for number in pair):
+        raise ValueError(f"matching_heads must be pairs of whole numbers from 0 on, got {pairs}")
+    if len(set(heads)) < len(heads):
+        raise ValueError(f"matching_heads must differ, got {pairs}")
+    return heads
 
 
 def _dimensions_fit(mine: BackboneSpec, theirs: BackboneSpec, has_dense_heads: bool) -> bool:

@@ -135,7 +135,7 @@ def test_latency_with_dense_frames(tmp_path, monkeypatch, capsys):
     assert more["global blocks"]["tflop"] > pace["global blocks"]["tflop"]
     with pytest.raises(PaceError) as error:
         latency.main([*small, "--matching-heads", "33"])
-    assert str(error.value) == "--matching-heads must be at most 32, all heads of the model, got 33"
+    assert str(error.value) == "--matching-heads must lie between 1 and 32, all heads of the model, got 33"
 
 
 def test_latency_where_stock_runs_out_of_memory(tmp_path, monkeypatch):

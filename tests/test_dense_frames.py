@@ -424,3 +424,9 @@ def test_it_saves_global_attention_alone():
     following = 2 * 10 * (100 * 30 * 64 + 140 * 64**2)
     regression = 4 * 256 * 64**2 + 7 * 64**3 // 3  # 4 tokens for each channel
     assert both - one == pytest.approx(in_frames + 4 * (following + regression))
+    # With heads that see all tokens: one of four blocks has a half of them, then all heads of all blocks are such.
+    some = saved_flops(**sizes, dense_frames=True, matching=[0.5])
+    attention = 4 * 64 * 100 * (105**2 - 35**2)
+    filled = 2 * 10 * 32 * (100 * 30 + 140 * 64) + 2 * 256 * 64 * (64 + 32)
+    assert some == pytest.approx(one * 3 / 4 + attention / 2 - filled)
+    assert saved_flops(**sizes, dense_frames=True, matching=[1.0] * 4) == 0

@@ -5,11 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hosts import assert_equal, random_images, tiny_vggt
 from safetensors.torch import load_file
 from test_dense_frames import regression
 
 from pacevggt_patch import PaceError, PaceWeights, UnsupportedModelError, WeightsError, accelerate, summary
+from pacevggt_patch.adaptation import BlockAdaptation
 from pacevggt_patch.attention import InAttention
 from pacevggt_patch.following import following
 from pacevggt_patch.matching import attend
@@ -71,7 +73,7 @@ def attend_by_hand(query, key, value, seeing, followed):
 def slope_by_hand(tokens, values):
     """`regression` of values on tokens, in place of changes; padded to the channels of the tokens."""
     channels, wide = tokens[0].shape[1], values[0].shape[1]
-    padded = [torch.nn.functional.pad(v, (0, channels - wide)) for v in values]
+    padded = [F.pad(v, (0, channels - wide)) for v in values]
     return regression(tokens, [t + v for t, v in zip(tokens, padded, strict=True)])[:wide]
 
 
@@ -85,7 +87,7 @@ def test_attention_written_out(seeing, batch, keep):
     features = torch.randn(batch * frames, patches, 5, generator=generator)
     kept = torch.stack([torch.randperm(patches, generator=generator)[:keep].sort().values for _ in features])
     followed = following(features, kept, (2, 3), n, torch.float32)
-    found = attend(query, key, value, seeing, followed, torch.nn.functional.scaled_dot_product_attention)
+    found = attend(query, key, value, seeing, followed, F.scaled_dot_product_attention)
     assert found.dtype == torch.float32 and found.shape == query.shape
     wanted = attend_by_hand(query, key, value, seeing, followed)
     torch.testing.assert_close(found.double(), wanted, rtol=1e-3, atol=1e-4)
@@ -126,6 +128,109 @@ def test_blocks_without_such_heads_see_the_kept_tokens_alone(group):
     accelerate(model, 0.3, weights=with_heads(model, (1, 0)), dense_frames=True)(images)
     few, whole = 3 * 11, 3 * 25
     assert lengths == {1: [few, whole, few, few], 2: [whole, whole, few, few]}[group]
+
+
+@pytest.mark.parametrize(
+    ("heads", "shapes"),
+    [
+        # (heads, queries) of each attention in global blocks; blocks 0 and 1 run together, as do 2 and 3.
+        ([(1, 0)], [(2, 33), (1, 75), (1, 33), (2, 33), (2, 33)]),
+        ([(2, 1), (2, 0)], [(2, 33), (2, 33), (2, 75), (2, 33)]),
+        ([(0, 1), (3, 1)], [(1, 75), (1, 33), (2, 33), (2, 33), (1, 75), (1, 33)]),
+    ],
+)
+@torch.inference_mode()
+def test_blocks_that_run_together_are_told_apart(heads, shapes):
+    model, images = tiny_vggt(group=2), random_images(3)
+    seen = []
+
+    def look(number, query, key, value, scale):
+        seen.append((query.shape[1], query.shape[2]))
+        return query, key, value
+
+    accelerate(model, 0.3, weights=with_heads(model, *heads), dense_frames=True)
+    with InAttention(look):
+        model.aggregator(images)
+    assert [shape for shape in seen if shape[1] in (33, 75)] == shapes
+
+
+def eager(q, k, v, **_):
+    return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
+
+
+def masked(q, k, v, **_):
+    return F.scaled_dot_product_attention(q, k, v, torch.ones(q.shape[2], q.shape[2], dtype=torch.bool))
+
+
+def grouped(q, k, v, **_):
+    return F.scaled_dot_product_attention(q, k[:, :1], v[:, :1], enable_gqa=True)
+
+
+def in_parts(q, k, v, **_):
+    half = q.shape[2] // 2
+    return torch.cat(
+        [F.scaled_dot_product_attention(part, k, v) for part in (q[:, :, :half], q[:, :, half:])], 2
+    )
+
+
+def twice(q, k, v, **_):
+    return (F.scaled_dot_product_attention(q, k, v) + F.scaled_dot_product_attention(q, k, v)) / 2
+
+
+NOT_ALL = (
+    "global block 1 of this model can't let some heads see all tokens, since its attention {}: pass weights "
+)
+ONCE = "the global blocks of this model do not call scaled_dot_product_attention once each, so none of their heads"
+
+
+@pytest.mark.parametrize(
+    ("attention", "message"),
+    [
+        (eager, ONCE),
+        (twice, ONCE),
+        (masked, NOT_ALL.format("has a mask, or shares keys between heads")),
+        (grouped, NOT_ALL.format("is not over all tokens of a clip at once")),
+        (in_parts, NOT_ALL.format("is not over all tokens of a clip at once")),
+    ],
+)
+@torch.inference_mode()
+def test_attention_of_another_make_is_refused(attention, message):
+    model, images = tiny_vggt(), random_images(3)
+    own = model.aggregator.global_blocks[1].attn
+
+    def forward(x, pos=None):
+        qkv = own.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = own.q_norm(qkv[0]), own.k_norm(qkv[1]), qkv[2]
+        out = attention(own.rope(q, pos), own.rope(k, pos), v)
+        return own.proj(out.transpose(1, 2).flatten(2))
+
+    own.forward = forward
+    accelerate(model, 0.3, weights=with_heads(model, (2, 0)), dense_frames=True)
+    assert model(images)["depth"].isfinite().all()  # that block sees the kept tokens alone, in its own way
+    accelerate(model, 0.3, weights=with_heads(model, (1, 0)), dense_frames=True)
+    with pytest.raises(UnsupportedModelError) as error:
+        model(images)
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_hosts_that_checkpoint_by_themselves(trained):
+    """As stock VGGT does in training: what is computed once more is computed with the same heads."""
+    model, images = tiny_vggt(), random_images(2)
+    weights = with_heads(model, (0, 0), (2, 1))
+    if not trained:
+        weights.adaptation = BlockAdaptation({})
+    accelerate(model, 0.4, weights=weights, dense_frames=True)
+    parameters = [model.aggregator.global_blocks[0].attn.qkv.weight, model.aggregator.camera_token]
+    found = []
+    for training in (False, True):
+        model.train(training)
+        for module in model.aggregator.patch_embed.modules():
+            module.training = False  # it drops at random in training
+        loss = model.aggregator(images)[0][3].square().mean()
+        found.append(torch.autograd.grad(loss, parameters))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 @torch.inference_mode()
@@ -170,7 +275,6 @@ def test_fewer_keys_are_those_of_the_heads_that_see_few():
         return query, key, value
 
     accelerate(model, 0.5, weights=with_heads(model, (1, 0)), dense_frames=True, global_keys=0.5)
-    model.aggregator(images)
     with InAttention(look):
         model.aggregator(images)
     inside = [shape for shape in seen if shape[1] in (3 * 15, 3 * 25)]
@@ -245,7 +349,7 @@ def errors_by_hand(model, images, keep):
     followed = following(features[0], kept, grid, 5, torch.float32)
     rows = []
     for block, (q, k, v), variance in zip(aggregator.global_blocks, inside, spread, strict=True):
-        whole = torch.nn.functional.scaled_dot_product_attention(q, k, v).double()
+        whole = F.scaled_dot_product_attention(q, k, v).double()
         few = attend_by_hand(q, k, v, (), followed)
         row = []
         for head in range(HEADS):
@@ -258,9 +362,10 @@ def errors_by_hand(model, images, keep):
     return torch.stack(rows)
 
 
+@pytest.mark.parametrize("group", [1, 2])
 @torch.no_grad()
-def test_errors_of_heads(monkeypatch):
-    model, images = tiny_vggt(), random_images(4, batch=1)
+def test_errors_of_heads(group, monkeypatch):
+    model, images = tiny_vggt(group=group), random_images(4, batch=1)
     heads, errors = finding.find_matching_heads(model, [images])
     assert errors.shape == (BLOCKS, HEADS)
     torch.testing.assert_close(errors.double(), errors_by_hand(model, images, 6), rtol=1e-2, atol=1e-7)
@@ -297,12 +402,22 @@ def test_no_clips_and_other_blocks():
     with pytest.raises(PaceError) as error:
         finding.find_matching_heads(model, [])
     assert str(error.value) == "finding the matching heads needs at least one clip, got none"
-    for block in model.aggregator.global_blocks:
+    blocks = model.aggregator.global_blocks
+    matrix, blocks[2].attn.proj.weight = blocks[2].attn.proj.weight, None
+    with pytest.raises(UnsupportedModelError) as error:
+        finding.find_matching_heads(model, [random_images(2)])
+    assert str(error.value) == (
+        "global block 2 has no matrix attn.proj.weight in floating point on its device, so what its heads add to the "
+        "tokens can't be told: load the model whole and unquantised"
+    )
+    assert not any(block._forward_pre_hooks for block in blocks)
+    blocks[2].attn.proj.weight = matrix
+    for block in blocks:
         block.attn.fused_attn = False
     with pytest.raises(UnsupportedModelError) as error:
         finding.find_matching_heads(model, [random_images(2)])
     assert str(error.value) == (
-        "4 global blocks of this model called scaled_dot_product_attention 0 times, so what its heads lose can't be "
+        "4 global blocks of this model called scaled_dot_product_attention 0 times, so what their heads lose can't be "
         "told"
     )
 

@@ -84,13 +84,21 @@ def test_a_corner_is_distinct_and_its_surroundings_are_not():
     unit = torch.nn.functional.normalize(f, dim=-1)
     found = module.distinctness(1 - unit @ unit.mT, (7, 7)).view(7, 7)
     assert found[3, 3] == 3 and found[2, 2] > 0 > found[0, 0]
-    assert coverage_scores(f, torch.ones(1, 49), (7, 7), 2).topk(2).indices[0].tolist()[0] == 24
+
+
+def test_each_scorer_has_its_own_weight_of_distinctness():
+    """Tokens of older weights are those that they were trained with."""
+    f = features(4, 20).unflatten(0, (1, 4))
+    found = [token_scores(f, (4, 5), 6, TokenScorer(16, distinctness_weight=w))[0] for w in (0.0, 0.15, 1.0)]
+    for weight, scores in zip((0.0, 0.15, 1.0), found, strict=True):
+        assert torch.equal(scores, coverage_scores(f[0], torch.ones(4, 20), (4, 5), 6, weight))
+    assert not torch.allclose(found[0], found[1]) and not torch.allclose(found[1], found[2])
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.5, float("nan")])
 def test_distinctness_out_of_range(value):
-    with pytest.raises(ValueError, match=f"^distinctness must lie between 0 and 1, got {value:g}$"):
-        TokenScorer(16, distinctness=value)
+    with pytest.raises(ValueError, match=f"^distinctness_weight must lie between 0 and 1, got {value:g}$"):
+        TokenScorer(16, distinctness_weight=value)
 
 
 @pytest.mark.parametrize("keep", [1, 2, 19, 20])

@@ -310,18 +310,24 @@ def test_distinctness_and_matching_heads_of_older_files(file, tmp_path, version)
     """They were trained with other tokens, and for heads that all see few."""
     rewrite(file, metadata={"format": version, "distinctness": 0.25, "matching_heads": [[1, 0]]})
     weights = PaceWeights.load(file)
-    assert (weights.scorer.distinctness, weights.matching) == (
+    assert (weights.scorer.distinctness_weight, weights.matching) == (
         (0.25, ((1, 0),)) if version == 5 else (0.0, ())
     )
     weights.save(tmp_path / "again.safetensors")
     again = PaceWeights.load(tmp_path / "again.safetensors")
-    assert (again.scorer.distinctness, again.matching) == (weights.scorer.distinctness, weights.matching)
+    assert (again.scorer.distinctness_weight, again.matching) == (
+        weights.scorer.distinctness_weight,
+        weights.matching,
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [("distinctness", v) for v in (None, -0.1, 2, "much")]
-    + [("matching_heads", v) for v in (None, [1], [["a", 0]])],
+    + [
+        ("matching_heads", v)
+        for v in (None, [1], [["a", 0]], [[1.0, 0]], [[True, 0]], [[-1, 0]], [[1, 0], [1, 0]])
+    ],
 )
 def test_other_fields_out_of_range(file, name, value):
     rewrite(file, metadata={name: value})

@@ -46,8 +46,8 @@ def calibrate(
         clips: images [S, 3, H, W] or [B, S, 3, H, W] in [0, 1] on the model's device; a few dozen frames will do.
         weights: what to start from; the linear part or the matching heads are replaced, all else stays. None starts
             from untrained weights; for dense frames pass `PaceWeights.new(model, dense_frames=True)`.
-        keep_ratios: keep ratios that the linear part is fitted for, together.
-        ridge: strength of the ridge, relative.
+        keep_ratios: keep ratios that the linear part is fitted for, together; for it alone.
+        ridge: strength of the ridge, relative; for it alone.
 
     Returns:
         `weights`, changed in place, or new ones.
@@ -58,7 +58,7 @@ def calibrate(
     weights = weights or PaceWeights.new(model, keep_ratios=keep_ratios)
     with guest(model, weights):
         if weights.dense_frames:
-            weights.matching, _ = find_matching_heads(model, clips, weights.scorer)
+            weights.matching, _ = find_matching_heads(model, clips)
         else:
             fit_linear(model, clips, weights, keep_ratios, ridge)
     return weights

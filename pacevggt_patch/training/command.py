@@ -249,7 +249,7 @@ class Run:
         return self.finish()
 
     def change_stage(self) -> None:
-        """End stage 1: fit the linear part anew, to the tokens that the scorer now keeps."""
+        """End stage 1: fit the linear part, if there is one, anew, to the tokens that the scorer now keeps."""
         self.fit.begin_refinement()
         self.save_weights("distilled.safetensors")
         self.check("distilled")

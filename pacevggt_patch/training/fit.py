@@ -25,7 +25,7 @@ from ..config import PaceError
 from ..evaluation.metrics import decode_pose_encoding, pairwise_pose_errors
 from ..following import RIDGE as RIDGE_OF_SLOPES
 from ..mini.trainer import mixed_seed
-from ..scorer import DISTINCTNESS
+from ..scorer import DISTINCTNESS_WEIGHT
 from ..weights import PaceWeights
 from .attention import attention_target
 from .calibration import KEEP_RATIOS, RIDGE, fit_linear
@@ -40,7 +40,7 @@ RATIOS = 6
 ALL_MERGED = 0.75  # share of steps in which all that is not kept is merged, as it is by default
 MERGED_OTHERWISE = (0.0, 0.5)  # shares of them, one of which is merged in the other steps
 # What a run draws from and how its weights run: one where that was something else can't go on as this one.
-KINDS = [RATIOS, ALL_MERGED, *MERGED_OTHERWISE, SWEEPS, FULL_STRENGTH, RIDGE_OF_SLOPES, DISTINCTNESS]
+KINDS = [RATIOS, ALL_MERGED, *MERGED_OTHERWISE, SWEEPS, FULL_STRENGTH, RIDGE_OF_SLOPES, DISTINCTNESS_WEIGHT]
 LARGEST_NORM = 1.0  # of the gradient
 # Numbers in place of a process's, for clips that no step draws.
 CALIBRATION, CHECK, COMMON = -1, -2, -3
@@ -322,7 +322,7 @@ class Fit:
 
     def begin_refinement(self) -> None:
         """What lies between the stages: the closed-form fit, and an optimizer without a past."""
-        if not self.weights.dense_frames:  # which heads match does not hang on the scorer
+        if not self.weights.dense_frames:  # which heads match does not depend on the scorer
             self.calibrate()
         self.optimizer = self.new_optimizer()
 
@@ -330,7 +330,8 @@ class Fit:
         """Fit the linear part of the restoration, or find the matching heads where there is none."""
         clips = (sample.images for sample in self.reserved(CALIBRATION, self.settings.calibration))
         if self.weights.dense_frames:
-            found: list[Any] = [find_matching_heads(self.model, clips)[0]]
+            # One process decides: others might see an error just above the limit where this one sees it just below.
+            found: list[Any] = [find_matching_heads(self.model, clips)[0] if self.rank == 0 else None]
             if self.world > 1:
                 dist.broadcast_object_list(found, 0, device=self.device)
             self.weights.matching = found[0]
