@@ -174,7 +174,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="a PNG; needs matplotlib")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.matching_heads and not args.dense_frames:
+        raise PaceError("--matching-heads needs --dense-frames: without them no head can see all tokens")
+    return args
 
 
 def plan(args: argparse.Namespace) -> tuple[list[Job], list[Job]]:

@@ -192,6 +192,9 @@ def train_command(arguments: argparse.Namespace) -> int:
     report = run_training(Options(settings=settings, **{name: getattr(arguments, name) for name in names}))
     if os.environ.get("RANK", "0") == "0":
         print(format_checks(report["checks"]))
+        if report["matching_heads"]:
+            heads = ", ".join(f"{head} of block {block}" for block, head in report["matching_heads"])
+            print(f"heads of global attention that see all tokens: {heads}")
         print(f"wrote {arguments.out}/: pace.safetensors, report.json, curve.png, state.pt")
     return 0
 

@@ -276,7 +276,9 @@ class PaceWeights:
         # Gradient steps name the least and the largest one, a calibration all that it was fitted for.
         between = " to " if self.training.get("steps") else ", "
         ratios = between.join(f"{ratio:g}" for ratio in self.keep_ratios)
-        trained = f"trained for keep ratios {ratios}" if ratios else "no keep ratios recorded"
+        steps = self.training.get("steps", 0 if self.matching else None)  # matching heads take none
+        how = "calibrated" if steps == 0 else "trained"
+        trained = f"{how} for keep ratios {ratios}" if ratios else "no keep ratios recorded"
         trained += " with dense frames" if self.dense_frames else ""
         if self.matching:
             trained += f", {len(self.matching)} matching head{'s' * (len(self.matching) > 1)}"

@@ -136,6 +136,11 @@ def test_latency_with_dense_frames(tmp_path, monkeypatch, capsys):
     with pytest.raises(PaceError) as error:
         latency.main([*small, "--matching-heads", "33"])
     assert str(error.value) == "--matching-heads must lie between 1 and 32, all heads of the model, got 33"
+    with pytest.raises(PaceError) as error:
+        latency.main(["--device", "cpu", "--matching-heads", "3"])
+    assert (
+        str(error.value) == "--matching-heads needs --dense-frames: without them no head can see all tokens"
+    )
 
 
 def test_latency_where_stock_runs_out_of_memory(tmp_path, monkeypatch):

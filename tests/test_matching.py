@@ -402,6 +402,11 @@ def test_no_clips_and_other_blocks():
     with pytest.raises(PaceError) as error:
         finding.find_matching_heads(model, [])
     assert str(error.value) == "finding the matching heads needs at least one clip, got none"
+    with pytest.raises(PaceError) as error:
+        finding.find_matching_heads(model, [random_images(1)])
+    assert (
+        str(error.value) == "which heads find matches between frames can't be told from a clip of one frame"
+    )
     blocks = model.aggregator.global_blocks
     matrix, blocks[2].attn.proj.weight = blocks[2].attn.proj.weight, None
     with pytest.raises(UnsupportedModelError) as error:

@@ -46,7 +46,7 @@ def calibrate(
         clips: images [S, 3, H, W] or [B, S, 3, H, W] in [0, 1] on the model's device; a few dozen frames will do.
         weights: what to start from; the linear part or the matching heads are replaced, all else stays. None starts
             from untrained weights; for dense frames pass `PaceWeights.new(model, dense_frames=True)`.
-        keep_ratios: keep ratios that the linear part is fitted for, together; for it alone.
+        keep_ratios: keep ratios that the linear part is fitted for, together; matching heads are the same for all.
         ridge: strength of the ridge, relative; for it alone.
 
     Returns:
@@ -59,6 +59,7 @@ def calibrate(
     with guest(model, weights):
         if weights.dense_frames:
             weights.matching, _ = find_matching_heads(model, clips)
+            weights.keep_ratios = weights.keep_ratios or tuple(float(ratio) for ratio in keep_ratios)
         else:
             fit_linear(model, clips, weights, keep_ratios, ridge)
     return weights

@@ -42,13 +42,15 @@ def find_matching_heads(model: Any, clips: Iterable[Tensor]) -> tuple[Heads, Ten
         variance of the tokens that its output is added to.
 
     Raises:
-        PaceError: there are no clips, or images do not fit.
+        PaceError: there are no clips, one has a single frame, or images do not fit.
         UnsupportedModelError: the global blocks are of another make.
     """
     aggregator = backbone.find_host(model).aggregator
     found: list[Tensor] = []
     for images in clips:
         images = images[None] if images.ndim == 4 else images
+        if images.ndim == 5 and images.shape[1] < 2:
+            raise PaceError("which heads find matches between frames can't be told from a clip of one frame")
         with half_precision(images):
             found.append(head_errors(aggregator, images))
     if not found:
