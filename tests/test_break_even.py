@@ -6,7 +6,7 @@ import pytest
 import torch
 from hosts import assert_equal, random_images, tiny_vggt
 
-from pacevggt_patch import accelerate, is_accelerated, patch, summary
+from pacevggt_patch import PaceWeights, accelerate, is_accelerated, patch, summary
 from pacevggt_patch.break_even import pruning_pays, saved_flops
 from pacevggt_patch.tokens import RestoredTokens
 
@@ -59,7 +59,13 @@ def test_the_model_is_asked_about_its_own_sizes(batch, frames, monkeypatch):
     with torch.inference_mode():
         kinds = [type(model.aggregator(images)[0]) for _ in range(2)]
     assert kinds == [list, RestoredTokens]
-    assert asked == [("cpu", batch, frames, 20, 8, 5, 32, 4, False)] * 2
+    assert asked == [("cpu", batch, frames, 20, 8, 5, 32, 4, False, [])] * 2
+    weights = PaceWeights.new(model, dense_frames=True)
+    weights.matching = ((1, 0), (3, 0), (3, 1))  # of two heads
+    accelerate(model, 0.4, weights=weights, dense_frames=True)
+    with torch.inference_mode():
+        model.aggregator(images)
+    assert asked[2:] == [("cpu", batch, frames, 20, 8, 5, 32, 4, True, [0.5, 1.0])]
 
 
 @pytest.mark.parametrize("frames", [1, 3])
