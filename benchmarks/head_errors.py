@@ -23,7 +23,8 @@ from pacevggt_patch import PaceError, PaceWeights, accelerate, remove
 from pacevggt_patch.evaluation import decode_pose_encoding
 from pacevggt_patch.evaluation.metrics import pairwise_pose_errors
 from pacevggt_patch.mini import build_mini
-from pacevggt_patch.report import environment, whole_file, write_json
+from pacevggt_patch.pictures import load_pyplot, save_figure
+from pacevggt_patch.report import environment, write_json
 from pacevggt_patch.training.matching import KEEP_RATIO, LEAST_ERROR, find_matching_heads
 
 
@@ -103,11 +104,7 @@ def difference(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, float
 
 def plot(report: dict[str, Any], path: Path) -> None:
     """Errors of all heads, blocks across and heads down; matching heads in frames."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     errors = torch.tensor(report["errors"]).T  # [heads, blocks]
     figure, axis = pyplot.subplots(
         figsize=(1.5 + 0.6 * errors.shape[1], 1.5 + 0.4 * errors.shape[0]), layout="constrained"
@@ -124,9 +121,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     axis.set_xticks(range(errors.shape[1]))
     axis.set_yticks(range(errors.shape[0]))
     figure.colorbar(image, label="error / variance of the tokens")
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=110)
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ from pacevggt_patch import PaceError, accelerate
 from pacevggt_patch.clips import Clip
 from pacevggt_patch.evaluation import evaluate_predictions
 from pacevggt_patch.mini import build_mini
-from pacevggt_patch.report import environment, whole_file, write_json
+from pacevggt_patch.pictures import load_pyplot, save_figure
+from pacevggt_patch.report import environment, write_json
 
 STAGES = {"calibrated": "calibrated", "distilled": "distilled", "refined": "pace"}  # and their files
 
@@ -144,11 +145,7 @@ def print_table(report: dict[str, Any]) -> None:
 
 def plot(report: dict[str, Any], path: Path) -> None:
     """AUC@30 and AbsRel over the keep ratio, a line for each stage, the spread over runs as bars."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
     (unpruned,) = (row for row in report["rows"] if row["stage"] == "unpruned")
     for axis, key, title in ((axes[0], "auc30", "AUC@30, percent"), (axes[1], "absrel", "AbsRel")):
@@ -169,9 +166,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
         axis.set(title=title, xlabel="keep ratio")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=110)
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

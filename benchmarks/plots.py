@@ -6,16 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pacevggt_patch.report import whole_file
+from pacevggt_patch.pictures import load_pyplot, save_figure
 
 
 def save_plots(report: dict[str, Any], path: Path) -> None:
     """Seconds over the number of frames, stages as bars, and peak memory where it was measured, in one PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     panels: list[Callable[[Any, dict[str, Any]], None]] = [draw_seconds]
     panels += [draw_stages] if report["details"] else []
     panels += [draw_memory] if any(row.get("peak_gib") for row in report["rows"]) else []
@@ -25,9 +21,7 @@ def save_plots(report: dict[str, Any], path: Path) -> None:
     for axis, draw in zip(axes[0], panels, strict=True):
         draw(axis, report)
     figure.suptitle(f"{report['backbone']}, {report['size']}, {report['environment']['device']}", fontsize=10)
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=110)
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 def label(row: dict[str, Any]) -> str:

@@ -307,6 +307,29 @@ def rope_positions(aggregator: Any, grid: tuple[int, int], device: torch.device)
     return torch.cartesian_prod(rows, columns).view(-1, 2) + 1
 
 
+def unpruned_tokens(
+    aggregator: Any, images: Tensor, grid: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What enters alternating attention in the stock model.
+
+    Args:
+        aggregator: the host's aggregator.
+        images: [B, S, 3, H, W].
+        grid: patch rows and columns.
+
+    Returns:
+        DINO features [B, S, P, C], the tokens with special ones first [B, S, n + P, C], and their RoPE positions
+        [B, S, n + P, 2], or None.
+    """
+    batch, frames = images.shape[:2]
+    features = patch_tokens(aggregator, images)
+    special = special_tokens(aggregator, batch, frames)
+    positions = rope_positions(aggregator, grid, images.device)
+    if positions is not None:  # special tokens sit at 0
+        positions = F.pad(positions, (0, 0, special.shape[2], 0)).repeat(batch, frames, 1, 1)
+    return features, torch.cat([special, features], dim=2), positions
+
+
 def alternating_attention(
     aggregator: Any,
     tokens: Tensor,

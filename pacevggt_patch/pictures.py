@@ -17,7 +17,12 @@ MERGED_COLOUR = (0.15, 0.45, 1.0)
 FRAMES_SHOWN = 6
 
 
-def _pyplot():
+def load_pyplot() -> Any:
+    """matplotlib's pyplot, drawing to files.
+
+    Raises:
+        PaceError: there is no matplotlib.
+    """
     try:
         import matplotlib
     except ImportError as error:
@@ -54,7 +59,7 @@ def save_token_picture(
         grid: patch rows and columns.
         dense_frames: whether global attention alone lacked the tokens that were not kept.
     """
-    plt = _pyplot()
+    plt = load_pyplot()
     shown = spread(len(images))
     size = (2.4 * len(shown), 5.2)
     figure, axes = plt.subplots(2, len(shown), figsize=size, squeeze=False, layout="constrained")
@@ -74,7 +79,7 @@ def save_token_picture(
         else f"patch tokens: {kept}, {share['merged']:.0%} merged (blue), {pruned} pruned (dark)"
     )
     figure.suptitle(title, fontsize=10)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def save_depth_picture(path: Path, images: Tensor, stock: Tensor, pace: Tensor) -> None:
@@ -85,7 +90,7 @@ def save_depth_picture(path: Path, images: Tensor, stock: Tensor, pace: Tensor) 
         images: [S, 3, H, W] in [0, 1].
         stock, pace: depth [S, H, W].
     """
-    plt = _pyplot()
+    plt = load_pyplot()
     shown = spread(len(images), 4)
     difference = (pace - stock).abs() / stock
     size = (10, 2.4 * len(shown) + 0.4)
@@ -103,7 +108,7 @@ def save_depth_picture(path: Path, images: Tensor, stock: Tensor, pace: Tensor) 
         axis.set_title(title, fontsize=9)
     for axis in axes.flat:
         axis.axis("off")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def save_points_picture(path: Path, points: dict[str, tuple[Tensor, Tensor]]) -> None:
@@ -113,7 +118,7 @@ def save_points_picture(path: Path, points: dict[str, tuple[Tensor, Tensor]]) ->
         path: a PNG.
         points: title -> points [N, 3] in the first camera's frame (x right, y down, z forward), RGB [N, 3] in [0, 1].
     """
-    plt = _pyplot()
+    plt = load_pyplot()
     figure, axes = plt.subplots(
         1, len(points), figsize=(6 * len(points), 4.8), squeeze=False, layout="constrained"
     )
@@ -122,7 +127,7 @@ def save_points_picture(path: Path, points: dict[str, tuple[Tensor, Tensor]]) ->
         axis.imshow(splat(cloud, colours, centre))
         axis.set_title(f"points, {title}", fontsize=9)
         axis.axis("off")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def splat(points: Tensor, colours: Tensor, centre: Tensor, height: int = 480, width: int = 600) -> np.ndarray:
@@ -182,7 +187,7 @@ def save_training_curve(path: Path, losses: list[dict[str, float]], checks: list
         losses: records with `step` and losses by name.
         checks: records with `stage` and, by keep ratio in `ratios`, differences from the unpruned model by name.
     """
-    plt = _pyplot()
+    plt = load_pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
     names = sorted({name for record in losses for name in record} - {"step", "total", "norm"})
     for name in names:
@@ -207,14 +212,15 @@ def save_training_curve(path: Path, losses: list[dict[str, float]], checks: list
         axis.legend(fontsize=7)
     for axis in axes:
         axis.grid(alpha=0.3)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _rgb(image: Tensor) -> np.ndarray:
     return image.clamp(0, 1).permute(1, 2, 0).cpu().numpy()
 
 
-def _save(figure, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all, and close it."""
     from matplotlib import pyplot
 
     try:

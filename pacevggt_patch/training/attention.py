@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backbone
@@ -40,14 +39,9 @@ def attention_target(
         UnsupportedModelError: the host's global blocks do not call `scaled_dot_product_attention`.
     """
     grid = backbone.check_images(aggregator, images, None)
-    batch, frames = images.shape[:2]
-    features = backbone.patch_tokens(aggregator, images)  # [B, S, P, C]
-    special = backbone.special_tokens(aggregator, batch, frames)  # [B, S, n, C]
-    tokens = torch.cat([special, features], dim=2)
-    n, length = special.shape[2], tokens.shape[2]
-    positions = backbone.rope_positions(aggregator, grid, images.device)
-    if positions is not None:
-        positions = F.pad(positions, (0, 0, n, 0)).repeat(batch, frames, 1, 1)  # special tokens sit at 0
+    features, tokens, positions = backbone.unpruned_tokens(aggregator, images, grid)
+    batch, frames, length = tokens.shape[:3]
+    n = length - features.shape[2]
     queries = chosen_queries(frames, length, n, patch_queries, images.device)
     received = torch.zeros(batch, frames * length, device=images.device)
     seen = 0

@@ -66,17 +66,11 @@ def find_matching_heads(model: Any, clips: Iterable[Tensor]) -> tuple[Heads, Ten
 def head_errors(aggregator: Any, images: Tensor) -> Tensor:
     """Errors [blocks, heads] of all heads on clips [B, S, 3, H, W]."""
     grid = backbone.check_images(aggregator, images, None)
-    batch, frames = images.shape[:2]
-    features = backbone.patch_tokens(aggregator, images)  # [B, S, P, C]
+    features, tokens, positions = backbone.unpruned_tokens(aggregator, images, grid)
     keep = max(1, round(KEEP_RATIO * features.shape[2]))
     kept = assign(token_scores(features, grid, keep), keep, 0).kept
-    special = backbone.special_tokens(aggregator, batch, frames)  # [B, S, n, C]
-    tokens = torch.cat([special, features], dim=2)
-    n = special.shape[2]
-    followed = following(features.flatten(0, 1), kept.flatten(0, 1), grid, n, torch.float32)
-    positions = backbone.rope_positions(aggregator, grid, images.device)
-    if positions is not None:
-        positions = F.pad(positions, (0, 0, n, 0)).repeat(batch, frames, 1, 1)
+    special = tokens.shape[2] - features.shape[2]
+    followed = following(features.flatten(0, 1), kept.flatten(0, 1), grid, special, torch.float32)
     missed: list[Tensor] = []
     variances: list[Tensor] = []
 
