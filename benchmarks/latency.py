@@ -158,6 +158,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="numbers of frames at which fit_budget's prediction is checked",
     )
     parser.add_argument(
+        "--break-even-frames",
+        **sizes,
+        default=BREAK_EVEN_CANDIDATES,
+        help='numbers of frames that are tried to find out from which on acceleration pays; "" for none',
+    )
+    parser.add_argument(
         "--compare",
         type=Path,
         action="append",
@@ -224,7 +230,7 @@ def largest_frames(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def break_even(bench: Bench) -> dict[str, int | None]:
     """For each keep ratio the smallest number of frames tried at which the accelerated model is faster, or None."""
     found: dict[str, int | None] = dict.fromkeys((f"{ratio:g}" for ratio in bench.args.keep_ratios), None)
-    for frames in BREAK_EVEN_CANDIDATES:
+    for frames in bench.args.break_even_frames:
         rows, _ = measure(bench, Job(frames, (None, *bench.args.keep_ratios), bench.args.repeats))
         for row in rows:
             name = f"{row['keep_ratio']:g}"

@@ -114,6 +114,22 @@ def stage_rows(name: str) -> dict[tuple[str, float], dict[str, Any]]:
     return {(row["stage"], row["keep_ratio"]): row for row in found}
 
 
+def losses_table() -> str:
+    """What is lost of the unpruned model's AUC@30 and AbsRel, in percent."""
+    lines = [
+        "| keep ratio | | " + " | ".join(STAGES.values()) + " |",
+        "|---|---|" + "---|" * len(STAGES),
+    ]
+    plain, dense = ({name: stage_rows(prefix + name) for name in STAGES} for prefix in ("", "dense-"))
+    for ratio in (0.3, 0.15):
+        kinds = [(f"dense frames, {stage}", dense, stage) for stage in ALL_STAGES if stage != "distilled"]
+        for title, found, stage in [("both pruned, refined", plain, "refined"), *kinds]:
+            changes = [found[name][stage, ratio] for name in STAGES]
+            cells = [f"{-row['auc30_change']:.1f} / {row['absrel_change']:.1f}" for row in changes]
+            lines.append(f"| {ratio:g} | {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def both_metrics(row: dict[str, Any]) -> str:
     """AUC@30 and AbsRel of a row of `pace_quality.py`; with the spread over seeds where they differ."""
     cells = []
@@ -140,6 +156,7 @@ TABLES = [
     (ROOT / "README.md", "pruning", pruning_table),
     (ROOT / "README.md", "stages", stages_table),
     (ROOT / "README.md", "dense", partial(stages_table, "dense-")),
+    (ROOT / "README.md", "losses", losses_table),
     (ROOT / "weights" / "README.md", "unpruned", unpruned_table),
 ]
 

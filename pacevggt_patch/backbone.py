@@ -682,7 +682,8 @@ def run_fast_block(
         dtype = x.dtype if narrow is None else torch.promote_types(x.dtype, torch.float32)
         rotation = _flat_rotation(rope, positions, x.shape[-1] // module.attn.num_heads, dtype)
     dtype = x.dtype if narrow is None else narrow
-    out = blocks.run_block(module, x.flatten(0, 1), rotation, len(x), dtype, speed, in_force)
+    rows = chunk_frames(1, x.shape[-1], x.device)
+    out = blocks.run_block(module, x.flatten(0, 1), rotation, len(x), dtype, speed, in_force, rows)
     return out.view(x.shape)
 
 

@@ -9,6 +9,7 @@ This module knows the names inside a block, and no other does.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .chunks import in_chunks
 from .compiling import unwatched
 from .dpt import bare_copy
 
@@ -117,6 +119,7 @@ def run_block(
     dtype: torch.dtype,
     speed: Speed,
     own: Callable[[Any], Any] = lambda parameter: parameter,
+    rows: int = sys.maxsize,
 ) -> Tensor:
     """A stock block on tokens `[..., C]`, attention running within each of `sequences` equal parts.
 
@@ -128,6 +131,7 @@ def run_block(
         dtype: what matrix products are computed in.
         speed: gives the function to call in place of one of the two above, given what else it is called with.
         own: gives what to take in place of a parameter.
+        rows: tokens at a time, but for attention itself.
     """
     attention, mlp = module.attn, module.mlp
     heads = attention.num_heads
@@ -142,11 +146,12 @@ def run_block(
     shapes = [tuple(None if p is None else p.shape for p in parameters) for parameters in (before, after)]
     first = speed(before_attention, shapes[0], cos is None, heads, eps, dtype)
     last = speed(after_attention, shapes[1], module.norm2.eps, dtype)
-    parts = first(x, cos, sin, before, heads, eps, dtype)
+    parts = in_chunks(lambda *some: first(*some, before, heads, eps, dtype), rows, x, cos, sin)
     query, key, value = (part.reshape(sequences, -1, heads, part.shape[-1]).transpose(1, 2) for part in parts)
     # By its public name, which modes see that change what goes into attention or who computes it.
     attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(x.shape)
-    return last(x, attended, after, module.norm2.eps, dtype)
+    del parts, query, key, value  # they would stay while the hidden layer is there
+    return in_chunks(lambda *some: (last(*some, after, module.norm2.eps, dtype),), rows, x, attended)[0]
 
 
 def pairs(*modules: Any) -> list[Any]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .chunks import in_chunks
 from .restoration import interpolation_weights
 
-# Frames at a time: bounds the float32 similarities [frames, P, K].
+# Frames at a time: bounds the float32 similarities [frames, P, K], and what following makes on the way.
 FRAMES_PER_CHUNK = 32
 # Of the regression, relative to the mean eigenvalue. AUC@30 / AbsRel of 12 rooms of 8 views at keep ratio 0.3 and 0.15:
 # 77.8 / .0474 and 50.5 / .0917 without regression, 78.4 / .0460 and 57.1 / .0764 with 0.3, 78.7 / .0458 and
@@ -58,30 +61,48 @@ class Following(NamedTuple):
         """
         # Autocast would round the tokens, not the products alone.
         with torch.autocast(before.device.type, enabled=False):
-            before = before.contiguous()
-            few = self.compact(before)
-            moved = before + self._spread(before, few, after - few, slope)
-            return self._with(moved, after)
+            return self.by_frames(partial(Following._follow, slope=slope), len(slope), before, after)
 
-    def spread(self, tokens: Tensor, values: Tensor, clips: int) -> Tensor:
+    def _follow(self, before: Tensor, after: Tensor, slope: Tensor) -> Tensor:
+        before = before.contiguous()
+        few = self.compact(before)
+        moved = before + self._spread(before, few, after - few, slope)
+        return self._with(moved, after)
+
+    def by_frames(self, function: Callable[..., Tensor], clips: int, *tensors: Tensor) -> Tensor:
+        """What `function` gives of the frames of `clips`, a few at a time.
+
+        Args:
+            function: of the Following and the rows of `tensors` of some frames, as many of each clip.
+            clips: B, of which the N frames are.
+            tensors: [N, ...].
+
+        Returns:
+            [N, ...].
+        """
+
+        def some(index: Tensor, weights: Tensor, *tensors: Tensor) -> tuple[Tensor]:
+            lead = index.shape[:2]
+            part = Following(index.flatten(0, 1), weights.flatten(0, 1))
+            return (function(part, *(t.flatten(0, 1) for t in tensors)).unflatten(0, lead),)
+
+        apart = [t.unflatten(0, (clips, -1)) for t in (self.index, self.weights, *tensors)]  # [B, S, ...]
+        return in_chunks(some, FRAMES_PER_CHUNK, *apart, dim=1)[0].flatten(0, 1)
+
+    def spread(self, tokens: Tensor, values: Tensor, slope: Tensor) -> Tensor:
         """Values of all tokens, given those of special and kept ones: the others' as in `follow`.
-
-        How values depend on tokens is fitted as in `slope`, and a constant for gradients, too.
 
         Args:
             tokens: all tokens [N, n + P, C], which say how their values differ.
             values: of special and kept ones, [N, n + K, D].
-            clips: B, of which the N frames are.
+            slope: how values depend on tokens, [B, D, C], see `dependence`.
 
         Returns:
             [N, n + P, D], in the dtype of `weights`.
         """
         with torch.autocast(tokens.device.type, enabled=False):
             tokens = tokens.contiguous()
-            few = self.compact(tokens)
-            some = (self._some(t, clips, few.shape[-1]) for t in (few, values))
-            slope = ridge_regression(*some)
-            return self._with(self._spread(tokens, few, values, slope), values)
+            return self._with(self._spread(tokens, self.compact(tokens), values, slope), values)
 
     def _spread(self, tokens: Tensor, few: Tensor, values: Tensor, slope: Tensor) -> Tensor:
         kept, dtype = self.weights.shape[-1], self.weights.dtype
@@ -101,10 +122,6 @@ class Following(NamedTuple):
     def slope(self, before: Tensor, after: Tensor, clips: int) -> Tensor:
         """How the change of a token depends on the token, A [B, C, C] of each clip, for `follow`.
 
-        Ridge regression over kept tokens: of their changes on the tokens before, both less their mean over the kept
-        ones of the frame. In float32 at least, from at most `ROWS` * C tokens of evenly spread frames. A constant for
-        gradients: what is learned is learned through the tokens.
-
         Args:
             before, after: special and kept tokens before and after it, [N, n + K, C].
             clips: B, of which the N frames are.
@@ -112,6 +129,21 @@ class Following(NamedTuple):
         with torch.autocast(before.device.type, enabled=False):
             old, new = (self._some(t, clips, before.shape[-1]) for t in (before, after))
             return ridge_regression(old, new - old)
+
+    def dependence(self, tokens: Tensor, values: Tensor, clips: int) -> Tensor:
+        """How values depend on tokens, [B, D, C] of each clip, for `spread`.
+
+        Ridge regression over kept tokens, both less their mean over the kept ones of the frame. In float32 at least,
+        from at most `ROWS` * C tokens of evenly spread frames. A constant for gradients: what is learned is learned
+        through the tokens.
+
+        Args:
+            tokens: special and kept ones, [N, n + K, C].
+            values: theirs, [N, n + K, D].
+            clips: B, of which the N frames are.
+        """
+        with torch.autocast(tokens.device.type, enabled=False):
+            return ridge_regression(*(self._some(t, clips, tokens.shape[-1]) for t in (tokens, values)))
 
     def _some(self, tokens: Tensor, clips: int, channels: int) -> Tensor:
         """The kept ones [B, few, K, C] of special and kept tokens [N, n + K, C] that a regression on `channels` numbers

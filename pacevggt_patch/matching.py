@@ -100,24 +100,31 @@ def attend(
     """
     batch, heads, tokens, width = query.shape
     frames = len(following.index)  # of all clips
-    length = tokens * batch // frames
-    found: dict[int, Tensor] = {}  # [B, S * (n + P), d] of each head
-    if seeing:
-        everything = attention(*(_heads(t, seeing) for t in (query, key, value)))
-        found |= {head: everything[:, i] for i, head in enumerate(seeing)}
+    length, seeing = tokens * batch // frames, sorted(seeing)
     others = [head for head in range(heads) if head not in seeing]
-    if others:
-        rows = following.rows(length).view(batch, -1)  # among the tokens of all clips
-        rows = rows - torch.arange(batch, device=rows.device)[:, None] * tokens
-        rows = rows[:, None, :, None].expand(-1, heads, -1, width)  # [B, heads, S * (n + K), d]
-        few = attention(*(_heads(t.gather(2, rows), others) for t in (query, key, value)))
-        # Values say of a token what heads read there.
-        known = value.transpose(1, 2).reshape(frames, length, heads * width)
-        values = few.transpose(1, 2).reshape(frames, -1, len(others) * width)
-        filled = following.spread(known, values, batch).view(batch, tokens, len(others), width)
-        found |= {head: filled[:, :, i].to(few.dtype) for i, head in enumerate(others)}
-    # Heads innermost, as what comes next wants them.
-    return torch.stack([found[head] for head in range(heads)], dim=2).transpose(1, 2)
+    whole = [attention(*(_heads(t, seeing) for t in (query, key, value)))] if seeing else []
+    if not others:
+        return whole[0]
+    rows = following.rows(length).view(batch, -1)  # among the tokens of all clips
+    rows = rows - torch.arange(batch, device=rows.device)[:, None] * tokens
+    rows = rows[:, None, :, None].expand(-1, heads, -1, width)  # [B, heads, S * (n + K), d]
+    few = attention(*(_heads(t.gather(2, rows), others) for t in (query, key, value)))
+    # Values say of a token what heads read there.
+    known = value.transpose(1, 2).reshape(frames, length, heads * width)
+    found = few.transpose(1, 2).reshape(frames, -1, len(others) * width)
+    whole = [t.transpose(1, 2).reshape(frames, length, len(seeing), width) for t in whole]
+    slope = following.dependence(following.compact(known), found, batch)
+
+    def filled(some: Following, known: Tensor, found: Tensor, *whole: Tensor) -> Tensor:
+        spread = some.spread(known, found, slope).unflatten(-1, (len(others), width)).to(few.dtype)
+        parts = dict(zip(others, spread.unbind(2), strict=True))
+        for part in whole:
+            parts |= zip(seeing, part.unbind(2), strict=True)
+        # Heads innermost, as what comes next wants them.
+        return torch.stack([parts[head] for head in range(heads)], dim=2)
+
+    out = following.by_frames(filled, batch, known, found, *whole)  # [frames, n + P, heads, d]
+    return out.view(batch, tokens, heads, width).transpose(1, 2)
 
 
 def _heads(tensor: Tensor, numbers: Sequence[int]) -> Tensor:

@@ -23,13 +23,13 @@ def script(name: str):
     return module
 
 
-SMALL = ["--device", "cpu", "--size", "28x42", "--repeats", "2", "--merge-budget", "0.1"]
+QUICK = ["--device", "cpu", "--size", "28x42", "--break-even-frames", ""]
+SMALL = [*QUICK, "--repeats", "2", "--merge-budget", "0.1"]
 
 
 def test_latency(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(BENCHMARKS)
     latency, file, picture = script("latency"), tmp_path / "latency.json", tmp_path / "latency.png"
-    latency.BREAK_EVEN_CANDIDATES = (1,)
     arguments = [
         "--frames",
         "1,3",
@@ -41,7 +41,7 @@ def test_latency(tmp_path, monkeypatch, capsys):
         "0.4,0.2",
         *SMALL,
     ]
-    arguments += ["--head-dtype", "bfloat16"]
+    arguments += ["--head-dtype", "bfloat16", "--break-even-frames", "1"]
     arguments += ["--budget-frames", "3", "--plot", str(picture), "--json", str(file)]
     assert latency.main(arguments) == 0
     report = json.loads(file.read_text())
@@ -118,8 +118,7 @@ def test_noise(tmp_path, monkeypatch, capsys):
 def test_latency_with_dense_frames(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(BENCHMARKS)
     latency, file = script("latency"), tmp_path / "latency.json"
-    latency.BREAK_EVEN_CANDIDATES = ()
-    small = ["--device", "cpu", "--size", "28x42", "--repeats", "1", "--frames", "2", "--dense-frames"]
+    small = [*QUICK, "--repeats", "1", "--frames", "2", "--dense-frames"]
     assert latency.main([*small, "--json", str(file)]) == 0
     report = json.loads(file.read_text())
     assert report["dense_frames"] and [row["merge_budget"] for row in report["rows"]] == [0, 0]
@@ -137,7 +136,7 @@ def test_latency_with_dense_frames(tmp_path, monkeypatch, capsys):
         latency.main([*small, "--matching-heads", "33"])
     assert str(error.value) == "--matching-heads must lie between 1 and 32, all heads of the model, got 33"
     with pytest.raises(PaceError) as error:
-        latency.main(["--device", "cpu", "--matching-heads", "3"])
+        latency.main([*QUICK, "--matching-heads", "3"])
     assert (
         str(error.value) == "--matching-heads needs --dense-frames: without them no head can see all tokens"
     )
@@ -146,7 +145,6 @@ def test_latency_with_dense_frames(tmp_path, monkeypatch, capsys):
 def test_latency_where_stock_runs_out_of_memory(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     latency = script("latency")
-    latency.BREAK_EVEN_CANDIDATES = ()
     import bench
 
     real = bench.time_interleaved
@@ -158,7 +156,7 @@ def test_latency_where_stock_runs_out_of_memory(tmp_path, monkeypatch):
 
     monkeypatch.setattr(bench, "time_interleaved", scarce)
     file = tmp_path / "latency.json"
-    assert latency.main(["--frames", "2", "--size", "28x28", "--repeats", "1", "--json", str(file)]) == 0
+    assert latency.main([*QUICK, "--frames", "2", "--repeats", "1", "--json", str(file)]) == 0
     stock, pace = json.loads(file.read_text())["rows"]
     assert stock["seconds_median"] is stock["speedup"] is pace["speedup"] is None
     assert pace["seconds_median"] > 0
@@ -167,7 +165,6 @@ def test_latency_where_stock_runs_out_of_memory(tmp_path, monkeypatch):
 def test_latency_keeps_to_its_minutes_and_keeps_what_it_has(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(BENCHMARKS)
     latency, file = script("latency"), tmp_path / "latency.json"
-    latency.BREAK_EVEN_CANDIDATES = ()
     assert latency.main([*SMALL, "--frames", "1", "--minutes", "0", "--json", str(file)]) == 0
     report = json.loads(file.read_text())
     assert (report["rows"], report["skipped"]) == ([], [{"frames": 1, "reason": "--minutes 0"}])
@@ -204,7 +201,6 @@ VGGT.forward = picky
     code.write_text(code.read_text() + picky)
     (tmp_path / "half" / "vggt" / "models").mkdir(parents=True)  # must not be joined with the installed one
     latency, file = script("latency"), tmp_path / "latency.json"
-    latency.BREAK_EVEN_CANDIDATES = ()
     folders = [tmp_path / "fork", tmp_path / "half", tmp_path / "none"]
     compare = [argument for folder in folders for argument in ("--compare", str(folder))]
     assert latency.main([*SMALL, "--frames", "1,2", *compare, "--json", str(file)]) == 0

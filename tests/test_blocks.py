@@ -83,7 +83,10 @@ PRECISIONS = {
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("kind", ["patch_embed.blocks.0", "global_blocks.1"])
-def test_a_block_does_what_the_host_does(model, kind, precision):
+@pytest.mark.parametrize("rows", [3, 100])
+def test_a_block_does_what_the_host_does(model, kind, precision, rows, monkeypatch):
+    """However many of the 14 tokens pass at a time what is not attention."""
+    monkeypatch.setitem(backbone.HIDDEN_BYTES, "cpu", 4 * 32 * 4 * rows)
     weights, autocast, tolerance = PRECISIONS[precision]
     model = model.to(weights)
     block = model.aggregator.get_submodule(kind)

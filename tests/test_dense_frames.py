@@ -1,6 +1,7 @@
 """Frame blocks on all patch tokens, global blocks on the kept ones: against a loop over tokens, and stock VGGT."""
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -298,13 +299,19 @@ def test_narrow_models(dtype):
     assert cast._weights.dtype == dtype and cast[3].isfinite().all()
 
 
+@pytest.mark.parametrize("heads", [(), ((1, 0), (3, 1)), ((2, 0), (2, 1))])
 @torch.inference_mode()
-def test_frames_in_chunks_change_nothing(monkeypatch):
-    model, images = tiny_vggt(), random_images(5)
-    accelerate(model, 0.3, weights=None, dense_frames=True)
+def test_frames_in_chunks_change_nothing(heads, monkeypatch):
+    model, images = tiny_vggt(), random_images(5, batch=2)
+    weights = replace(PaceWeights.new(model, dense_frames=True), matching=heads)
+    accelerate(model, 0.3, weights=weights, dense_frames=True)
     whole = model(images)
     monkeypatch.setitem(backbone.HIDDEN_BYTES, "cpu", 1)
+    monkeypatch.setattr("pacevggt_patch.following.FRAMES_PER_CHUNK", 2)
+    seen, real = [], Following._spread
+    monkeypatch.setattr(Following, "_spread", lambda *args: seen.append(len(args[1])) or real(*args))
     parts = model(images)
+    assert max(seen) == 2 * 2  # two frames of each clip
     for key in ("pose_enc", "depth", "world_points"):
         torch.testing.assert_close(parts[key], whole[key], rtol=1e-4, atol=1e-4)
 

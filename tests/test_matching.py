@@ -369,12 +369,15 @@ def test_errors_of_heads(group, monkeypatch):
     heads, errors = finding.find_matching_heads(model, [images])
     assert errors.shape == (BLOCKS, HEADS)
     torch.testing.assert_close(errors.double(), errors_by_hand(model, images, 6), rtol=1e-2, atol=1e-7)
-    assert len(heads) <= 1  # an eighth of a head is one
-    order = errors.flatten().argsort(descending=True).tolist()
+    assert len(heads) <= 1  # a sixth of eight heads is one
+    # Nobody attends to what the last block gives.
+    order = errors[:-1].flatten().argsort(descending=True).tolist()
     monkeypatch.setattr(finding, "MOST", 3 / 8)
     monkeypatch.setattr(finding, "LEAST_ERROR", 0.0)
     best = sorted((i // HEADS, i % HEADS) for i in order[:3])
     assert finding.find_matching_heads(model, [images[0]])[0] == tuple(best)
+    monkeypatch.setattr(finding, "MOST", 1.0)
+    assert finding.find_matching_heads(model, [images])[0] == ALL[:-HEADS]
     # Of two clips it is the mean.
     other = random_images(4, seed=5)
     both = finding.find_matching_heads(model, [images, other])[1]

@@ -213,13 +213,16 @@ class Run:
             self.check("start")
         else:
             self.check("training-free")
+            self.say(f"calibrating on {fit.settings.calibration} clips")
             fit.calibrate()
             self.save_weights("calibrated.safetensors")
             self.check("calibrated")
         saved = time.monotonic()
         with (
             ThreadPoolExecutor(2) as pool,
-            tqdm(total=steps, initial=fit.step_number, unit="step", disable=not self.writes) as bar,
+            tqdm(
+                total=steps, initial=fit.step_number, unit="step", disable=not (self.writes and steps)
+            ) as bar,
         ):
             pending: deque[Future[Any]] = deque()
             following = fit.step_number
@@ -268,7 +271,15 @@ class Run:
 
     def check(self, stage: str) -> None:
         """Record how far the pruned model is from the unpruned one."""
+        self.say(f"{stage}: comparing {self.fit.settings.checks} clips with the unpruned model")
         self.checks.append({"stage": stage, "step": self.fit.step_number, "ratios": self.fit.check()})
+
+    def say(self, what: str) -> None:
+        """Tell what takes long and has no bar."""
+        from tqdm import tqdm
+
+        if self.writes:
+            tqdm.write(what)
 
     def seconds(self) -> float:
         """Seconds of work, those before a resumption among them."""

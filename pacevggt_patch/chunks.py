@@ -1,0 +1,36 @@
+"""A function of many rows on a few of them at a time, which bounds the memory of what it makes on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def in_chunks(
+    function: Callable[..., tuple[Tensor, ...]], size: int, *tensors: Tensor | None, dim: int = 0
+) -> tuple[Tensor, ...]:
+    """What `function` gives of all rows, if it looks at each by itself.
+
+    Args:
+        function: of the tensors; what it returns has the same rows in the same dimension.
+        size: rows at a time. A compiler gets all at once: it would write every chunk out.
+        tensors: with as many rows each, or None, which stays None.
+        dim: of the rows.
+    """
+    rows = next(t.shape[dim] for t in tensors if t is not None)
+    if rows <= size or torch.compiler.is_compiling():
+        return function(*tensors)
+    whole: tuple[Tensor, ...] = ()
+    for start in range(0, rows, size):
+        here = min(size, rows - start)
+        parts = function(*(None if t is None else t.narrow(dim, start, here) for t in tensors))
+        if not whole:
+            # Not joined at the end, when all parts would be there twice.
+            shapes = [(*p.shape[:dim], rows, *p.shape[dim + 1 :]) for p in parts]
+            whole = tuple(p.new_empty(shape) for p, shape in zip(parts, shapes, strict=True))
+        for joined, part in zip(whole, parts, strict=True):
+            joined.narrow(dim, start, here).copy_(part)
+        del parts
+    return whole
