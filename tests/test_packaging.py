@@ -79,7 +79,9 @@ def test_importing_is_light():
 def test_readme_is_filled_in_and_its_links_lead_somewhere():
     text = (ROOT / "README.md").read_text()
     # Marks of a table that a script writes, and nothing that somebody meant to fill in.
-    tables = {f"<!-- {mark}{name} -->" for name in ("pruning", "stages", "dense", "losses") for mark in ("", "/")}
+    tables = {
+        f"<!-- {mark}{name} -->" for name in ("pruning", "stages", "dense", "losses") for mark in ("", "/")
+    }
     assert set(re.findall(r"<!--.*?-->", text, re.DOTALL)) == tables
     links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith(("http", "#"))]
     assert len(links) > 5
