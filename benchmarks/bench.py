@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from arithmetic import Dimensions, Work, stage_work, total
-from models import build, check_values, forward, random_clip
+from models import build, check_values, forward, random_clip, spread_heads
 from stages import kernels, stages_and_syncs
 
-from pacevggt_patch import PaceError, PaceWeights, accelerate, paused, summary
+from pacevggt_patch import PaceWeights, accelerate, paused, summary
 from pacevggt_patch.adaptation import BlockAdaptation
 from pacevggt_patch.attention import kernel_name
 from pacevggt_patch.demo import usable_device
@@ -124,19 +124,12 @@ class Bench:
 
 
 def calibrated_weights(model: torch.nn.Module, heads: int) -> PaceWeights:
-    """Weights as calibration leaves them, with so many matching heads, in blocks evenly spread.
+    """Weights as calibration leaves them, with so many matching heads.
 
     Without the changes of blocks, which are zero then and cost milliseconds (NOTES, "Changed blocks").
     """
     weights = PaceWeights.new(model, dense_frames=True)
-    depth, most = weights.backbone.depth, weights.backbone.depth * weights.backbone.num_heads
-    if not 0 < heads <= most:
-        raise PaceError(
-            f"--matching-heads must lie between 1 and {most}, all heads of the model, got {heads}"
-        )
-    each = min(heads, depth)  # blocks that have some
-    blocks = [(2 * i + 1) * depth // (2 * each) for i in range(each)]
-    weights.matching = tuple((blocks[i % each], i // each) for i in range(heads))
+    weights.matching = spread_heads(weights.backbone, heads)
     weights.adaptation = BlockAdaptation({})
     return weights
 

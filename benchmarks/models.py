@@ -21,7 +21,9 @@ from typing import Any
 import torch
 
 from pacevggt_patch import PaceError
+from pacevggt_patch.backbone import BackboneSpec
 from pacevggt_patch.evaluation.timing import time_interleaved
+from pacevggt_patch.matching import Heads
 from pacevggt_patch.mini import build_mini
 
 SEED = 0
@@ -49,6 +51,22 @@ def build(
     model.track_head = None  # runs on query points only
     model = model.to(device).eval()
     return model.to(torch.bfloat16) if precision == "bfloat16" else model
+
+
+def spread_heads(backbone: BackboneSpec, heads: int) -> Heads:
+    """So many (block, head) of global attention, in blocks evenly spread.
+
+    Raises:
+        PaceError: the model does not have so many, or none were asked for.
+    """
+    depth, most = backbone.depth, backbone.depth * backbone.num_heads
+    if not 0 < heads <= most:
+        raise PaceError(
+            f"--matching-heads must lie between 1 and {most}, all heads of the model, got {heads}"
+        )
+    each = min(heads, depth)  # blocks that have some
+    blocks = [(2 * i + 1) * depth // (2 * each) for i in range(each)]
+    return tuple((blocks[i % each], i // each) for i in range(heads))
 
 
 def build_large(device: torch.device, checkpoint: str | None, arguments: dict) -> Any:

@@ -1,6 +1,7 @@
-"""Seconds and memory of a training step of pace weights, of both stages: does it fit this GPU?
+"""Seconds and memory of calibration and of a training step of pace weights, of both stages: does it fit this GPU?
 
     python benchmarks/train_step.py --backbone vggt-1b --views 8 24 --json FILE
+    python benchmarks/train_step.py --backbone vggt-1b --views 8 24 --dense-frames --matching-heads 60 --json FILE
 
 Random images (and for VGGT-1B random weights, unless --checkpoint is given): shapes decide time and memory.
 """
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import build
+from models import build, spread_heads
 from tqdm import tqdm
 
 from pacevggt_patch import PaceError, PaceWeights
@@ -52,12 +53,15 @@ def main(argv: list[str] | None = None) -> int:
     device = usable_device(args.device)
     model = build(args.backbone, device, args.checkpoint, "float32")
     large = model.aggregator.camera_token.shape[-1] >= LARGE
-    weights = PaceWeights.new(model)
+    weights = PaceWeights.new(model, dense_frames=args.dense_frames)
+    matching = spread_heads(weights.backbone, args.matching_heads) if args.matching_heads else ()
     report: dict[str, Any] = {
         "environment": environment(device),
         "backbone": args.backbone,
         "size": args.size,
         "dense": args.dense,
+        "dense_frames": args.dense_frames,
+        "matching_heads": args.matching_heads,
         "checkpointing": large,
         "rows": [],
     }
@@ -69,17 +73,26 @@ def main(argv: list[str] | None = None) -> int:
         for views in args.views:
             # Stage 1 has the first half of the steps, the first of them an uncounted one, and so has stage 2.
             steps = 2 * (args.repeats + 1)
-            settings = Settings(steps=steps, distil=0.5, clips=args.clips, views=(views,), dense=args.dense)
+            settings = Settings(
+                steps=steps,
+                distil=0.5,
+                clips=args.clips,
+                views=(views,),
+                dense=args.dense,
+                dense_frames=args.dense_frames,
+            )
             fit = Fit(model, weights, RandomClips(args.size), settings, checkpointing=large)
+            report["rows"].append(calibration(fit, views))
+            weights.matching = matching  # random weights have none, or any
             report["rows"] += measure(fit, views)
             bar.update()
             if args.json:
                 write_json(args.json, report)
-    for row in report["rows"]:
-        memory = "" if row["peak_gib"] is None else f", {row['peak_gib']:.1f} GiB"
+    for found in report["rows"]:
+        memory = "" if found["peak_gib"] is None else f", {found['peak_gib']:.1f} GiB"
         print(
-            f"{row['stage']:7s} {row['clips']} x {row['views']:<4d} {row['seconds_median']:.2f} s "
-            f"({row['seconds_min']:.2f}-{row['seconds_max']:.2f}){memory}"
+            f"{found['stage']:9s} {found['clips']} x {found['views']:<4d} {found['seconds_median']:.2f} s "
+            f"({found['seconds_min']:.2f}-{found['seconds_max']:.2f}){memory}"
         )
     return 0
 
@@ -94,10 +107,44 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--views", type=int, nargs="+", default=[8, 24], help="frames of a clip")
     parser.add_argument("--clips", type=int, default=1)
     parser.add_argument("--dense", type=int, default=4, help="frames on which depth and points are compared")
+    parser.add_argument("--dense-frames", action="store_true", help="train for dense_frames=True")
+    parser.add_argument(
+        "--matching-heads",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with --dense-frames: so many heads of global attention see all tokens, in blocks evenly spread",
+    )
     parser.add_argument("--repeats", type=int, default=3, help="counted steps of each stage")
     parser.add_argument("--device", help="cpu or cuda (cuda where there is one if not given)")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.matching_heads and not args.dense_frames:
+        raise PaceError("--matching-heads needs --dense-frames: without them no head can see all tokens")
+    return args
+
+
+def calibration(fit: Fit, views: int) -> dict[str, Any]:
+    """A row for the closed-form calibration on the clips that a run takes for it: all of its seconds, warm-up too."""
+    if fit.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(fit.device)
+    start = device_time()
+    fit.calibrate()
+    return row("calibrate", fit, fit.settings.calibration, views, [device_time() - start])
+
+
+def row(stage: str, fit: Fit, clips: int, views: int, seconds: list[float]) -> dict[str, Any]:
+    on_gpu = fit.device.type == "cuda"
+    return {
+        "stage": stage,
+        "clips": clips,
+        "views": views,
+        "runs": len(seconds),
+        "seconds_median": statistics.median(seconds),
+        "seconds_min": min(seconds),
+        "seconds_max": max(seconds),
+        "peak_gib": torch.cuda.max_memory_allocated(fit.device) / 2**30 if on_gpu else None,
+    }
 
 
 def measure(fit: Fit, views: int) -> list[dict[str, Any]]:
@@ -118,18 +165,7 @@ def measure(fit: Fit, views: int) -> list[dict[str, Any]]:
         losses = fit.latest_losses()
         if not all(map(math.isfinite, losses.values())):
             raise PaceError(f"a loss is not finite: {losses}")
-        rows.append(
-            {
-                "stage": stage,
-                "clips": settings.clips,
-                "views": views,
-                "runs": count - 1,
-                "seconds_median": statistics.median(seconds[1:]),
-                "seconds_min": min(seconds[1:]),
-                "seconds_max": max(seconds[1:]),
-                "peak_gib": torch.cuda.max_memory_allocated(fit.device) / 2**30 if on_gpu else None,
-            }
-        )
+        rows.append(row(stage, fit, settings.clips, views, seconds[1:]))
     return rows
 
 

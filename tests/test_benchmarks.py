@@ -360,16 +360,30 @@ def test_the_tables_of_the_documentation_are_those_of_the_results(monkeypatch):
             tables.filled(text.replace(f"<!-- /{name} -->", ""), name, table())
 
 
-def test_train_step(tmp_path, monkeypatch):
+@pytest.mark.parametrize("heads", [0, 5])
+def test_train_step(heads, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     train_step, file = script("train_step"), tmp_path / "step.json"
     arguments = ["--backbone", "mini", "--device", "cpu", "--size", "28", "42", "--views", "2", "3"]
     arguments += ["--clips", "2", "--dense", "1", "--repeats", "2", "--json", str(file)]
+    with pytest.raises(
+        PaceError, match="^--matching-heads needs --dense-frames: without them no head can see"
+    ):
+        train_step.main([*arguments, "--matching-heads", "5"])
+    seen, real = [], train_step.Fit.step
+    step = lambda fit, drawn: (seen.append(len(fit.weights.matching)), real(fit, drawn))  # noqa: E731
+    monkeypatch.setattr(train_step.Fit, "step", step)
+    if heads:
+        arguments += ["--dense-frames", "--matching-heads", f"{heads}"]
     assert train_step.main(arguments) == 0
+    assert set(seen) == {heads}
     report = json.loads(file.read_text())
     assert report["size"] == [28, 42] and report["checkpointing"] is False
+    assert (report["dense_frames"], report["matching_heads"]) == (heads > 0, heads)
     settings = [(row["stage"], row["views"]) for row in report["rows"]]
-    assert settings == [("distil", 2), ("refine", 2), ("distil", 3), ("refine", 3)]
+    stages = ("calibrate", "distil", "refine")
+    assert settings == [(stage, views) for views in (2, 3) for stage in stages]
     for row in report["rows"]:
-        assert row["runs"] == 2 and row["clips"] == 2 and row["peak_gib"] is None
+        once = row["stage"] == "calibrate"
+        assert (row["runs"], row["clips"]) == ((1, 8) if once else (2, 2)) and row["peak_gib"] is None
         assert 0 < row["seconds_min"] <= row["seconds_median"] <= row["seconds_max"]
