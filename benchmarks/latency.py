@@ -228,7 +228,12 @@ def largest_frames(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def break_even(bench: Bench) -> dict[str, int | None]:
-    """For each keep ratio the smallest number of frames tried at which the accelerated model is faster, or None."""
+    """For each keep ratio the smallest number of frames tried at which the accelerated model is faster, or None.
+
+    Empty if none were to be tried.
+    """
+    if not bench.args.break_even_frames:
+        return {}
     found: dict[str, int | None] = dict.fromkeys((f"{ratio:g}" for ratio in bench.args.keep_ratios), None)
     for frames in bench.args.break_even_frames:
         rows, _ = measure(bench, Job(frames, (None, *bench.args.keep_ratios), bench.args.repeats))

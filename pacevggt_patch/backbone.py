@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from . import blocks
 from .adaptation import OtherParameters, in_force
 from .attention import Change, InAttention, autocast_dtype
+from .chunks import in_chunks
 from .config import PaceError, UnsupportedModelError
 from .following import FollowedLayer, Following
 from .matching import Heads, MatchingHeads
@@ -45,7 +46,7 @@ AGGREGATOR_PARTS = (
 )
 # Rows of the RoPE table: more patches than any image has on a side.
 ROPE_TABLE = 1024
-# Hidden layers of MLPs inside of frames stay below this: on the CPU so that memory is used again, see `heads`.
+# Hidden layers of MLPs stay below this: on the CPU so that memory is used again, see `heads`.
 HIDDEN_BYTES = {"cpu": 2**23, "gpu": 2**30}
 FINGERPRINT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -415,22 +416,20 @@ def _run_in_chunks(
 
     All frames have the same positions.
     """
-    several = chunk_frames(length, channels, tokens.device)
-    tokens = tokens.view(batch * frames, length, channels)
-    if len(tokens) <= several or torch.compiler.is_compiling():  # a compiler would write all parts out
-        return process(tokens, batch, frames, length, channels, *args, pos=pos)
-    parts, made, block = [], [], 0
-    for part in tokens.split(several):
+    whole = tokens.view(batch * frames, length, channels)
+    after = []  # number of the block that comes next
+
+    def some(part: Tensor) -> tuple[Tensor, ...]:
         # The same tensor for all parts: its cosines and sines are looked up once.
-        place = None if pos is None else pos.view(len(tokens), length, 2)[: len(part)]
+        place = None if pos is None else pos.view(len(whole), length, 2)[: len(part)]
         part, block, intermediates = process(part, 1, len(part), length, channels, *args, pos=place)
-        parts.append(part)
-        made.append(intermediates[:-1])
-    tokens = torch.cat(parts)
-    shape = batch, frames, length, channels
-    # The output of the last block is what goes on: one tensor for both.
-    earlier = [torch.cat(outputs, dim=1).view(shape) for outputs in zip(*made, strict=True)]
-    return tokens, block, [*earlier, tokens.view(shape)]
+        after.append(block)
+        # The output of the last block is what goes on: one tensor for both.
+        return part, *(output.flatten(0, 1) for output in intermediates[:-1])
+
+    tokens, *earlier = in_chunks(some, chunk_frames(length, channels, tokens.device), whole)
+    outputs = [output.view(batch, frames, length, channels) for output in (*earlier, tokens)]
+    return tokens, after[0], outputs
 
 
 def _run_followed(
@@ -682,7 +681,7 @@ def run_fast_block(
         dtype = x.dtype if narrow is None else torch.promote_types(x.dtype, torch.float32)
         rotation = _flat_rotation(rope, positions, x.shape[-1] // module.attn.num_heads, dtype)
     dtype = x.dtype if narrow is None else narrow
-    rows = chunk_frames(1, x.shape[-1], x.device)
+    rows = chunk_frames(1, x.shape[-1], x.device)  # tokens: frames of one token each
     out = blocks.run_block(module, x.flatten(0, 1), rotation, len(x), dtype, speed, in_force, rows)
     return out.view(x.shape)
 

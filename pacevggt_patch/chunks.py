@@ -15,16 +15,20 @@ def in_chunks(
 
     Args:
         function: of the tensors; what it returns has the same rows in the same dimension.
-        size: rows at a time. A compiler gets all at once: it would write every chunk out.
+        size: rows at a time, at most. A compiler gets all at once, since it would write every chunk out, and so do
+            gradients, which keep everything anyway.
         tensors: with as many rows each, or None, which stays None.
         dim: of the rows.
     """
     rows = next(t.shape[dim] for t in tensors if t is not None)
-    if rows <= size or torch.compiler.is_compiling():
+    if rows <= size or torch.compiler.is_compiling() or torch.is_grad_enabled():
         return function(*tensors)
+    chunks = -(-rows // size)
     whole: tuple[Tensor, ...] = ()
-    for start in range(0, rows, size):
-        here = min(size, rows - start)
+    for i in range(chunks):
+        # As even as can be: what is compiled is made anew for a single row.
+        start = i * rows // chunks
+        here = (i + 1) * rows // chunks - start
         parts = function(*(None if t is None else t.narrow(dim, start, here) for t in tensors))
         if not whole:
             # Not joined at the end, when all parts would be there twice.

@@ -70,7 +70,7 @@ class Following(NamedTuple):
         return self._with(moved, after)
 
     def by_frames(self, function: Callable[..., Tensor], clips: int, *tensors: Tensor) -> Tensor:
-        """What `function` gives of the frames of `clips`, a few at a time.
+        """What `function` gives of the frames of `clips`, at most FRAMES_PER_CHUNK at a time, or one of each clip.
 
         Args:
             function: of the Following and the rows of `tensors` of some frames, as many of each clip.
@@ -87,7 +87,7 @@ class Following(NamedTuple):
             return (function(part, *(t.flatten(0, 1) for t in tensors)).unflatten(0, lead),)
 
         apart = [t.unflatten(0, (clips, -1)) for t in (self.index, self.weights, *tensors)]  # [B, S, ...]
-        return in_chunks(some, FRAMES_PER_CHUNK, *apart, dim=1)[0].flatten(0, 1)
+        return in_chunks(some, max(1, FRAMES_PER_CHUNK // clips), *apart, dim=1)[0].flatten(0, 1)
 
     def spread(self, tokens: Tensor, values: Tensor, slope: Tensor) -> Tensor:
         """Values of all tokens, given those of special and kept ones: the others' as in `follow`.
@@ -121,6 +121,8 @@ class Following(NamedTuple):
 
     def slope(self, before: Tensor, after: Tensor, clips: int) -> Tensor:
         """How the change of a token depends on the token, A [B, C, C] of each clip, for `follow`.
+
+        Of changes on the tokens before, as in `dependence`, and a constant for gradients like that.
 
         Args:
             before, after: special and kept tokens before and after it, [N, n + K, C].

@@ -100,11 +100,11 @@ def attend(
     """
     batch, heads, tokens, width = query.shape
     frames = len(following.index)  # of all clips
-    length, seeing = tokens * batch // frames, sorted(seeing)
+    length = tokens * batch // frames
     others = [head for head in range(heads) if head not in seeing]
-    whole = [attention(*(_heads(t, seeing) for t in (query, key, value)))] if seeing else []
     if not others:
-        return whole[0]
+        return attention(query, key, value)
+    whole = [attention(*(_heads(t, seeing) for t in (query, key, value)))] if seeing else []
     rows = following.rows(length).view(batch, -1)  # among the tokens of all clips
     rows = rows - torch.arange(batch, device=rows.device)[:, None] * tokens
     rows = rows[:, None, :, None].expand(-1, heads, -1, width)  # [B, heads, S * (n + K), d]
@@ -113,10 +113,10 @@ def attend(
     known = value.transpose(1, 2).reshape(frames, length, heads * width)
     found = few.transpose(1, 2).reshape(frames, -1, len(others) * width)
     whole = [t.transpose(1, 2).reshape(frames, length, len(seeing), width) for t in whole]
-    slope = following.dependence(following.compact(known), found, batch)
+    slope, dtype = following.dependence(following.compact(known), found, batch), few.dtype
 
     def filled(some: Following, known: Tensor, found: Tensor, *whole: Tensor) -> Tensor:
-        spread = some.spread(known, found, slope).unflatten(-1, (len(others), width)).to(few.dtype)
+        spread = some.spread(known, found, slope).unflatten(-1, (len(others), width)).to(dtype)
         parts = dict(zip(others, spread.unbind(2), strict=True))
         for part in whole:
             parts |= zip(seeing, part.unbind(2), strict=True)

@@ -122,6 +122,7 @@ def test_latency_with_dense_frames(tmp_path, monkeypatch, capsys):
     assert latency.main([*small, "--json", str(file)]) == 0
     report = json.loads(file.read_text())
     assert report["dense_frames"] and [row["merge_budget"] for row in report["rows"]] == [0, 0]
+    assert report["break_even_frames"] == {}  # not tried, which is not "never"
     stock, pace = ({stage["stage"]: stage for stage in d["stages"]} for d in report["details"])
     assert {"following", "restoration"} <= pace.keys() and "keep and merge" not in stock
     assert pace["frame blocks"]["tflop"] == stock["frame blocks"]["tflop"]

@@ -95,9 +95,21 @@ def test_a_block_does_what_the_host_does(model, kind, precision, rows, monkeypat
     x = torch.randn(2, 7, 32, generator=generator, dtype=torch.float64).to(weights)
     positions = torch.randint(0, 5, (2, 7, 2), generator=generator)
     where = {} if kind.startswith("patch") else {"pos": positions}
+    seen = {}
+
+    def speed(function, *key):
+        def call(*args):
+            seen.setdefault(function.__name__, []).append(len(args[0]))
+            return compiling.compiled(function, *key)(*args)
+
+        return call
+
     with torch.no_grad(), torch.autocast("cpu", autocast, enabled=autocast is not None):
         expected = block(x, **where)
-        found = backbone.run_fast_block(block, rope, x, where.get("pos"), compiling.compiled)
+        found = backbone.run_fast_block(block, rope, x, where.get("pos"), speed)
+    assert seen == dict.fromkeys(
+        ("before_attention", "after_attention"), [2, 3, 3, 3, 3] if rows == 3 else [14]
+    )
     assert found.dtype == expected.dtype
     assert (found - expected).norm() <= tolerance * (expected - x).norm()
 

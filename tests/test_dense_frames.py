@@ -307,7 +307,7 @@ def test_frames_in_chunks_change_nothing(heads, monkeypatch):
     accelerate(model, 0.3, weights=weights, dense_frames=True)
     whole = model(images)
     monkeypatch.setitem(backbone.HIDDEN_BYTES, "cpu", 1)
-    monkeypatch.setattr("pacevggt_patch.following.FRAMES_PER_CHUNK", 2)
+    monkeypatch.setattr("pacevggt_patch.following.FRAMES_PER_CHUNK", 4)
     seen, real = [], Following._spread
     monkeypatch.setattr(Following, "_spread", lambda *args: seen.append(len(args[1])) or real(*args))
     parts = model(images)

@@ -77,7 +77,7 @@ def slope_by_hand(tokens, values):
     return regression(tokens, [t + v for t, v in zip(tokens, padded, strict=True)])[:wide]
 
 
-@pytest.mark.parametrize("seeing", [(), (1,), (2, 0), (0, 1, 2)])
+@pytest.mark.parametrize("seeing", [(), (1,), (2, 0), (0, 1, 2), (2, 0, 1)])
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("keep", [1, 3])
 def test_attention_written_out(seeing, batch, keep):

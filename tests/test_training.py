@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from scipy.spatial.transform import Rotation
 
 import pacevggt_patch
-from pacevggt_patch import PaceError, PaceWeights, WeightsError, accelerate, compiling, patch
+from pacevggt_patch import PaceError, PaceWeights, WeightsError, accelerate, compiling, patch, pictures
 from pacevggt_patch.adaptation import BlockAdaptation
 from pacevggt_patch.cli import main
 from pacevggt_patch.clips import render_room, save_clip
@@ -865,6 +865,15 @@ def test_a_loss_that_is_no_number_ends_the_run(tiny, folder, tmp_path, monkeypat
         command.run_training(options(folder, tmp_path))
 
 
+@pytest.mark.parametrize(("losses", "panels"), [([], 2), ([{"step": 1, "total": 2.0, "depth": 1.0}], 3)])
+def test_the_curve_of_a_calibration_has_no_empty_panel(losses, panels, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(pictures, "save_figure", lambda figure, _: drawn.append(figure))
+    checks = [{"stage": "calibrated", "step": 0, "ratios": {"0.3": {"rotation_deg": 1.0, "depth": 0.1}}}]
+    pictures.save_training_curve(tmp_path / "curve.png", losses, checks)
+    assert len(drawn[0].axes) == panels and all(axis.lines for axis in drawn[0].axes)
+
+
 def test_the_command_line(tiny, folder, tmp_path, capsys):
     arguments = [
         "--images",
@@ -880,6 +889,8 @@ def test_the_command_line(tiny, folder, tmp_path, capsys):
     assert main(["train", *arguments, "--steps", "2", "--distil", "0.5", "--device", "cpu"]) == 0
     shown = capsys.readouterr()
     assert "Difference from the unpruned model" in shown.out
+    for said in ("training-free: comparing 4 clips", "calibrating on 8 clips", "refined: comparing 4 clips"):
+        assert said in shown.out, said
     assert "wrote " in shown.out and "pace.safetensors" in shown.out
     assert main(["train", *arguments, "--calibrate", "--out", str(tmp_path / "fit"), "--device", "cpu"]) == 0
     weights = PaceWeights.load(tmp_path / "fit" / "pace.safetensors")
@@ -888,6 +899,7 @@ def test_the_command_line(tiny, folder, tmp_path, capsys):
     assert [c["stage"] for c in weights.training["checks"]] == ["training-free", "calibrated"]
     start = ["--start", str(tmp_path / "fit" / "pace.safetensors"), "--out", str(tmp_path / "more")]
     assert main(["train", *arguments, *start, "--steps", "20", "--device", "cpu"]) == 0
+    assert "calibrating" not in capsys.readouterr().out.split("wrote ")[-2]
     training = PaceWeights.load(tmp_path / "more" / "pace.safetensors").training
     assert training["settings"]["distil"] == 0 and training["checks"][-1]["stage"] == "refined"
 
