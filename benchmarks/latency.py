@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import Bench, Job, free, measure, with_speedup
-from models import PRECISIONS, SEED, other_rows
+from models import PRECISIONS, SEED, add_dense_arguments, other_rows, parse
 from plots import save_plots
 from tables import print_report
 from tqdm import tqdm
@@ -138,14 +138,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--merge-budget", type=float)
     parser.add_argument("--precision", choices=PRECISIONS, default="float32")
     parser.add_argument("--compile", action="store_true", help="accelerate with compile=True")
-    parser.add_argument("--dense-frames", action="store_true", help="accelerate with dense_frames=True")
-    parser.add_argument(
-        "--matching-heads",
-        type=int,
-        default=0,
-        metavar="N",
-        help="with --dense-frames: so many heads of global attention see all tokens, in blocks evenly spread",
-    )
+    add_dense_arguments(parser, "accelerate with dense_frames=True")
     parser.add_argument("--head-dtype", choices=("bfloat16", "float16"), help="accelerate with head_dtype")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
@@ -180,10 +173,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="a PNG; needs matplotlib")
-    args = parser.parse_args(argv)
-    if args.matching_heads and not args.dense_frames:
-        raise PaceError("--matching-heads needs --dense-frames: without them no head can see all tokens")
-    return args
+    return parse(parser, argv)
 
 
 def plan(args: argparse.Namespace) -> tuple[list[Job], list[Job]]:

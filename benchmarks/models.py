@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import types
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,30 @@ def build(
     model.track_head = None  # runs on query points only
     model = model.to(device).eval()
     return model.to(torch.bfloat16) if precision == "bfloat16" else model
+
+
+def add_dense_arguments(parser: ArgumentParser, meaning: str) -> None:
+    """The arguments that say whether frame blocks keep all tokens; see `parse`."""
+    parser.add_argument("--dense-frames", action="store_true", help=meaning)
+    parser.add_argument(
+        "--matching-heads",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with --dense-frames: so many heads of global attention see all tokens, in blocks evenly spread",
+    )
+
+
+def parse(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
+    """The arguments of a parser that has those of `add_dense_arguments`.
+
+    Raises:
+        PaceError: they do not go together.
+    """
+    args = parser.parse_args(argv)
+    if args.matching_heads and not args.dense_frames:
+        raise PaceError("--matching-heads needs --dense-frames: without them no head can see all tokens")
+    return args
 
 
 def spread_heads(backbone: BackboneSpec, heads: int) -> Heads:

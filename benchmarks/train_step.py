@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import build, spread_heads
+from models import add_dense_arguments, build, parse, spread_heads
 from tqdm import tqdm
 
 from pacevggt_patch import PaceError, PaceWeights
@@ -107,21 +107,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--views", type=int, nargs="+", default=[8, 24], help="frames of a clip")
     parser.add_argument("--clips", type=int, default=1)
     parser.add_argument("--dense", type=int, default=4, help="frames on which depth and points are compared")
-    parser.add_argument("--dense-frames", action="store_true", help="train for dense_frames=True")
-    parser.add_argument(
-        "--matching-heads",
-        type=int,
-        default=0,
-        metavar="N",
-        help="with --dense-frames: so many heads of global attention see all tokens, in blocks evenly spread",
-    )
+    add_dense_arguments(parser, "train for dense_frames=True")
     parser.add_argument("--repeats", type=int, default=3, help="counted steps of each stage")
     parser.add_argument("--device", help="cpu or cuda (cuda where there is one if not given)")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    args = parser.parse_args(argv)
-    if args.matching_heads and not args.dense_frames:
-        raise PaceError("--matching-heads needs --dense-frames: without them no head can see all tokens")
-    return args
+    return parse(parser, argv)
 
 
 def calibration(fit: Fit, views: int) -> dict[str, Any]:
