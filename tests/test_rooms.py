@@ -158,14 +158,18 @@ def test_every_visible_point_lies_on_a_surface_that_the_other_cameras_meet():
     clip = render_room(3, 4, 56, 56)
     scene, cameras = scene_and_cameras(3, 4)
     points = unproject(clip.depth, clip.intrinsics, clip.world_to_camera).view(4, -1, 3)
+    aside = 1e-5 * torch.cat([torch.eye(3), -torch.eye(3)])
     for seen_from in range(4):
         centre = cameras.centre[seen_from]
         for frame in range(4):
             distance = cast_rays(scene, centre, (points[frame] - centre).T).distance
-            # A ray towards a point of a surface ends there (1), or before it at what is in front; next to an edge it
-            # may pass by in float32.
-            assert (distance > 1 + 1e-4).float().mean() < 1e-3
             assert frame != seen_from or (distance > 1 - 1e-4).float().mean() > 0.99
+            for step in aside:  # next to an edge a ray may pass by in float32, on some processors
+                distance = distance.minimum(
+                    cast_rays(scene, centre, (points[frame] + step - centre).T).distance
+                )
+            # A ray towards a point of a surface ends there (1), or before it at what is in front.
+            assert distance.max() < 1 + 1e-4
 
 
 def carried_error(clip, poses, first, second):
