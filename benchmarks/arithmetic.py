@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pacevggt_patch.following import ROWS
+from pacevggt_patch.method.propagation import ROWS
 
 # Dense bfloat16 product and large copy, as measured on an H100 80 GB.
 H100_FLOPS = 798e12

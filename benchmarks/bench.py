@@ -14,12 +14,12 @@ from models import build, check_values, forward, random_clip, spread_heads
 from stages import kernels, stages_and_syncs
 
 from pacevggt_patch import PaceWeights, accelerate, paused, summary
-from pacevggt_patch.adaptation import BlockAdaptation
-from pacevggt_patch.attention import kernel_name
-from pacevggt_patch.demo import usable_device
+from pacevggt_patch.cli.demo import usable_device
 from pacevggt_patch.evaluation.timing import time_interleaved
-from pacevggt_patch.patch import retune
-from pacevggt_patch.summary import device_time
+from pacevggt_patch.method.block_deltas import BlockAdaptation
+from pacevggt_patch.patching.install import retune
+from pacevggt_patch.patching.summary import device_time
+from pacevggt_patch.runtime.attention import kernel_name
 
 # A forward takes about so many times its floor; used until the first size is measured.
 TIMES_FLOOR = 2.5

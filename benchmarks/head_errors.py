@@ -3,7 +3,7 @@
     python benchmarks/head_errors.py --clips rooms --count 4 --frames 8 --json FILE --plot FILE
     python benchmarks/head_errors.py --clips DIR --frames 8
 
-The errors are those by which calibration chooses (`pacevggt_patch.training.matching`): mean squares, at keep ratio
+The errors are those by which calibration chooses (`pacevggt_patch.calibration.full_heads`): mean squares, at keep ratio
 0.3, of what a head adds to the tokens less what it would add, over the variance of the tokens. With `--alone`, each
 head is pruned by itself as well, and the outputs are compared with those of the model whose heads all see all tokens.
 """
@@ -20,12 +20,12 @@ from quality import add_clip_arguments, load, parse
 from tqdm import tqdm
 
 from pacevggt_patch import PaceError, PaceWeights, accelerate, remove
+from pacevggt_patch.calibration.full_heads import KEEP_RATIO, LEAST_ERROR, find_matching_heads
+from pacevggt_patch.cli.pictures import load_pyplot, save_figure
 from pacevggt_patch.evaluation import decode_pose_encoding
 from pacevggt_patch.evaluation.metrics import pairwise_pose_errors
 from pacevggt_patch.mini import build_mini
-from pacevggt_patch.pictures import load_pyplot, save_figure
-from pacevggt_patch.report import environment, write_json
-from pacevggt_patch.training.matching import KEEP_RATIO, LEAST_ERROR, find_matching_heads
+from pacevggt_patch.runtime.files import environment, write_json
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -29,8 +29,8 @@ from tables import print_report
 from tqdm import tqdm
 
 from pacevggt_patch import PaceError
-from pacevggt_patch.budget import measure_costs
-from pacevggt_patch.report import environment, write_json
+from pacevggt_patch.planning.fit_budget import measure_costs
+from pacevggt_patch.runtime.files import environment, write_json
 
 BREAK_EVEN_CANDIDATES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 CARDS_GIB = (12, 16, 24, 40, 80)

@@ -12,7 +12,8 @@ import argparse
 import shutil
 from pathlib import Path
 
-from pacevggt_patch.clips import load_clip, render_room, save_clip
+from pacevggt_patch.clips import load_clip, save_clip
+from pacevggt_patch.mini.scenes.rooms import render_room
 
 # Chosen among the first seeds: much of it is seen from several places, and VGGT-mini does on it
 # about as well as on the average room.

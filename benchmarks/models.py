@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from pacevggt_patch import PaceError
-from pacevggt_patch.backbone import BackboneSpec
 from pacevggt_patch.evaluation.timing import time_interleaved
-from pacevggt_patch.matching import Heads
+from pacevggt_patch.hosts.vggt import BackboneSpec
+from pacevggt_patch.method.full_heads import Heads
 from pacevggt_patch.mini import build_mini
 
 SEED = 0

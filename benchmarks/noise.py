@@ -20,9 +20,10 @@ from unittest import mock
 import torch
 from models import SEED, build, random_clip
 
-from pacevggt_patch import PaceError, accelerate, attention
-from pacevggt_patch.demo import usable_device
-from pacevggt_patch.report import environment, write_json
+from pacevggt_patch import PaceError, accelerate
+from pacevggt_patch.cli.demo import usable_device
+from pacevggt_patch.runtime import attention
+from pacevggt_patch.runtime.files import environment, write_json
 
 LAYER_SCALE = 0.3
 PAIRS = (("plain", "float32"), ("fast", "float32"), ("fast", "plain"))

@@ -21,11 +21,11 @@ from quality import METRICS, add_clip_arguments, known_values, load, parse
 from tqdm import tqdm
 
 from pacevggt_patch import PaceError, accelerate
+from pacevggt_patch.cli.pictures import load_pyplot, save_figure
 from pacevggt_patch.clips import Clip
 from pacevggt_patch.evaluation import evaluate_predictions
 from pacevggt_patch.mini import build_mini
-from pacevggt_patch.pictures import load_pyplot, save_figure
-from pacevggt_patch.report import environment, write_json
+from pacevggt_patch.runtime.files import environment, write_json
 
 STAGES = {"calibrated": "calibrated", "distilled": "distilled", "refined": "pace"}  # and their files
 

@@ -18,11 +18,12 @@ import torch
 from tqdm import tqdm
 
 from pacevggt_patch import PaceError, accelerate, summary
-from pacevggt_patch.clips import load_clip, render_room
+from pacevggt_patch.clips import load_clip
 from pacevggt_patch.evaluation import evaluate_predictions
 from pacevggt_patch.mini import build_mini
-from pacevggt_patch.mini.held_out import HELD_OUT_SEED
-from pacevggt_patch.report import environment, write_json
+from pacevggt_patch.mini.scenes.rooms import render_room
+from pacevggt_patch.mini.training.held_out import HELD_OUT_SEED
+from pacevggt_patch.runtime.files import environment, write_json
 
 METRICS = ("auc5", "auc15", "auc30", "rotation_deg", "translation_deg", "absrel", "delta125", "point_error")
 

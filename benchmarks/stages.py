@@ -17,9 +17,9 @@ from unittest import mock
 
 import torch
 
-from pacevggt_patch.following import Following
-from pacevggt_patch.summary import StageTimer
-from pacevggt_patch.tokens import FollowedTokens, RestoredTokens
+from pacevggt_patch.method.propagation import Following
+from pacevggt_patch.method.restored_tokens import FollowedTokens, RestoredTokens
+from pacevggt_patch.patching.summary import StageTimer
 
 HEADS = ("camera_head", "depth_head", "point_head")
 KERNELS_SHOWN = 10

@@ -20,13 +20,13 @@ from models import add_dense_arguments, build, parse, spread_heads
 from tqdm import tqdm
 
 from pacevggt_patch import PaceError, PaceWeights
-from pacevggt_patch.demo import usable_device
-from pacevggt_patch.report import environment, write_json
-from pacevggt_patch.summary import current_device, device_time
-from pacevggt_patch.training.clip_source import Sample, to_device
-from pacevggt_patch.training.command import LARGE
+from pacevggt_patch.cli.demo import usable_device
+from pacevggt_patch.patching.summary import current_device, device_time
+from pacevggt_patch.runtime.files import environment, write_json
 from pacevggt_patch.training.fit import Fit, Settings
 from pacevggt_patch.training.guest import guest
+from pacevggt_patch.training.run import LARGE
+from pacevggt_patch.training.sources import Sample, to_device
 
 
 class RandomClips:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pacevggt_patch import PaceError
-from pacevggt_patch.report import whole_file
+from pacevggt_patch.runtime.files import whole_file
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"

@@ -1,10 +1,11 @@
 """Accelerate VGGT models in place by token pruning: one call, the same inputs and outputs."""
 
-from .budget import BudgetPlan, fit_budget
-from .config import ClipError, PaceConfig, PaceError, UnsupportedModelError, WeightsError
-from .patch import accelerate, is_accelerated, paused, remove, summary
+from .config import PaceConfig
+from .errors import ClipError, PaceError, UnsupportedModelError, WeightsError
+from .patching.install import accelerate, is_accelerated, paused, remove, summary
+from .planning.fit_budget import BudgetPlan, fit_budget
 from .version import __version__
-from .weights import PaceWeights
+from .weights.pace import PaceWeights
 
 __all__ = [
     "BudgetPlan",

@@ -1,4 +1,4 @@
-"""The settings of an accelerated model, and the errors this package raises."""
+"""The settings of an accelerated model."""
 
 from __future__ import annotations
 
@@ -8,23 +8,9 @@ from numbers import Real
 
 import torch
 
+from .errors import PaceError
+
 DEFAULT_KEEP_RATIO = 0.3
-
-
-class PaceError(ValueError):
-    """Base of every error that this package raises on purpose."""
-
-
-class UnsupportedModelError(PaceError):
-    """The model is not a VGGT that the patch knows how to accelerate."""
-
-
-class WeightsError(PaceError):
-    """A pace weight file is missing, broken, or belongs to another backbone."""
-
-
-class ClipError(PaceError):
-    """A clip (images, cameras or depth) can't be read."""
 
 
 @dataclass(frozen=True)

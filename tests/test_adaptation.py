@@ -11,12 +11,12 @@ import torch
 from hosts import assert_equal, random_adaptation, random_images, tiny_vggt
 
 from pacevggt_patch import PaceWeights, UnsupportedModelError, WeightsError, accelerate, paused, remove
-from pacevggt_patch import scorer as scorer_module
-from pacevggt_patch import weights as weights_module
-from pacevggt_patch.adaptation import RANK, BlockAdaptation
-from pacevggt_patch.backbone import all_block_parameters
-from pacevggt_patch.patch import retune
+from pacevggt_patch.hosts.vggt import all_block_parameters
+from pacevggt_patch.method import scoring as scorer_module
+from pacevggt_patch.method.block_deltas import RANK, BlockAdaptation
+from pacevggt_patch.patching.install import retune
 from pacevggt_patch.training.guest import guest
+from pacevggt_patch.weights.pace import pace as weights_module
 
 
 @pytest.fixture(params=[1, 2], ids=["single", "in pairs"])

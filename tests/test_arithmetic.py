@@ -11,11 +11,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pacevggt_patch import PaceWeights, accelerate
-from pacevggt_patch.adaptation import BlockAdaptation
-from pacevggt_patch.assignment import assign
-from pacevggt_patch.merging import merge_tokens
-from pacevggt_patch.restoration import restore
-from pacevggt_patch.scorer import token_scores
+from pacevggt_patch.method.block_deltas import BlockAdaptation
+from pacevggt_patch.method.merging import merge_tokens
+from pacevggt_patch.method.restoration import restore
+from pacevggt_patch.method.scoring import token_scores
+from pacevggt_patch.method.selection import assign
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 

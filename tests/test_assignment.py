@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pacevggt_patch.assignment import KEPT, MERGED, PRUNED, SALIENCY_STEPS, assign, merge_quotas
+from pacevggt_patch.method.selection import KEPT, MERGED, PRUNED, SALIENCY_STEPS, assign, merge_quotas
 
 
 def reference_quotas(saliency: list[float], total: int, cap: int) -> list[int]:

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from hosts import random_images, tiny_vggt
 
 from pacevggt_patch import UnsupportedModelError, accelerate
-from pacevggt_patch.training import attention as module
 from pacevggt_patch.training import attention_target
-from pacevggt_patch.training.attention import attention_received, chosen_queries
+from pacevggt_patch.training import attention_target as module
+from pacevggt_patch.training.attention_target import attention_received, chosen_queries
 
 
 def reference(model, images) -> torch.Tensor:

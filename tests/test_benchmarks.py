@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from pacevggt_patch import PaceError, PaceWeights
-from pacevggt_patch.clips import render_room, save_clip
+from pacevggt_patch.clips import save_clip
 from pacevggt_patch.mini import build_mini
+from pacevggt_patch.mini.scenes.rooms import render_room
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -101,7 +102,7 @@ def test_latency(tmp_path, monkeypatch, capsys):
 
 def test_noise(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(BENCHMARKS)
-    monkeypatch.setattr("pacevggt_patch.compiling.BACKEND", "eager")
+    monkeypatch.setattr("pacevggt_patch.runtime.compiling.BACKEND", "eager")
     file = tmp_path / "noise.json"
     arguments = ["--device", "cpu", "--size", "28x42", "--frames", "2", "--keep-ratios", "0.4"]
     assert script("noise").main([*arguments, "--json", str(file)]) == 0
@@ -260,7 +261,7 @@ def test_models_whose_times_would_mislead_are_refused(monkeypatch):
 
 def test_quality_on_rooms(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
-        "pacevggt_patch.patch.pruning_pays", lambda *_: False
+        "pacevggt_patch.patching.install.pruning_pays", lambda *_: False
     )  # as for so short clips on a GPU
     quality, file = script("quality"), tmp_path / "quality.json"
     arguments = [
@@ -315,7 +316,7 @@ def test_a_metric_that_some_clips_lack_is_not_averaged(tmp_path):
 def test_pace_quality(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(BENCHMARKS)
     monkeypatch.setattr(
-        "pacevggt_patch.patch.pruning_pays", lambda *_: False
+        "pacevggt_patch.patching.install.pruning_pays", lambda *_: False
     )  # as for so short clips on a GPU
     pace_quality = script("pace_quality")
     model = build_mini()

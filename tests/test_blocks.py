@@ -16,17 +16,17 @@ from pacevggt_patch import (
     PaceWeights,
     UnsupportedModelError,
     accelerate,
-    backbone,
-    blocks,
-    compiling,
     is_accelerated,
     paused,
     remove,
     summary,
 )
-from pacevggt_patch.attention import InAttention
-from pacevggt_patch.patch import _state as accelerated_state
-from pacevggt_patch.patch import retune
+from pacevggt_patch.hosts import blocks
+from pacevggt_patch.hosts import vggt as backbone
+from pacevggt_patch.patching.install import _state as accelerated_state
+from pacevggt_patch.patching.install import retune
+from pacevggt_patch.runtime import compiling
+from pacevggt_patch.runtime.attention import InAttention
 
 
 @pytest.fixture(autouse=True)
@@ -448,8 +448,8 @@ def test_a_dropout_that_trains_in_a_block_that_does_not():
 
 
 def test_nothing_to_compile_is_refused(monkeypatch):
-    monkeypatch.setattr("pacevggt_patch.blocks.is_block", lambda *_: False)
-    monkeypatch.setattr("pacevggt_patch.patch.is_dense_head", lambda *_: False)
+    monkeypatch.setattr("pacevggt_patch.hosts.blocks.is_block", lambda *_: False)
+    monkeypatch.setattr("pacevggt_patch.patching.install.is_dense_head", lambda *_: False)
     model = tiny_vggt()
     with pytest.raises(UnsupportedModelError, match="is of the stock make, which is what can be compiled"):
         accelerate(model, weights=None, compile=True)

@@ -6,9 +6,10 @@ import pytest
 import torch
 from hosts import assert_equal, random_images, tiny_vggt
 
-from pacevggt_patch import PaceWeights, accelerate, is_accelerated, patch, summary
-from pacevggt_patch.break_even import pruning_pays, saved_flops
-from pacevggt_patch.tokens import RestoredTokens
+from pacevggt_patch import PaceWeights, accelerate, is_accelerated, summary
+from pacevggt_patch.method.restored_tokens import RestoredTokens
+from pacevggt_patch.patching import install as patch
+from pacevggt_patch.planning.break_even import pruning_pays, saved_flops
 
 VGGT_1B = {"patches": 1036, "kept": 311, "special": 5, "channels": 1024, "blocks": 24}
 

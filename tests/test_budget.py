@@ -13,13 +13,13 @@ from pacevggt_patch import (
     PaceError,
     PaceWeights,
     accelerate,
-    budget,
     fit_budget,
     is_accelerated,
     paused,
     summary,
 )
-from pacevggt_patch.budget import CostModel, Point, measure_costs, non_negative_least_squares
+from pacevggt_patch.planning import fit_budget as budget
+from pacevggt_patch.planning.fit_budget import CostModel, Point, measure_costs, non_negative_least_squares
 
 SIZE = (14 * 28, 14 * 37)
 PATCHES, SPECIAL = 28 * 37, 5

@@ -6,9 +6,9 @@ from hosts import random_images, tiny_vggt
 
 import pacevggt_patch
 from pacevggt_patch import PaceError, PaceWeights, accelerate, remove
-from pacevggt_patch.restoration import interpolation_weights
+from pacevggt_patch.calibration import calibrate as module
+from pacevggt_patch.method.restoration import interpolation_weights
 from pacevggt_patch.training import calibrate
-from pacevggt_patch.training import calibration as module
 
 
 def clips(count: int = 3, frames: int = 3):

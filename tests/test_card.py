@@ -8,8 +8,8 @@ from hosts import random_images, tiny_vggt
 
 import pacevggt_patch
 from pacevggt_patch import PaceWeights, WeightsError, accelerate
-from pacevggt_patch.cli import main
-from pacevggt_patch.training.card import model_card, push
+from pacevggt_patch.cli.main import main
+from pacevggt_patch.weights.card import model_card, push
 
 CHECKS = [
     {

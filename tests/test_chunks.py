@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pacevggt_patch.chunks import in_chunks
+from pacevggt_patch.runtime.chunks import in_chunks
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 6, 7, 100])

@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pacevggt_patch.clips import Clip, count_frames, load_clip, render_room, save_clip
+from pacevggt_patch.clips import Clip, count_frames, load_clip, save_clip
 from pacevggt_patch.clips.folder import crop_framing, square_framing
-from pacevggt_patch.config import ClipError
+from pacevggt_patch.errors import ClipError
+from pacevggt_patch.mini.scenes.rooms import render_room
 
 torch.set_num_threads(1)
 

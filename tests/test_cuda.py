@@ -8,18 +8,10 @@ import torch
 import torch.nn.functional as F
 from hosts import random_images, tiny_vggt
 
-from pacevggt_patch import (
-    PaceError,
-    PaceWeights,
-    accelerate,
-    backbone,
-    fit_budget,
-    is_accelerated,
-    remove,
-    summary,
-)
-from pacevggt_patch.attention import faster_attention, library
-from pacevggt_patch.budget import measure_costs
+from pacevggt_patch import PaceError, PaceWeights, accelerate, fit_budget, is_accelerated, remove, summary
+from pacevggt_patch.hosts import vggt as backbone
+from pacevggt_patch.planning.fit_budget import measure_costs
+from pacevggt_patch.runtime.attention import faster_attention, library
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -127,7 +119,7 @@ def test_dense_frames_never_wait_and_agree_with_the_cpu(
 
 
 def test_errors_of_heads_are_those_of_the_cpu(model, images):
-    from pacevggt_patch.training.matching import find_matching_heads
+    from pacevggt_patch.calibration.full_heads import find_matching_heads
 
     heads, errors = find_matching_heads(model, [images])
     expected = find_matching_heads(model.cpu(), [images.cpu()])
@@ -160,7 +152,9 @@ def test_model_moved_after_accelerate():
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_outputs_on_the_cpu_are_the_same(model, images, autocast, monkeypatch):
-    monkeypatch.setattr("pacevggt_patch.heads.GPU_BYTES", 2 * 8 * 56 * 70 * 4)  # chunks of two frames
+    monkeypatch.setattr(
+        "pacevggt_patch.patching.heads.GPU_BYTES", 2 * 8 * 56 * 70 * 4
+    )  # chunks of two frames
     with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=autocast):
         expected = accelerate(model, 0.3, weights=None, min_frames=1)(images)
         found = accelerate(model, 0.3, weights=None, min_frames=1, output_device="cpu")(images)
@@ -237,10 +231,10 @@ def test_a_model_on_another_than_the_current_device_is_measured_there():
 def test_training_runs_on_the_device(tmp_path):
     """Rendered on the device, bfloat16 autocast, both stages, with and without computing blocks twice."""
     from pacevggt_patch import PaceWeights
-    from pacevggt_patch.clips.textures import texture_atlas
-    from pacevggt_patch.training.clip_source import RenderedScenes
+    from pacevggt_patch.mini.scenes.textures import texture_atlas
     from pacevggt_patch.training.fit import Fit, Settings
     from pacevggt_patch.training.guest import guest
+    from pacevggt_patch.training.sources import RenderedScenes
 
     model = tiny_vggt().cuda()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -262,7 +256,7 @@ def test_training_runs_on_the_device(tmp_path):
 
 
 def test_recorded_calls_are_replayed_with_new_inputs():
-    from pacevggt_patch.training.recording import Recorder
+    from pacevggt_patch.runtime.cuda_graphs import Recorder
 
     recorder, runs = Recorder(True), []
 
@@ -282,11 +276,11 @@ def test_recorded_calls_are_replayed_with_new_inputs():
 
 @pytest.mark.parametrize(("dense_frames", "compile"), [(False, False), (False, True), (True, True)])
 def test_recorded_and_compiled_steps_train_as_others_do(dense_frames, compile, monkeypatch):
-    from pacevggt_patch import backbone
-    from pacevggt_patch.clips.textures import texture_atlas
-    from pacevggt_patch.training.clip_source import RenderedScenes
+    from pacevggt_patch.hosts import vggt as backbone
+    from pacevggt_patch.mini.scenes.textures import texture_atlas
     from pacevggt_patch.training.fit import Fit, Settings
     from pacevggt_patch.training.guest import guest
+    from pacevggt_patch.training.sources import RenderedScenes
 
     ran, real = [], backbone.run_fast_block
     monkeypatch.setattr(backbone, "run_fast_block", lambda *args: ran.append(True) or real(*args))

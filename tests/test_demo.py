@@ -12,12 +12,14 @@ import torch
 from PIL import Image
 from plyfile import PlyData
 
-from pacevggt_patch import cli, pictures
-from pacevggt_patch.assignment import KEPT, MERGED, PRUNED
-from pacevggt_patch.clips import load_clip, render_room, save_clip
-from pacevggt_patch.demo import BUNDLED_CLIP, format_table, load_evenly, run_demo
+from pacevggt_patch.cli.demo import BUNDLED_CLIP, format_table, load_evenly, run_demo
+from pacevggt_patch.cli.main import main as cli
+from pacevggt_patch.cli.main import pictures
+from pacevggt_patch.clips import load_clip, save_clip
 from pacevggt_patch.evaluation.timing import time_interleaved
-from pacevggt_patch.report import whole_file, write_json
+from pacevggt_patch.method.selection import KEPT, MERGED, PRUNED
+from pacevggt_patch.mini.scenes.rooms import render_room
+from pacevggt_patch.runtime.files import whole_file, write_json
 
 REAL_CLIPS = os.environ.get("PACEVGGT_REAL_CLIPS")
 KEYS = {
@@ -59,7 +61,7 @@ def test_report_and_pictures(tmp_path):
 
 def test_clips_too_short_to_gain_are_pruned_all_the_same(tmp_path, monkeypatch):
     """As on a GPU, where a few frames of VGGT-mini would run the stock aggregator."""
-    monkeypatch.setattr("pacevggt_patch.patch.pruning_pays", lambda *_: False)
+    monkeypatch.setattr("pacevggt_patch.patching.install.pruning_pays", lambda *_: False)
     report, written, _ = run_demo(tmp_path, frames=2, weights=None, repeats=1, device="cpu")
     assert "tokens.png" in written and report["stock"] != report["pace"]
 
@@ -224,7 +226,10 @@ def test_runs_are_interleaved_and_the_first_is_not_counted():
 
 def test_module_and_version():
     shown = subprocess.run(
-        [sys.executable, "-m", "pacevggt_patch.cli", "--version"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "pacevggt_patch.cli.main", "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert shown.stdout.startswith("pacevggt-patch ")
 

@@ -10,12 +10,13 @@ from hosts import assert_equal, random_adaptation, random_images, tiny_vggt
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pacevggt_patch import PaceError, PaceWeights, WeightsError, accelerate, backbone, remove, summary
-from pacevggt_patch.break_even import saved_flops
-from pacevggt_patch.following import RIDGE, ROWS, Following, following
-from pacevggt_patch.patch import retune
-from pacevggt_patch.scorer import token_scores
-from pacevggt_patch.tokens import FollowedTokens
+from pacevggt_patch import PaceError, PaceWeights, WeightsError, accelerate, remove, summary
+from pacevggt_patch.hosts import vggt as backbone
+from pacevggt_patch.method.propagation import RIDGE, ROWS, Following, following
+from pacevggt_patch.method.restored_tokens import FollowedTokens
+from pacevggt_patch.method.scoring import token_scores
+from pacevggt_patch.patching.install import retune
+from pacevggt_patch.planning.break_even import saved_flops
 
 
 def regression(tokens, after):
@@ -307,7 +308,7 @@ def test_frames_in_chunks_change_nothing(heads, monkeypatch):
     accelerate(model, 0.3, weights=weights, dense_frames=True)
     whole = model(images)
     monkeypatch.setitem(backbone.HIDDEN_BYTES, "cpu", 1)
-    monkeypatch.setattr("pacevggt_patch.following.FRAMES_PER_CHUNK", 4)
+    monkeypatch.setattr("pacevggt_patch.method.propagation.FRAMES_PER_CHUNK", 4)
     seen, real = [], Following._spread
     monkeypatch.setattr(Following, "_spread", lambda *args: seen.append(len(args[1])) or real(*args))
     parts = model(images)

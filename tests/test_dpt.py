@@ -9,9 +9,11 @@ from hosts import random_images, tiny_vggt
 from torch import nn
 from vggt.heads.dpt_head import DPTHead
 
-from pacevggt_patch import accelerate, dpt, heads, paused, summary
-from pacevggt_patch.patch import retune
-from pacevggt_patch.tokens import RestoredTokens
+from pacevggt_patch import accelerate, paused
+from pacevggt_patch.hosts import dpt
+from pacevggt_patch.method.restored_tokens import RestoredTokens
+from pacevggt_patch.patching import heads, summary
+from pacevggt_patch.patching.install import retune
 
 LAYERS = [0, 1, 2, 3]
 KINDS = {
@@ -338,7 +340,7 @@ def test_dense_outputs_go_where_they_are_asked_for():
 
 
 def compiled_model(monkeypatch, **options):
-    monkeypatch.setattr("pacevggt_patch.compiling.BACKEND", "eager")
+    monkeypatch.setattr("pacevggt_patch.runtime.compiling.BACKEND", "eager")
     monkeypatch.setattr(heads, "CPU_BYTES", 4 * 8 * 56 * 70 * 4)  # chunks of four frames
     return accelerate(tiny_vggt(track=True), 0.4, weights=None, **options)
 

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from hosts import random_images, tiny_vggt
 
 from pacevggt_patch import PaceError, UnsupportedModelError, accelerate
-from pacevggt_patch.attention import FewerKeys, InAttention, key_numbers
-from pacevggt_patch.scorer import token_scores
+from pacevggt_patch.method.scoring import token_scores
+from pacevggt_patch.runtime.attention import FewerKeys, InAttention, key_numbers
 
 
 def test_the_best_scored_tokens_and_all_special_ones_are_keys():
@@ -73,7 +73,7 @@ def test_keys_of_an_unpruned_clip_are_spread_over_its_frames(monkeypatch):
 
 
 def test_checkpointing_sees_the_same_keys():
-    from pacevggt_patch.patch import retune
+    from pacevggt_patch.patching.install import retune
 
     model, images = tiny_vggt(), random_images(2)
     accelerate(model, 0.4, weights=None, global_keys=0.5)

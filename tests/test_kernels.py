@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from hosts import random_images, tiny_vggt
 
-from pacevggt_patch import accelerate, attention, compiling, summary
-from pacevggt_patch.attention import FasterAttention, faster_attention, kernel_name
+from pacevggt_patch import accelerate, summary
+from pacevggt_patch.runtime import attention, compiling
+from pacevggt_patch.runtime.attention import FasterAttention, faster_attention, kernel_name
 
 CPU = torch.device("cpu")
 

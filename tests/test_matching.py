@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 from test_dense_frames import regression
 
 from pacevggt_patch import PaceError, PaceWeights, UnsupportedModelError, WeightsError, accelerate, summary
-from pacevggt_patch.adaptation import BlockAdaptation
-from pacevggt_patch.attention import InAttention
-from pacevggt_patch.following import following
-from pacevggt_patch.matching import attend
-from pacevggt_patch.patch import retune
+from pacevggt_patch.calibration import full_heads as finding
+from pacevggt_patch.method.block_deltas import BlockAdaptation
+from pacevggt_patch.method.full_heads import attend
+from pacevggt_patch.method.propagation import following
+from pacevggt_patch.patching.install import retune
+from pacevggt_patch.runtime.attention import InAttention
 from pacevggt_patch.training import calibrate
-from pacevggt_patch.training import matching as finding
 
 BLOCKS, HEADS = 4, 2  # of the tiny model
 ALL = tuple((block, head) for block in range(BLOCKS) for head in range(HEADS))

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pacevggt_patch import merging
-from pacevggt_patch.assignment import KEPT, MERGED, assign
-from pacevggt_patch.merging import MergeAdapter, kept_tokens, merge_targets, merge_tokens
+from pacevggt_patch.method import merging
+from pacevggt_patch.method.merging import MergeAdapter, kept_tokens, merge_targets, merge_tokens
+from pacevggt_patch.method.selection import KEPT, MERGED, assign
 
 
 def reference(tokens: torch.Tensor, assignment) -> torch.Tensor:

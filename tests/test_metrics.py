@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
-from pacevggt_patch.clips import Clip, render_room
-from pacevggt_patch.config import PaceError
+from pacevggt_patch.clips import Clip
+from pacevggt_patch.errors import PaceError
 from pacevggt_patch.evaluation import (
     absolute_trajectory_error,
     decode_pose_encoding,
@@ -26,6 +26,7 @@ from pacevggt_patch.evaluation import (
     unproject,
 )
 from pacevggt_patch.evaluation.metrics import median
+from pacevggt_patch.mini.scenes.rooms import render_room
 
 torch.set_num_threads(1)
 

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 import pacevggt_patch
 from pacevggt_patch import PaceError, PaceWeights, WeightsError
-from pacevggt_patch.bundled import bundled_files
 from pacevggt_patch.mini import MiniConfig, build_mini, save_mini
 from pacevggt_patch.mini import model as mini_module
+from pacevggt_patch.weights.bundled import bundled_files
 
 SMALL = MiniConfig(
     image_size=56,
@@ -165,7 +165,7 @@ def test_it_can_be_accelerated_and_pickled(mini):
 
 
 def test_pace_weights_of_the_bundled_checkpoint_fit_it_loaded_again(mini):
-    from pacevggt_patch.backbone import find_host
+    from pacevggt_patch.hosts.vggt import find_host
 
     PaceWeights.new(mini).check(find_host(build_mini().bfloat16()))
 

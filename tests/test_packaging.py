@@ -67,7 +67,7 @@ def test_the_wheel_asks_for_no_vggt_and_installs_the_command(wheel):
     info = f"pacevggt_patch-{pacevggt_patch.__version__}.dist-info"
     required = re.findall(r"^Requires-Dist: ([\w.-]+)[^;\n]*$", wheel.read(f"{info}/METADATA").decode(), re.M)
     assert sorted(required) == ["huggingface-hub", "numpy", "safetensors", "torch"]
-    assert "pacevggt = pacevggt_patch.cli:main" in wheel.read(f"{info}/entry_points.txt").decode()
+    assert "pacevggt = pacevggt_patch.cli.main:main" in wheel.read(f"{info}/entry_points.txt").decode()
 
 
 def test_importing_is_light():

@@ -25,9 +25,9 @@ from pacevggt_patch import (
     remove,
     summary,
 )
-from pacevggt_patch import tokens as tokens_module
-from pacevggt_patch.patch import retune
-from pacevggt_patch.tokens import RestoredTokens
+from pacevggt_patch.method import restored_tokens as tokens_module
+from pacevggt_patch.method.restored_tokens import RestoredTokens
+from pacevggt_patch.patching.install import retune
 
 warnings.filterwarnings("ignore", message=".*torch.cuda.amp.autocast.*")
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from pacevggt_patch import accelerate, remove
-from pacevggt_patch.clips import load_clip, render_room
-from pacevggt_patch.demo import BUNDLED_CLIP
+from pacevggt_patch.cli.demo import BUNDLED_CLIP
+from pacevggt_patch.clips import load_clip
 from pacevggt_patch.evaluation import evaluate_predictions
 from pacevggt_patch.mini import build_mini
+from pacevggt_patch.mini.scenes.rooms import render_room
 
 NONE, BUNDLED = None, "auto"  # weights
 SETTINGS: list[tuple[float, str | None]] = [(1.0, NONE), (0.5, NONE), (0.3, NONE), (0.3, BUNDLED)]

@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from pacevggt_patch.clips import rooms, training_scenes
-from pacevggt_patch.clips.raycast import FrameScenes, render_frames
-from pacevggt_patch.clips.textures import (
+from pacevggt_patch.errors import ClipError
+from pacevggt_patch.mini.scenes import rooms, training_scenes
+from pacevggt_patch.mini.scenes.raycast import FrameScenes, render_frames
+from pacevggt_patch.mini.scenes.textures import (
     TextureAtlas,
     build_atlas,
     load_photographs,
@@ -19,8 +20,14 @@ from pacevggt_patch.clips.textures import (
     sample_texture,
     texture_atlas,
 )
-from pacevggt_patch.clips.training_scenes import FACADE, FURNISHED, PLAIN, SOLIDS, SceneBatch, sample_scenes
-from pacevggt_patch.config import ClipError
+from pacevggt_patch.mini.scenes.training_scenes import (
+    FACADE,
+    FURNISHED,
+    PLAIN,
+    SOLIDS,
+    SceneBatch,
+    sample_scenes,
+)
 
 torch.set_num_threads(1)
 

@@ -7,7 +7,7 @@ import torch
 from hosts import random_images, tiny_vggt
 
 from pacevggt_patch import PaceWeights, accelerate
-from pacevggt_patch.restoration import (
+from pacevggt_patch.method.restoration import (
     SPREAD,
     TEMPERATURE,
     FeatureGuidedRestoration,

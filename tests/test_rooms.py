@@ -12,18 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pacevggt_patch
-from pacevggt_patch.clips import load_clip, render_room
-from pacevggt_patch.clips.rooms import (
+from pacevggt_patch.clips import load_clip
+from pacevggt_patch.errors import ClipError
+from pacevggt_patch.evaluation import unproject
+from pacevggt_patch.mini.scenes.rooms import (
     Scene,
     Solids,
     cast_rays,
     leave_cubes,
+    render_room,
     sample_cameras,
     sample_scene,
     value_noise,
 )
-from pacevggt_patch.config import ClipError
-from pacevggt_patch.evaluation import unproject
 
 torch.set_num_threads(1)
 

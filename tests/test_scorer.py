@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from pacevggt_patch import scorer as module
-from pacevggt_patch.scorer import TokenScorer, coverage_scores, token_scores
+from pacevggt_patch.method import scoring as module
+from pacevggt_patch.method.scoring import TokenScorer, coverage_scores, token_scores
 
 
 def features(frames: int, patches: int, channels: int = 16, seed: int = 0) -> torch.Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pacevggt_patch.clips.sensor import (
+from pacevggt_patch.mini.scenes.sensor import (
     SensorEffects,
     apply_sensor,
     cosine_transform,

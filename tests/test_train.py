@@ -17,13 +17,13 @@ from torch import nn
 from vggt.utils.rotation import quat_to_mat
 
 from pacevggt_patch import PaceError
-from pacevggt_patch.clips.textures import texture_atlas
-from pacevggt_patch.clips.training_scenes import sample_scenes
 from pacevggt_patch.evaluation.metrics import decode_pose_encoding
 from pacevggt_patch.mini import MiniConfig, build_mini
-from pacevggt_patch.mini import fetch_textures as fetch
-from pacevggt_patch.mini.forward import FastForward, layer_list
-from pacevggt_patch.mini.losses import (
+from pacevggt_patch.mini.scenes import fetch_textures as fetch
+from pacevggt_patch.mini.scenes.textures import texture_atlas
+from pacevggt_patch.mini.scenes.training_scenes import sample_scenes
+from pacevggt_patch.mini.training.forward import FastForward, layer_list
+from pacevggt_patch.mini.training.losses import (
     PAIR_FLOOR,
     PAIR_HALF,
     AuxiliaryHeads,
@@ -39,9 +39,9 @@ from pacevggt_patch.mini.losses import (
     point_loss,
     quaternions,
 )
-from pacevggt_patch.mini.optim import FlatOptimizer, learning_rate, orthogonalise
-from pacevggt_patch.mini.train import Plan, architecture, main
-from pacevggt_patch.mini.trainer import Settings, Trainer, mixed_seed, sample_inputs, step_views
+from pacevggt_patch.mini.training.optim import FlatOptimizer, learning_rate, orthogonalise
+from pacevggt_patch.mini.training.train import Plan, architecture, main
+from pacevggt_patch.mini.training.trainer import Settings, Trainer, mixed_seed, sample_inputs, step_views
 
 torch.set_num_threads(1)
 
@@ -421,7 +421,7 @@ def test_two_processes_step_like_one_with_both_gradients(tmp_path, atlas):
     script = """
 import sys, torch, torch.distributed as dist
 from test_train import make_trainer
-from pacevggt_patch.clips.textures import texture_atlas
+from pacevggt_patch.mini.scenes.textures import texture_atlas
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
 rank = dist.get_rank()

@@ -19,14 +19,18 @@ from safetensors.torch import load_file
 from scipy.spatial.transform import Rotation
 
 import pacevggt_patch
-from pacevggt_patch import PaceError, PaceWeights, WeightsError, accelerate, compiling, patch, pictures
-from pacevggt_patch.adaptation import BlockAdaptation
-from pacevggt_patch.cli import main
-from pacevggt_patch.clips import render_room, save_clip
-from pacevggt_patch.clips.textures import brightened, texture_atlas
+from pacevggt_patch import PaceError, PaceWeights, WeightsError, accelerate
+from pacevggt_patch.calibration import full_heads as matching
+from pacevggt_patch.cli.main import main, pictures
+from pacevggt_patch.clips import save_clip
 from pacevggt_patch.evaluation import decode_pose_encoding
-from pacevggt_patch.training import command, matching
-from pacevggt_patch.training.clip_source import FolderSource, PlainRooms, RenderedScenes, Truth
+from pacevggt_patch.method.block_deltas import BlockAdaptation
+from pacevggt_patch.mini.scenes.rooms import render_room
+from pacevggt_patch.mini.scenes.sweeps import Sweeps, render_sweeps
+from pacevggt_patch.mini.scenes.textures import brightened, texture_atlas
+from pacevggt_patch.patching import install as patch
+from pacevggt_patch.runtime import compiling
+from pacevggt_patch.training import run as command
 from pacevggt_patch.training.fit import RATIOS, Fit, Settings, learning_rate, step_plan
 from pacevggt_patch.training.guest import guest
 from pacevggt_patch.training.losses import (
@@ -40,7 +44,7 @@ from pacevggt_patch.training.losses import (
     truth_target,
 )
 from pacevggt_patch.training.passes import Outputs, run
-from pacevggt_patch.training.sweeps import Sweeps, render_sweeps
+from pacevggt_patch.training.sources import FolderSource, PlainRooms, RenderedScenes, Truth
 
 CPU = torch.device("cpu")
 
@@ -205,7 +209,7 @@ def test_rendered_rooms_agree_with_their_cameras(make):
 def test_training_rooms_are_not_the_held_out_ones(monkeypatch):
     seeds = []
     monkeypatch.setattr(
-        "pacevggt_patch.training.clip_source.render_room", lambda seed, *_: seeds.append(seed) or seed
+        "pacevggt_patch.training.sources.render_room", lambda seed, *_: seeds.append(seed) or seed
     )
     for number in range(300):
         PlainRooms(28).draw(number, 2, 3)
@@ -469,7 +473,7 @@ def test_compiled_steps_have_the_same_gradients(folder, monkeypatch):
             fit.differentiate(*fit.refine_loss(fit.finish(source.draw(0, 1, 3)), step_plan(settings, 3)))
         gradients.append(fit.gradient.clone())
         assert bool(compiled) is compile
-    assert compiled == {("pacevggt_patch.blocks", grad) for grad in (False, True)}
+    assert compiled == {("pacevggt_patch.hosts.blocks", grad) for grad in (False, True)}
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4 * gradients[0].abs().max())
 
 
@@ -984,7 +988,7 @@ with guest(model, weights):
     for step in range(2):
         fit.step(fit.draw(step))
 torch.save(fit.modules.state_dict(), f"{sys.argv[2]}/{dist.get_rank()}.pt")
-from pacevggt_patch.training import matching
+from pacevggt_patch.calibration import full_heads as matching
 matching.LEAST_ERROR = 0.0 if dist.get_rank() == 0 else 1e9  # the first process decides
 model, weights, source, settings = fitting(sys.argv[1], dense_frames=True)
 with guest(model, weights):

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 import pacevggt_patch
 from pacevggt_patch import PaceError, PaceWeights, UnsupportedModelError, WeightsError, accelerate
-from pacevggt_patch import weights as weights_module
-from pacevggt_patch.backbone import find_host
-from pacevggt_patch.weights import resolve
+from pacevggt_patch.hosts.vggt import find_host
+from pacevggt_patch.weights.pace import pace as weights_module
+from pacevggt_patch.weights.pace import resolve
 
 ACCEPTED = (
     'weights must be "auto", None, a path to a .safetensors file, a Hugging Face Hub id "user/repo[@revision]", '
@@ -157,9 +157,9 @@ def test_the_file_is_plain_safetensors_with_json_metadata(file):
 
 
 def test_other_widths_load(model, tmp_path):
-    from pacevggt_patch.merging import MergeAdapter
-    from pacevggt_patch.restoration import FeatureGuidedRestoration
-    from pacevggt_patch.scorer import TokenScorer
+    from pacevggt_patch.method.merging import MergeAdapter
+    from pacevggt_patch.method.restoration import FeatureGuidedRestoration
+    from pacevggt_patch.method.scoring import TokenScorer
 
     wide = replace(
         PaceWeights.new(model),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from ..config import ClipError
+from ..errors import ClipError
 
 
 @dataclass(frozen=True, eq=False)

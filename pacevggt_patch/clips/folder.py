@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from ..config import ClipError
+from ..errors import ClipError
 from .clip import Clip
 
 PATCH_SIZE = 14

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ..clips.clip import Clip
-from ..config import PaceError
+from ..errors import PaceError
 
 AUC_THRESHOLDS = (5, 15, 30)
 MAX_POINTS = 200_000

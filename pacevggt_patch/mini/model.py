@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import tensorfile
-from ..bundled import bundled_files
-from ..config import PaceError, WeightsError
+from ..errors import PaceError, WeightsError
 from ..version import __version__
+from ..weights import tensorfile
+from ..weights.bundled import bundled_files
 
 KIND = "a VGGT-mini checkpoint"
 FORMAT = 2  # 1 had no tensors in 8 bits

@@ -1,6 +1,6 @@
 """Train scorer, merge, block changes and restoration for any VGGT: the model itself is the teacher."""
 
-from .attention import attention_target
-from .calibration import calibrate
+from ..calibration.calibrate import calibrate
+from .attention_target import attention_target
 
 __all__ = ["attention_target", "calibrate"]

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from .. import tensorfile
-from ..config import PaceError, WeightsError
+from ..errors import PaceError, WeightsError
 from ..mini import build_mini
 from ..mini.model import FORMAT as MINI_FORMAT
 from ..mini.model import GET_VGGT, KIND
+from ..weights import tensorfile
 
 
 def load_backbone(name: str) -> Any:

@@ -19,21 +19,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..adaptation import FULL_STRENGTH
-from ..backbone import may_wait
-from ..config import PaceError
+from ..calibration.calibrate import KEEP_RATIOS, RIDGE, fit_linear
+from ..calibration.full_heads import find_matching_heads
+from ..errors import PaceError
 from ..evaluation.metrics import decode_pose_encoding, pairwise_pose_errors
-from ..following import RIDGE as RIDGE_OF_SLOPES
-from ..mini.trainer import mixed_seed
-from ..scorer import DISTINCTNESS_WEIGHT
-from ..weights import PaceWeights
-from .attention import attention_target
-from .calibration import KEEP_RATIOS, RIDGE, fit_linear
-from .clip_source import SWEEPS, ClipSource, Sample, Truth, to_device
+from ..hosts.vggt import may_wait
+from ..method.block_deltas import FULL_STRENGTH
+from ..method.propagation import RIDGE as RIDGE_OF_SLOPES
+from ..method.scoring import DISTINCTNESS_WEIGHT
+from ..mini.training.trainer import mixed_seed
+from ..runtime.cuda_graphs import Recorder
+from ..weights.pace import PaceWeights
+from .attention_target import attention_target
 from .losses import distillation_loss, token_losses, total_loss, truth_target
-from .matching import find_matching_heads
 from .passes import Outputs, half_precision, run
-from .recording import Recorder
+from .sources import SWEEPS, ClipSource, Sample, Truth, to_device
 
 # Keep ratios that the steps of a run have: few, so that steps of one kind come again and can be replayed.
 RATIOS = 6

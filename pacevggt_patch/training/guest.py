@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from ..config import PaceError
-from ..patch import accelerate, compile_blocks_alone, is_accelerated, remove
-from ..weights import PaceWeights
+from ..errors import PaceError
+from ..patching.install import accelerate, compile_blocks_alone, is_accelerated, remove
+from ..weights.pace import PaceWeights
 
 
 @contextmanager

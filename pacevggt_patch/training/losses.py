@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..clips.raycast import added
 from ..evaluation.metrics import unproject
-from ..mini.losses import camera_losses, from_first_camera, pair_losses, quaternions
-from .clip_source import Truth
+from ..mini.scenes.raycast import added
+from ..mini.training.losses import camera_losses, from_first_camera, pair_losses, quaternions
 from .passes import Outputs
+from .sources import Truth
 
 POSE_WEIGHTS = {"translation": 5.0, "rotation": 6.0, "field_of_view": 1.0}
 PAIR_WEIGHTS = {"pair_translation": 1.0, "pair_rotation": 0.5}

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..patch import retune
-from ..tokens import RestoredTokens
+from ..method.restored_tokens import RestoredTokens
+from ..patching.install import retune
 
 
 class Outputs(NamedTuple):

@@ -1,0 +1,204 @@
+"""The main job on a real model: VGGT-mini on a clip, stock and accelerated, timed, judged and drawn."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..clips import Clip, count_frames, load_clip
+from ..errors import PaceError
+from ..evaluation import decode_pose_encoding, evaluate_predictions, unproject
+from ..evaluation.timing import Timing, time_interleaved
+from ..mini import build_mini
+from ..patching.install import accelerate, paused, summary
+from ..patching.summary import Summary
+from ..runtime.files import environment, write_json
+from .pictures import save_depth_picture, save_points, save_points_picture, save_token_picture
+
+BUNDLED_CLIP = Path(__file__).resolve().parent.parent / "data" / "room"
+MINI_WIDTH = 224  # pixels; VGGT-mini was trained on squares of this size
+MOST_FRAMES = 24
+MOST_POINTS = 500_000
+RANGES = ("seconds_range_stock", "seconds_range_pace")
+METRICS = ("auc30", "rotation_deg", "absrel")
+
+
+class Demo(NamedTuple):
+    """What `run_demo` did: the content of report.json, the files it wrote, and which it left out and why."""
+
+    report: dict[str, Any]
+    written: list[str]
+    skipped: list[str]
+
+
+def run_demo(
+    out: Path,
+    clip_folder: Path | None = None,
+    *,
+    frames: int | None = None,
+    keep_ratio: float = 0.3,
+    merge_budget: float | None = None,
+    weights: str | None = "auto",
+    dense_frames: bool = False,
+    device: str | None = None,
+    repeats: int = 3,
+) -> Demo:
+    """Run VGGT-mini on a clip, stock and accelerated, and write report and pictures to `out`.
+
+    Writes `report.json`, `tokens.png`, `depth.png`, `points.png` and `points.ply`, each whole or not at all.
+
+    Args:
+        out: folder for the results; made if it is not there.
+        clip_folder: a folder of images, or a `clip.json` folder; None takes the bundled clip.
+        frames: how many frames, evenly spaced over the clip; None takes 24, or all where there are fewer.
+        keep_ratio, merge_budget, weights, dense_frames: as in `accelerate`.
+        device: None takes CUDA where there is one.
+        repeats: timed runs of each, interleaved.
+
+    Returns:
+        The report and the names of the files.
+
+    Raises:
+        PaceError: a setting, the clip or the weights do not fit.
+    """
+    from tqdm import tqdm
+
+    chosen = usable_device(device)
+    clip = load_evenly(clip_folder or BUNDLED_CLIP, frames).to(chosen)
+    model = build_mini().to(chosen)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # training-free or not stands in the table
+        # What pruning does is shown even where it is not the faster one.
+        accelerate(model, keep_ratio, merge_budget, weights=weights, dense_frames=dense_frames, min_frames=1)
+    settings = summary(model)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PaceError(f"{out} can't be made a folder for the results: {error.strerror}") from error
+
+    def run_stock() -> dict[str, Any]:
+        with paused(model):
+            return model(clip.images)
+
+    runs = {"stock": run_stock, "accelerated": lambda: model(clip.images)}
+    with torch.inference_mode(), warnings.catch_warnings():
+        # Stock vggt uses a spelling of autocast that torch has deprecated; it would tear the progress bar.
+        warnings.filterwarnings("ignore", message=".*torch.cuda.amp.autocast", category=FutureWarning)
+        with tqdm(total=(repeats + 1) * len(runs), desc=f"{len(clip)} frames", unit="run") as bar:
+            timings = time_interleaved(runs, repeats, chosen, update=bar.update)
+        tokens, _ = model.aggregator(clip.images[None])
+
+    report = make_report(clip, settings, timings)
+    images, roles = clip.images, tokens.role[0]
+    stock, pace = (timings[name].result["depth"][0, ..., 0] for name in runs)  # [S, H, W]
+    clouds = {name: point_cloud(timings[name].result, images) for name in runs}
+    points, colours = clouds["accelerated"]
+    writers = {
+        "report.json": lambda path: write_json(path, report),
+        "tokens.png": lambda path: save_token_picture(path, images, roles, tokens.grid, dense_frames),
+        "depth.png": lambda path: save_depth_picture(path, images, stock, pace),
+        "points.png": lambda path: save_points_picture(path, clouds),
+        "points.ply": lambda path: save_points(path, points, colours),
+    }
+    written, skipped = [], []
+    for name, write in tqdm(writers.items(), desc="report", unit="file"):
+        try:
+            write(out / name)
+            written.append(name)
+        except PaceError as error:  # a picture whose library is not installed does not take the table along
+            skipped.append(f"{name}: {error}")
+    return Demo(report, written, skipped)
+
+
+def usable_device(name: str | None) -> torch.device:
+    """The named device, or CUDA where there is one, or the CPU.
+
+    Raises:
+        PaceError: torch can't use it.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise PaceError(f"device {name!r} can't be used: {reason}") from error
+    return device
+
+
+def load_evenly(folder: Path, frames: int | None) -> Clip:
+    """A clip for VGGT-mini: central squares of frames that are evenly spaced, from the first one on."""
+    total = count_frames(folder)
+    if frames is None:
+        frames = min(MOST_FRAMES, total)
+    stride = max(1, (total - 1) // max(1, frames - 1))
+    return load_clip(folder, frames=frames, stride=stride, width=MINI_WIDTH, mode="square")
+
+
+def make_report(clip: Clip, settings: Summary, timings: dict[str, Timing]) -> dict[str, Any]:
+    """The content of `report.json`; metrics are null where the clip has no ground truth."""
+    stock, pace = timings["stock"], timings["accelerated"]
+    quality = {name: evaluate_predictions(timing.result, clip) for name, timing in timings.items()}
+    return {
+        "backbone": "vggt-mini",
+        "clip": clip.name,
+        "frames": len(clip),
+        "keep_ratio": settings.config.keep_ratio,
+        "merge_budget": settings.config.merge_share,
+        "dense_frames": settings.config.dense_frames,
+        "weights": settings.weights,
+        "seconds_stock": stock.median,
+        "seconds_pace": pace.median,
+        "speedup": stock.median / pace.median,
+        "seconds_range_stock": [min(stock.seconds), max(stock.seconds)],
+        "seconds_range_pace": [min(pace.seconds), max(pace.seconds)],
+        "stock": {key: quality["stock"][key] for key in METRICS},
+        "pace": {key: quality["accelerated"][key] for key in METRICS},
+        "environment": environment(clip.images.device),
+    }
+
+
+def point_cloud(output: dict[str, Any], images: Tensor) -> tuple[Tensor, Tensor]:
+    """Points [N, 3] and colours [N, 3] of the more confident half of all pixels, in the first camera's frame."""
+    depth, confidence = output["depth"][0, ..., 0].float(), output["depth_conf"][0]  # [S, H, W]
+    world_to_camera, intrinsics = decode_pose_encoding(output["pose_enc"][0].float(), *images.shape[-2:])
+    points = unproject(depth, intrinsics, world_to_camera)  # [S, H, W, 3]
+    # A sort-based median: quantile() refuses large inputs.
+    sure = (confidence > confidence.flatten().median()).flatten().nonzero()[:, 0]
+    sure = sure[:: max(1, -(-len(sure) // MOST_POINTS))]
+    return points.reshape(-1, 3)[sure], images.permute(0, 2, 3, 1).reshape(-1, 3)[sure]
+
+
+def format_table(report: dict[str, Any]) -> str:
+    """The report as a table for people."""
+
+    def number(value: float | None, digits: int) -> str:
+        return "-" if value is None else f"{value:.{digits}f}"
+
+    stock, pace = report["stock"], report["pace"]
+    rows = [
+        ("seconds, median", number(report["seconds_stock"], 2), number(report["seconds_pace"], 2)),
+        ("seconds, fastest to slowest run", *("-".join(f"{s:.2f}" for s in report[k]) for k in RANGES)),
+        ("speed-up", "1.0x", f"{report['speedup']:.1f}x"),
+        ("camera AUC@30 (percent, higher is better)", number(stock["auc30"], 1), number(pace["auc30"], 1)),
+        (
+            "rotation error (median, degrees)",
+            number(stock["rotation_deg"], 2),
+            number(pace["rotation_deg"], 2),
+        ),
+        ("depth AbsRel (lower is better)", number(stock["absrel"], 4), number(pace["absrel"], 4)),
+    ]
+    others = "dense frames" if report["dense_frames"] else f"merge budget {report['merge_budget']:g}"
+    title = (
+        f"{report['backbone']} on {report['clip']}, {report['frames']} frames, keep ratio {report['keep_ratio']:g}, "
+        f"{others}, weights {report['weights']}"
+    )
+    lines = [title, f"{'':42s}{'stock':>10s}{'accelerated':>13s}"]
+    lines += [f"{name:42s}{a:>10s}{b:>13s}" for name, a, b in rows]
+    lines.append(
+        "VGGT-mini is small and was trained on rendered rooms: look at the difference between the columns."
+    )
+    return "\n".join(lines)

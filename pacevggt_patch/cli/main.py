@@ -1,0 +1,212 @@
+"""The `pacevggt` command."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..config import DEFAULT_KEEP_RATIO
+from ..errors import PaceError
+from ..version import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    arguments = make_parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except PaceError as error:
+        print(f"pacevggt: {error}", file=sys.stderr)
+        return 2
+    except ImportError as error:
+        print(f"pacevggt: {error}: pip install 'pacevggt-patch[{arguments.extra}]'", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("pacevggt: interrupted; files already reported as written are whole", file=sys.stderr)
+        return 130
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="pacevggt", description="Accelerate VGGT by pruning patch tokens.")
+    parser.add_argument("--version", action="version", version=f"pacevggt-patch {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = commands.add_parser(
+        "demo",
+        help="run VGGT-mini on a clip, stock and accelerated",
+        description="Run VGGT-mini on a clip, stock and accelerated; print a table, write report.json, tokens.png, "
+        "depth.png, points.png and points.ply.",
+    )
+    demo.add_argument(
+        "--clip",
+        type=Path,
+        metavar="DIR",
+        help="folder of images or with a clip.json (bundled clip if not given), cut square",
+    )
+    demo.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        default=Path("runs/demo"),
+        help="folder for the results (runs/demo)",
+    )
+    demo.add_argument("--frames", type=int, help="frames, evenly spaced (up to 24 if not given)")
+    demo.add_argument(
+        "--keep-ratio", type=float, default=DEFAULT_KEEP_RATIO, help="share of patch tokens kept (0.3)"
+    )
+    demo.add_argument(
+        "--merge-budget", type=float, help="share merged into kept ones (all others if not given)"
+    )
+    demo.add_argument(
+        "--weights", default="auto", help='"auto" (default), "none" (training-free), a file, a Hub id'
+    )
+    demo.add_argument(
+        "--dense-frames", action="store_true", help="frame attention keeps all tokens; nothing is merged"
+    )
+    demo.add_argument("--device", help="cpu or cuda (cuda where there is one if not given)")
+    demo.set_defaults(run=demo_command, extra="demo")
+    add_train(commands)
+    add_push(commands)
+    return parser
+
+
+def add_train(commands) -> None:
+    train = commands.add_parser(
+        "train",
+        help="train pace weights for a VGGT on your own images",
+        description="Train scorer, merge, block changes and restoration for a VGGT on your own images; no labels are "
+        "needed. Writes pace.safetensors, report.json, curve.png and state.pt. Several GPUs: torchrun "
+        "--nproc-per-node N --no-python pacevggt train ...",
+    )
+    train.add_argument(
+        "--backbone",
+        default="mini",
+        help='"mini" (default), a checkpoint file, or a Hub id such as facebook/VGGT-1B',
+    )
+    train.add_argument("--images", type=Path, metavar="DIR", help="folder of images, or of folders of images")
+    train.add_argument(
+        "--rooms",
+        nargs="?",
+        const="all",
+        choices=("all", "plain"),
+        help="rendered scenes instead of images: all kinds (default), or plain rooms only",
+    )
+    train.add_argument(
+        "--textures", type=Path, metavar="PATH", help="photographs for --rooms: zip file or folder"
+    )
+    train.add_argument("--out", type=Path, metavar="DIR", default=Path("runs/train"), help="(runs/train)")
+    train.add_argument("--steps", type=int, default=4000, help="gradient steps (4000)")
+    train.add_argument("--calibrate", action="store_true", help="calibration only: no gradient steps")
+    train.add_argument(
+        "--distil", type=float, help="share of the steps for the first stage (0.1; none of them with --start)"
+    )
+    train.add_argument(
+        "--views", type=int, nargs="+", default=[8], help="frames of a clip, one of these a step (8)"
+    )
+    train.add_argument(
+        "--clips", type=int, default=1, help="clips of a step and process, fewer if they have more frames (1)"
+    )
+    train.add_argument(
+        "--dense", type=int, default=4, help="frames of a clip on which depth and points are compared (4)"
+    )
+    train.add_argument(
+        "--width", type=int, help="of the frames in pixels (224 for VGGT-mini, else 518, rooms 504)"
+    )
+    train.add_argument("--rate", type=float, default=2e-3, help="learning rate (0.002)")
+    train.add_argument(
+        "--scorer-rate", type=float, default=0.0, help="share of it for the scorer in the second stage (0)"
+    )
+    train.add_argument(
+        "--dense-frames",
+        action="store_true",
+        help="train for dense_frames=True: only global attention is pruned",
+    )
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--device", help="cpu or cuda (cuda where there is one if not given)")
+    train.add_argument(
+        "--start",
+        metavar="WEIGHTS",
+        help="pace weights to go on with, and with the heads that they say see all tokens: a file or a Hub id",
+    )
+    train.add_argument("--resume", action="store_true", help="go on from DIR/state.pt, if it is there")
+    train.set_defaults(run=train_command, extra="train")
+
+
+def add_push(commands) -> None:
+    push = commands.add_parser(
+        "push",
+        help="upload pace weights to the Hugging Face Hub",
+        description="Upload a pace weight file, with a model card, to a model repository on the Hugging Face Hub, "
+        "which is made if it is not there. Log in first: hf auth login.",
+    )
+    push.add_argument(
+        "file", type=Path, metavar="FILE", help="a pace weight file, as `pacevggt train` writes it"
+    )
+    push.add_argument("repo", metavar="USER/REPO")
+    push.add_argument("--revision", help="branch (main if not given)")
+    push.add_argument("--private", action="store_true", help="make a repository that others can't see")
+    push.set_defaults(run=push_command, extra="train")
+
+
+def demo_command(arguments: argparse.Namespace) -> int:
+    from .demo import format_table, run_demo
+
+    report, written, skipped = run_demo(
+        arguments.out,
+        arguments.clip,
+        frames=arguments.frames,
+        keep_ratio=arguments.keep_ratio,
+        merge_budget=arguments.merge_budget,
+        weights=None if arguments.weights == "none" else arguments.weights,
+        dense_frames=arguments.dense_frames,
+        device=arguments.device,
+    )
+    print(format_table(report))
+    print(f"wrote {arguments.out}/: {', '.join(written)}")
+    for problem in skipped:
+        print(f"left out: {problem}", file=sys.stderr)
+    return 0
+
+
+def train_command(arguments: argparse.Namespace) -> int:
+    from ..training.fit import Settings
+    from ..training.run import Options, format_checks, run_training
+
+    distil = arguments.distil
+    if distil is None:  # what the weights to start from have learned is not to be undone
+        distil = Settings.distil if arguments.start is None else 0.0
+    settings = Settings(
+        steps=0 if arguments.calibrate else arguments.steps,
+        distil=distil,
+        clips=arguments.clips,
+        dense=arguments.dense,
+        views=tuple(arguments.views),
+        rate=arguments.rate,
+        scorer_rate=arguments.scorer_rate,
+        dense_frames=arguments.dense_frames,
+        seed=arguments.seed,
+    )
+    names = ("out", "backbone", "images", "rooms", "textures", "width", "device", "start", "resume")
+    report = run_training(Options(settings=settings, **{name: getattr(arguments, name) for name in names}))
+    if os.environ.get("RANK", "0") == "0":
+        print(format_checks(report["checks"]))
+        if report["matching_heads"]:
+            heads = ", ".join(f"{head} of block {block}" for block, head in report["matching_heads"])
+            print(f"heads of global attention that see all tokens: {heads}")
+        print(f"wrote {arguments.out}/: pace.safetensors, report.json, curve.png, state.pt")
+    return 0
+
+
+def push_command(arguments: argparse.Namespace) -> int:
+    from ..weights.card import push
+
+    commit = push(arguments.file, arguments.repo, arguments.revision, private=arguments.private)
+    print(f'uploaded; to use it: accelerate(model, weights="{arguments.repo}@{commit[:12]}")')
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

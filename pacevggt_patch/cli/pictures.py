@@ -1,0 +1,232 @@
+"""Pictures of what the patch did: tokens, depth, points. Each is written whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import PaceError
+from ..method.selection import KEPT, MERGED, PRUNED
+from ..runtime.files import whole_file
+
+MERGED_COLOUR = (0.15, 0.45, 1.0)
+FRAMES_SHOWN = 6
+
+
+def load_pyplot() -> Any:
+    """matplotlib's pyplot, drawing to files.
+
+    Raises:
+        PaceError: there is no matplotlib.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise PaceError("pictures need matplotlib: pip install 'pacevggt-patch[demo]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def spread(frames: int, shown: int = FRAMES_SHOWN) -> list[int]:
+    """Evenly spaced frame numbers, first and last among them."""
+    return sorted({round(i) for i in np.linspace(0, frames - 1, min(frames, shown))})
+
+
+def overlay_roles(image: Tensor, role: Tensor, grid: tuple[int, int]) -> Tensor:
+    """An image [3, H, W] in [0, 1] tinted by the roles [P] of its patch tokens: merged blue, pruned dark."""
+    patch = image.shape[1] // grid[0]
+    cells = role.view(grid).repeat_interleave(patch, 0).repeat_interleave(patch, 1)  # [H, W]
+    blue = torch.tensor(MERGED_COLOUR).view(3, 1, 1).to(image)
+    tinted = torch.where(cells == MERGED, 0.5 * image + 0.5 * blue, image)
+    return torch.where(cells == PRUNED, 0.2 * image, tinted)
+
+
+def save_token_picture(
+    path: Path, images: Tensor, role: Tensor, grid: tuple[int, int], dense_frames: bool = False
+) -> None:
+    """Frames above, and below them which patch tokens were kept, merged and pruned.
+
+    Args:
+        path: a PNG.
+        images: [S, 3, H, W] in [0, 1].
+        role: [S, P], see `assignment.Assignment`.
+        grid: patch rows and columns.
+        dense_frames: whether global attention alone lacked the tokens that were not kept.
+    """
+    plt = load_pyplot()
+    shown = spread(len(images))
+    size = (2.4 * len(shown), 5.2)
+    figure, axes = plt.subplots(2, len(shown), figsize=size, squeeze=False, layout="constrained")
+    for column, index in enumerate(shown):
+        axes[0, column].imshow(_rgb(images[index]))
+        axes[0, column].set_title(f"frame {index}", fontsize=9)
+        axes[1, column].imshow(_rgb(overlay_roles(images[index], role[index], grid)))
+    for axis in axes.flat:
+        axis.axis("off")
+    share = {
+        name: (role == value).float().mean().item() for name, value in (("kept", KEPT), ("merged", MERGED))
+    }
+    kept, pruned = f"{share['kept']:.0%} kept (as they are)", f"{1 - sum(share.values()):.0%}"
+    title = (
+        f"patch tokens in global attention: {kept}, {pruned} follow them (dark)"
+        if dense_frames
+        else f"patch tokens: {kept}, {share['merged']:.0%} merged (blue), {pruned} pruned (dark)"
+    )
+    figure.suptitle(title, fontsize=10)
+    save_figure(figure, path)
+
+
+def save_depth_picture(path: Path, images: Tensor, stock: Tensor, pace: Tensor) -> None:
+    """Frame, stock depth, accelerated depth, and their relative difference, one row a frame.
+
+    Args:
+        path: a PNG.
+        images: [S, 3, H, W] in [0, 1].
+        stock, pace: depth [S, H, W].
+    """
+    plt = load_pyplot()
+    shown = spread(len(images), 4)
+    difference = (pace - stock).abs() / stock
+    size = (10, 2.4 * len(shown) + 0.4)
+    figure, axes = plt.subplots(len(shown), 4, figsize=size, squeeze=False, layout="constrained")
+    for row, index in enumerate(shown):
+        low, high = stock[index].quantile(torch.tensor([0.02, 0.98]).to(stock)).tolist()
+        axes[row, 0].imshow(_rgb(images[index]))
+        for column, depth in ((1, stock), (2, pace)):
+            drawn = axes[row, column].imshow(depth[index].cpu().numpy(), vmin=low, vmax=high, cmap="turbo")
+        figure.colorbar(drawn, ax=axes[row, 2], shrink=0.8)
+        drawn = axes[row, 3].imshow(difference[index].cpu().numpy(), vmin=0, vmax=0.3, cmap="magma")
+        figure.colorbar(drawn, ax=axes[row, 3], shrink=0.8)
+    titles = ("frame", "depth, stock", "depth, accelerated", "relative difference")
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title, fontsize=9)
+    for axis in axes.flat:
+        axis.axis("off")
+    save_figure(figure, path)
+
+
+def save_points_picture(path: Path, points: dict[str, tuple[Tensor, Tensor]]) -> None:
+    """Point clouds side by side, seen from behind and above the first camera.
+
+    Args:
+        path: a PNG.
+        points: title -> points [N, 3] in the first camera's frame (x right, y down, z forward), RGB [N, 3] in [0, 1].
+    """
+    plt = load_pyplot()
+    figure, axes = plt.subplots(
+        1, len(points), figsize=(6 * len(points), 4.8), squeeze=False, layout="constrained"
+    )
+    centre = next(iter(points.values()))[0].median(dim=0).values
+    for axis, (title, (cloud, colours)) in zip(axes[0], points.items(), strict=True):
+        axis.imshow(splat(cloud, colours, centre))
+        axis.set_title(f"points, {title}", fontsize=9)
+        axis.axis("off")
+    save_figure(figure, path)
+
+
+def splat(points: Tensor, colours: Tensor, centre: Tensor, height: int = 480, width: int = 600) -> np.ndarray:
+    """Draw points on white, [height, width, 3] in [0, 1], from behind and above the origin, looking at `centre`."""
+    eye = -0.9 * centre + torch.tensor([0.0, -0.9, 0.0]).to(points) * centre.norm()
+    forward = torch.nn.functional.normalize(centre - eye, dim=0)
+    right = torch.nn.functional.normalize(
+        torch.linalg.cross(torch.tensor([0.0, 1.0, 0.0]).to(points), forward), dim=0
+    )
+    rotation = torch.stack([right, torch.linalg.cross(forward, right), forward])  # rows: the viewer's axes
+    seen = (points - eye) @ rotation.T  # [N, 3]
+    ahead = seen[:, 2] > 0.05 * centre.norm()
+    seen, colours = seen[ahead], colours[ahead]
+    far_first = seen[:, 2].argsort(descending=True)
+    seen, colours = seen[far_first], colours[far_first]
+    focal = 1.1 * width
+    columns = (seen[:, 0] / seen[:, 2] * focal + width / 2).round().long()
+    rows = (seen[:, 1] / seen[:, 2] * focal + height / 2).round().long()
+    image = torch.ones(height, width, 3)
+    for down in (0, 1):  # a point is 2 x 2 pixels
+        for along in (0, 1):
+            row, column = rows + down, columns + along
+            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            # One after another, nearest last: numpy keeps the last of several writes to a pixel.
+            image.numpy()[row[inside].cpu().numpy(), column[inside].cpu().numpy()] = (
+                colours[inside].cpu().numpy()
+            )
+    return image.numpy()
+
+
+def save_points(path: Path, points: Tensor, colours: Tensor) -> None:
+    """Write a coloured point cloud as binary PLY.
+
+    Args:
+        path: a .ply.
+        points: [N, 3].
+        colours: RGB [N, 3] in [0, 1].
+    """
+    try:
+        from plyfile import PlyData, PlyElement
+    except ImportError as error:
+        raise PaceError("point clouds need plyfile: pip install 'pacevggt-patch[demo]'") from error
+    names = [(name, "<f4") for name in ("x", "y", "z")] + [(name, "u1") for name in ("red", "green", "blue")]
+    vertices = np.empty(len(points), dtype=names)
+    for i, (name, _) in enumerate(names):
+        values = points[:, i] if i < 3 else (colours[:, i - 3] * 255).round()
+        vertices[name] = values.cpu().numpy()
+    with whole_file(path) as temporary:
+        PlyData([PlyElement.describe(vertices, "vertex")]).write(temporary)
+
+
+def save_training_curve(path: Path, losses: list[dict[str, float]], checks: list[dict[str, Any]]) -> None:
+    """Losses over steps, and what every stage gave.
+
+    Args:
+        path: a PNG.
+        losses: records with `step` and losses by name.
+        checks: records with `stage` and, by keep ratio in `ratios`, differences from the unpruned model by name.
+    """
+    plt = load_pyplot()
+    panels = 3 if losses else 2  # a calibration has none
+    figure, axes = plt.subplots(1, panels, figsize=(2 + 4 * panels, 4), layout="constrained")
+    if losses:
+        names = sorted({name for record in losses for name in record} - {"step", "total", "norm"})
+        for name in names:
+            rows = [(record["step"], record[name]) for record in losses if name in record]
+            marker = "." if len(rows) < 3 else ""  # a line through one point can't be seen
+            axes[0].plot(*zip(*rows, strict=True), marker=marker, label=name, linewidth=0.8)
+        axes[0].set(title="training losses", xlabel="step", yscale="log")
+        if names:
+            axes[0].legend(fontsize=7)
+    ratios = list(checks[0]["ratios"]) if checks else []
+    stages = [check["stage"] for check in checks]
+    for axis, key, title in (
+        (axes[-2], "rotation_deg", "rotation, degrees"),
+        (axes[-1], "depth", "depth, relative"),
+    ):
+        for ratio in ratios:
+            values = [check["ratios"][ratio].get(key, np.nan) for check in checks]
+            axis.plot(range(len(checks)), values, "o-", label=f"keep {ratio}")
+        axis.set_xticks(range(len(checks)), stages, fontsize=8)
+        axis.set(title=f"difference from the unpruned model: {title}", ylim=(0, None))
+        axis.title.set_fontsize(9)
+        axis.legend(fontsize=7)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    save_figure(figure, path)
+
+
+def _rgb(image: Tensor) -> np.ndarray:
+    return image.clamp(0, 1).permute(1, 2, 0).cpu().numpy()
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all, and close it."""
+    from matplotlib import pyplot
+
+    try:
+        with whole_file(path) as temporary:
+            figure.savefig(temporary, dpi=110)
+    finally:
+        pyplot.close(figure)

@@ -1,0 +1,17 @@
+"""The errors that this package raises on purpose."""
+
+
+class PaceError(ValueError):
+    """Base of every error that this package raises on purpose."""
+
+
+class UnsupportedModelError(PaceError):
+    """The model is not a VGGT that the patch knows how to accelerate."""
+
+
+class WeightsError(PaceError):
+    """A pace weight file is missing, broken, or belongs to another backbone."""
+
+
+class ClipError(PaceError):
+    """A clip (images, cameras or depth) can't be read."""

@@ -1,0 +1,250 @@
+"""A stock attention block as functions of tokens, cut where attention mixes them: the same arithmetic, fit to compile.
+
+What comes before and after attention works token by token on `[T, C]`, so that DINO, frame and global blocks and clips
+of any length share a few compiled functions, with the parameters as arguments. Norms, activations, scales, residuals
+and the rotary embedding are computed in float32 at least, and rounded where they are stored.
+
+This module knows the names inside a block, and no other does.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..runtime.chunks import in_chunks
+from ..runtime.compiling import unwatched
+from .dpt import bare_copy
+
+# What torch keeps in every module.
+INTERNALS = nn.Module().__dict__.keys()
+# Cosines and sines of the tokens' rotary embedding, the sines of the first halves negative.
+Rotation = tuple[Tensor, Tensor]
+# A function, and what it is compiled for -> the function to call in its place.
+Speed = Callable[..., Callable[..., Any]]
+
+
+def before_attention(
+    x: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    parameters: list[Tensor | None],
+    heads: int,
+    eps: tuple[float, float, float],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values `[..., heads, C / heads]` of tokens `[..., C]`.
+
+    Args:
+        x: tokens.
+        cos: `[..., C / heads]` cosines of the rotary embedding, or None without it.
+        sin: its sines, those of the first half of each pair of channels negative.
+        parameters: weights and biases of the norm, of the joint projection and of query and key norms; None where there
+            is none.
+        heads: number of heads.
+        eps: of the norm before attention, of the query and of the key norm.
+        dtype: what matrix products are computed in.
+    """
+    norm_weight, norm_bias, weight, bias, *head_norms = parameters
+    joint = linear(normed(x, norm_weight, norm_bias, eps[0], dtype), weight, bias, dtype)
+    query, key, value = joint.unflatten(-1, (3, heads, -1)).unbind(-3)
+    query = turned(query, cos, sin, head_norms[0], head_norms[1], eps[1])
+    key = turned(key, cos, sin, head_norms[2], head_norms[3], eps[2])
+    return query, key, value
+
+
+def turned(
+    x: Tensor, cos: Tensor | None, sin: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """Queries or keys `[..., heads, d]`, normalised and turned by the two-dimensional rotary embedding."""
+    out = wide(x)
+    if weight is not None:
+        out = normed(out, weight, bias, eps, out.dtype)
+    if cos is not None and sin is not None:
+        # Each half of the channels, for y and for x, turns its own two halves against each other.
+        other = out.unflatten(-1, (2, 2, -1)).flip(-2).flatten(-3)
+        out = out * cos.unsqueeze(-2) + other * sin.unsqueeze(-2)
+    return out.to(x.dtype)
+
+
+def after_attention(
+    x: Tensor, attended: Tensor, parameters: list[Tensor | None], eps: float, dtype: torch.dtype
+) -> Tensor:
+    """Tokens `[..., C]` after a block, given what its attention returned, in the same shape.
+
+    `parameters` are the weights and biases of the projection, the second norm and both layers of the network, then the
+    two layer scales; None where there is none.
+    """
+    weight, bias, norm_weight, norm_bias, weight_in, bias_in, weight_out, bias_out, *scales = parameters
+    x = added(x, linear(attended, weight, bias, dtype), scales[0])
+    hidden = F.gelu(linear(normed(x, norm_weight, norm_bias, eps, dtype), weight_in, bias_in, dtype))
+    return added(x, linear(hidden, weight_out, bias_out, dtype), scales[1])
+
+
+def added(x: Tensor, change: Tensor, scale: Tensor | None) -> Tensor:
+    """Tokens and the scaled change of a layer, in the dtype that the host's sum has."""
+    dtype = torch.promote_types(x.dtype, change.dtype)
+    if scale is None:
+        return (wide(x) + wide(change)).to(dtype)
+    return (wide(x) + wide(change) * wide(scale)).to(torch.promote_types(dtype, scale.dtype))
+
+
+def normed(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
+    """Layer norm over the last dimension, computed in float32 at least."""
+    x = wide(x)
+    weight, bias = (None if p is None else p.to(x.dtype) for p in (weight, bias))
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps).to(dtype)
+
+
+def linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    assert weight is not None
+    return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in float32, or in float64 if it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def run_block(
+    module: Any,
+    x: Tensor,
+    rotation: Rotation | None,
+    sequences: int,
+    dtype: torch.dtype,
+    speed: Speed,
+    own: Callable[[Any], Any] = lambda parameter: parameter,
+    rows: int = sys.maxsize,
+) -> Tensor:
+    """A stock block on tokens `[..., C]`, attention running within each of `sequences` equal parts.
+
+    Args:
+        module: the block.
+        x: tokens.
+        rotation: of its tokens; not used by a block without rotary embedding.
+        sequences: number of sequences that the tokens are, one after another.
+        dtype: what matrix products are computed in.
+        speed: gives the function to call in place of one of the two above, given what else it is called with.
+        own: gives what to take in place of a parameter.
+        rows: tokens at a time, but for attention itself.
+    """
+    attention, mlp = module.attn, module.mlp
+    heads = attention.num_heads
+    norms = (getattr(attention, "q_norm", None), getattr(attention, "k_norm", None))
+    before = pairs(module.norm1, attention.qkv, *norms)
+    after = [*pairs(attention.proj, module.norm2, mlp.fc1, mlp.fc2)]
+    after += [getattr(scale, "gamma", None) for scale in (module.ls1, module.ls2)]
+    before, after = ([None if p is None else own(p) for p in parameters] for parameters in (before, after))
+    cos, sin = rotation if rotation is not None and attention.rope is not None else (None, None)
+    eps = (module.norm1.eps, *(getattr(norm, "eps", 0.0) for norm in norms))
+    # With shapes of parameters in the key no other width makes them dynamic.
+    shapes = [tuple(None if p is None else p.shape for p in parameters) for parameters in (before, after)]
+    first = speed(before_attention, shapes[0], cos is None, heads, eps, dtype)
+    last = speed(after_attention, shapes[1], module.norm2.eps, dtype)
+    parts = in_chunks(lambda *some: first(*some, before, heads, eps, dtype), rows, x, cos, sin)
+    query, key, value = (part.reshape(sequences, -1, heads, part.shape[-1]).transpose(1, 2) for part in parts)
+    # By its public name, which modes see that change what goes into attention or who computes it.
+    attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(x.shape)
+    del parts, query, key, value  # they would stay while the hidden layer is there
+    return in_chunks(lambda *some: (last(*some, after, module.norm2.eps, dtype),), rows, x, attended)[0]
+
+
+def pairs(*modules: Any) -> list[Any]:
+    """Weight and bias of each module, None where it has none."""
+    return [getattr(module, name, None) for module in modules for name in ("weight", "bias")]
+
+
+def tokens_and_positions(args: tuple, kwargs: dict) -> tuple[Tensor, Tensor | None] | None:
+    """Tokens [B, L, C] and positions of a call of a block, or None for a call that `run_block` does not know."""
+    if not 1 <= len(args) <= 2 or kwargs.keys() - {"pos"} or len(args) + len(kwargs) > 2:
+        return None
+    x, positions = args[0], args[1] if len(args) == 2 else kwargs.get("pos")
+    return (x, positions) if isinstance(x, Tensor) and x.ndim == 3 else None
+
+
+def kinds(module: Any) -> tuple[type, ...]:
+    """The classes of a block and of all its parts."""
+    return tuple(type(part) for part in module.modules())
+
+
+def make(module: Any) -> tuple:
+    """What two blocks have in common that differ in the values of their parameters only.
+
+    A part with settings that are no plain values has nothing in common with others: it must be the same one.
+    """
+    parts: list[Any] = []
+    for name, part in module.named_modules():
+        own = {k: v for k, v in part.__dict__.items() if k not in INTERNALS}
+        plain = {k: v for k, v in own.items() if _is_plain(v)}
+        if len(plain) < len(own):
+            parts.append(id(part))
+        shapes = tuple((n, None if p is None else (p.shape, p.dtype)) for n, p in part._parameters.items())
+        parts.append((name, type(part), tuple(sorted(plain.items())), shapes, tuple(part._buffers)))
+    return tuple(parts)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return isinstance(value, (bool, int, float, str, torch.dtype, type(None)))
+
+
+def is_block(module: Any, channels: int, rotate: Callable[[Any, Tensor, int], Rotation]) -> bool:
+    """Whether `run_block` does what this block does, tried on a small example in float32 on the CPU.
+
+    Forks may change a part and keep its name. The block itself is not run, and its values are not looked at.
+
+    Args:
+        module: any module.
+        channels: C.
+        rotate: gives the float32 rotation of positions `[B, L, 2]` by a block's rotary embedding, for heads of a width.
+    """
+    try:
+        rope = module.attn.rope
+        generator = torch.Generator("cpu").manual_seed(0)
+
+        def values(parameter: Tensor) -> Tensor:
+            if not parameter.is_floating_point():
+                raise TypeError("quantised")
+            scale = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 1.0
+            return scale * torch.randn(
+                parameter.shape, generator=generator, dtype=torch.float32, device="cpu"
+            )
+
+        bare = bare_copy(module, values)
+        if rope is not None:
+            bare.attn.rope.frequency_cache = {}  # the host's stays as it is
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            x = torch.randn(2, 4, channels, generator=generator, dtype=torch.float32, device="cpu")
+            positions = torch.tensor([[[0, 0], [1, 2], [3, 1], [2, 5]]] * 2, device="cpu")
+            where = {} if rope is None else {"pos": positions}
+            rotation = None
+            if rope is not None:
+                rotation = rotate(bare.attn.rope, positions, channels // bare.attn.num_heads)
+            theirs = type(module).forward(bare, x, **where)
+            ours = run_block(bare, x.flatten(0, 1), rotation, 2, torch.float32, lambda function, *_: function)
+        error = (theirs - ours.view_as(theirs)).abs().max()
+        return theirs.dtype == ours.dtype and bool(error <= 1e-4 * (theirs - x).abs().max())
+    except Exception:  # whatever a block of another make trips over
+        return False
+
+
+def is_open(module: Any, tried: tuple[type, ...]) -> bool:
+    """Whether a block is still made of the classes that were tried, nobody watches, replaced or compiled its parts, and
+    nothing in it is dropped at random."""
+    parts = list(module.modules())
+    if tuple(map(type, parts)) != tried or any(part.training and _drops(part) for part in parts):
+        return False
+    rope = getattr(module.attn, "rope", None)
+    return unwatched(part for part in parts[1:] if part is not rope)
+
+
+def _drops(part: Any) -> bool:
+    """Whether a module drops something while it trains."""
+    shares = (getattr(part, name, None) for name in ("sample_drop_ratio", "drop_prob"))
+    return any(shares) or (isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0)

@@ -1,0 +1,1 @@
+"""The method, in the order it runs: functions of tensors that know no model and no file."""

@@ -1,0 +1,1 @@
+"""Rendered scenes that VGGT-mini is trained and judged on."""

@@ -1,0 +1,233 @@
+"""Image textures for rendered scenes: many squares in one tensor, at all their mip levels."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from ...errors import ClipError
+from .rooms import Hits, Scene, move, sample_scene, surface_colour
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+SMALLEST_LEVEL = 4
+PROCEDURAL_SPAN = 2.4  # metres on one side of a procedural square
+
+
+@dataclass(frozen=True)
+class TextureAtlas:
+    """N square textures. `texels` is flat: texture by texture, level by level (finest first), row by row.
+
+    Attributes:
+        texels: `[N * texels_per_texture]` int32, `red << 16 | green << 8 | blue`.
+        side: pixels on a side of the finest level, a power of two.
+        photographs: how many of the N, the first ones, are photographs; the others are procedural.
+    """
+
+    texels: torch.Tensor
+    side: int
+    photographs: int
+
+    @property
+    def levels(self) -> int:
+        """Number of mip levels L; level l has `side >> l` pixels on a side."""
+        return (self.side // SMALLEST_LEVEL).bit_length()
+
+    @property
+    def texels_per_texture(self) -> int:
+        """Pixels of one texture over all levels."""
+        return (4 * self.side * self.side - SMALLEST_LEVEL * SMALLEST_LEVEL) // 3
+
+    def __len__(self) -> int:
+        """Number of textures N."""
+        return len(self.texels) // self.texels_per_texture
+
+    def to(self, device: torch.device | str) -> TextureAtlas:
+        """The atlas on another device."""
+        return TextureAtlas(self.texels.to(device), self.side, self.photographs)
+
+
+def level_offset(level: torch.Tensor, side: int) -> torch.Tensor:
+    """Where integer `level` starts within a texture: the pixels of all finer levels."""
+    # side^2 (1 + 1/4 + ... ) as a geometric sum in whole numbers.
+    whole = 4 * side * side
+    return (whole - torch.bitwise_right_shift(torch.full_like(level, whole), 2 * level)) // 3
+
+
+def build_atlas(squares: torch.Tensor, photographs: int) -> TextureAtlas:
+    """An atlas of squares `[N, 3, side, side]` in [0, 1], the first `photographs` of which are photographs.
+
+    Raises:
+        ClipError: the squares are not square, or their side is not a power of two of at least `SMALLEST_LEVEL`.
+    """
+    height, side = squares.shape[2:]
+    if height != side or side < SMALLEST_LEVEL or side & (side - 1):
+        raise ClipError(f"textures must be squares whose side is a power of two, got {height} x {side}")
+    parts = []
+    for part in squares.split(
+        256
+    ):  # a few at a time: all levels of thousands in float32 would take gigabytes
+        level, levels = part, []
+        while level.shape[-1] >= SMALLEST_LEVEL:
+            levels.append(pack_colours(level).flatten(1))
+            level = F.avg_pool2d(level, 2)
+        parts.append(torch.cat(levels, 1))
+    return TextureAtlas(torch.cat(parts).flatten(), side, photographs)
+
+
+def pack_colours(images: torch.Tensor) -> torch.Tensor:
+    """`[..., H, W]` int32 of RGB `[..., 3, H, W]` in [0, 1]."""
+    red, green, blue = (images.clamp(0, 1) * 255).round().to(torch.int32).unbind(-3)
+    return (red << 16) | (green << 8) | blue
+
+
+def load_photographs(path: str | Path, side: int = 256, limit: int | None = None) -> torch.Tensor:
+    """`[N, 3, side, side]` uint8 squares of the images in a zip file or a folder, in the order of their names.
+
+    Args:
+        path: a zip file with images in it, as `fetch_textures` writes, or a folder with images.
+        side: pixels on a side; other sizes are resized, and of other shapes the central square is taken.
+        limit: take at most so many, spread evenly.
+
+    Raises:
+        ClipError: there is nothing at `path`, it has no images, or one cannot be read. The message names the file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files: dict[str, bytes] = {
+            file.relative_to(path).as_posix(): file.read_bytes()
+            for file in sorted(path.rglob("*"))
+            if file.suffix.lower() in IMAGE_SUFFIXES
+        }
+    else:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = [name for name in archive.namelist() if name.lower().endswith(IMAGE_SUFFIXES)]
+                files = {name: archive.read(name) for name in sorted(names)}
+        except (OSError, zipfile.BadZipFile) as error:
+            raise ClipError(f"{path} is neither a folder nor a zip file of textures: {error}") from error
+    if not files:
+        raise ClipError(f"{path} has no images (looked for {' '.join(IMAGE_SUFFIXES)})")
+    names = list(files)
+    if limit is not None and limit < len(names):
+        names = [names[i * len(names) // limit] for i in range(limit)]
+
+    def decode(name: str) -> torch.Tensor:
+        try:
+            image = Image.open(io.BytesIO(files[name])).convert("RGB")
+        except (OSError, ValueError, SyntaxError) as error:
+            raise ClipError(f"{path}: {name} cannot be read as an image: {error}") from error
+        if image.size != (side, side):
+            shorter = min(image.size)
+            left, top = (image.width - shorter) // 2, (image.height - shorter) // 2
+            box = (left, top, left + shorter, top + shorter)
+            image = image.resize((side, side), Image.Resampling.LANCZOS, box=box)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+    with ThreadPoolExecutor() as pool:
+        return torch.stack(list(pool.map(decode, names)))
+
+
+def procedural_squares(
+    count: int, side: int = 256, seed: int = 0, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """`[count, 3, side, side]` uint8 slices, `PROCEDURAL_SPAN` wide, through the solid textures of synthetic rooms."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = (torch.arange(side, device=device) + 0.5) * (PROCEDURAL_SPAN / side) - PROCEDURAL_SPAN / 2
+    vertical, horizontal = torch.meshgrid(centres, centres, indexing="ij")
+    squares: list[torch.Tensor] = []
+    while len(squares) < count:
+        scene: Scene = move(sample_scene(generator), device)
+        for surface in range(min(len(scene.textures.colours), count - len(squares))):
+            height = torch.rand((), generator=generator).to(device).expand(side * side)
+            point = torch.stack([horizontal.flatten(), vertical.flatten(), height])  # [3, side^2]
+            hits = Hits(height, torch.full((side * side,), surface, device=device), point, point)
+            squares.append((surface_colour(scene, hits) * 255).round().to(torch.uint8).view(3, side, side))
+    return torch.stack(squares)
+
+
+def texture_atlas(
+    photographs: torch.Tensor | None,
+    procedural: int = 512,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> TextureAtlas:
+    """An atlas of photographs `[N, 3, side, side]` uint8, if there are any, and procedural textures after them.
+
+    Dark photographs are brightened part of the way to middle grey: game textures are painted for bright lamps.
+    """
+    side = photographs.shape[-1] if photographs is not None else 256
+    own = procedural_squares(procedural, side, seed, device)
+    atlases = [build_atlas(part.float() / 255, 0) for part in own.split(512)]
+    if photographs is not None:
+        lit = (brightened(part.to(device).float() / 255) for part in photographs.split(512))
+        atlases = [build_atlas(part, 0) for part in lit] + atlases
+    return TextureAtlas(
+        torch.cat([atlas.texels for atlas in atlases]), side, 0 if photographs is None else len(photographs)
+    )
+
+
+def brightened(squares: torch.Tensor) -> torch.Tensor:
+    """Squares `[N, 3, side, side]` whose mean came most of the way up to middle grey, if it was darker."""
+    mean = squares.mean((1, 2, 3), keepdim=True).clamp(min=0.02)
+    return (squares * (0.42 / mean).clamp(1, 16) ** 0.6).clamp(0, 1)
+
+
+def sample_texture(
+    atlas: TextureAtlas, texture: torch.Tensor, u: torch.Tensor, v: torch.Tensor, level: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Trilinear look-up: red, green and blue in [0, 1], each shaped as `u`.
+
+    Args:
+        atlas: the textures.
+        texture: number of the texture, integers.
+        u: from left to right in widths of the texture; textures repeat, every other time mirrored.
+        v: from top to bottom, likewise.
+        level: mip level, any number; between two levels both are blended.
+    """
+    level = level.clamp(0, atlas.levels - 1)
+    finer = level.floor().clamp(max=atlas.levels - 2)
+    share = level - finer
+    start = texture.int() * atlas.texels_per_texture
+    near = bilinear(atlas, start, mirrored(u), mirrored(v), finer.int())
+    far = bilinear(atlas, start, mirrored(u), mirrored(v), finer.int() + 1)
+    red, green, blue = (torch.lerp(a, b, share) / 255 for a, b in zip(near, far, strict=True))
+    return red, green, blue
+
+
+def mirrored(position: torch.Tensor) -> torch.Tensor:
+    """Position in [0, 1] within a texture that repeats mirrored."""
+    return 1 - (position - 2 * (position / 2).floor() - 1).abs()
+
+
+def bilinear(
+    atlas: TextureAtlas, start: torch.Tensor, u: torch.Tensor, v: torch.Tensor, level: torch.Tensor
+) -> list[torch.Tensor]:
+    """Bilinear look-up in one level of the texture that begins at `start`; colours in [0, 255]."""
+    size = torch.bitwise_right_shift(torch.full_like(level, atlas.side), level)
+    # Pixel centres lie on halves; beyond the outer ones the border pixel goes on.
+    x = (u * size - 0.5).clamp(min=0).minimum(size - 1.0)
+    y = (v * size - 0.5).clamp(min=0).minimum(size - 1.0)
+    left, top = x.floor().int(), y.floor().int()
+    right, bottom = (left + 1).minimum(size - 1), (top + 1).minimum(size - 1)
+    x, y = x - left, y - top
+    first = start + level_offset(level, atlas.side)
+    corners = [
+        colours(atlas.texels[first + row * size + column])
+        for row, column in ((top, left), (top, right), (bottom, left), (bottom, right))
+    ]
+    return [
+        torch.lerp(torch.lerp(a, b, x), torch.lerp(c, d, x), y) for a, b, c, d in zip(*corners, strict=True)
+    ]
+
+
+def colours(packed: torch.Tensor) -> list[torch.Tensor]:
+    """Red, green and blue in [0, 255] of packed texels."""
+    return [((packed >> shift) & 255).float() for shift in (16, 8, 0)]

@@ -1,0 +1,1 @@
+"""Change one model instance, and give it back."""

@@ -1,0 +1,105 @@
+"""What an accelerated model does, stage by stage."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+
+from ..config import PaceConfig
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a forward pass.
+
+    Attributes:
+        name: what it does.
+        tokens_in, tokens_out: tokens of one clip that enter and leave it.
+        seconds: wall time, None unless asked for.
+    """
+
+    name: str
+    tokens_in: int
+    tokens_out: int
+    seconds: float | None = None
+
+
+class StageTimer:
+    """Keeps the stages of the last forward pass; takes their times only while `timing`: that waits for the device."""
+
+    def __init__(self):
+        self.stages: list[Stage] = []
+        self.timing = False
+
+    @contextmanager
+    def stage(self, name: str, tokens_in: int, tokens_out: int) -> Generator[None]:
+        start = device_time() if self.timing else 0.0
+        yield
+        seconds = device_time() - start if self.timing else None
+        done = Stage(name, tokens_in, tokens_out, seconds)
+        # A head that is called again on the same tokens replaces what it said before.
+        self.stages = [stage for stage in self.stages if stage.name != name] + [done]
+
+
+def device_time() -> float:
+    """Wall clock in seconds, read after the work of the current CUDA device is done; see `current_device`."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def current_device(device: torch.device) -> AbstractContextManager:
+    """Makes a CUDA device the current one, whose times and peak memory are taken, inside the `with` block."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Settings and stages of an accelerated model; `print` it.
+
+    Attributes:
+        backbone: the host's dimensions, in words.
+        config: the settings in force.
+        weights: the weights in force and where they came from, in words.
+        paused: whether the stock forward runs at the moment.
+        patched: names of the submodules whose forward is replaced, compiled blocks left out.
+        attention: who computes attention, in words.
+        compiled: what runs compiled, in words.
+        stages: of the last forward pass; empty before the first.
+    """
+
+    backbone: str
+    config: PaceConfig
+    weights: str
+    paused: bool
+    patched: list[str]
+    attention: str = "torch SDPA"
+    compiled: str = "no"
+    stages: list[Stage] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [
+            f"backbone      {self.backbone}",
+            f"keep ratio    {self.config.keep_ratio:g}",
+            (
+                "frames        all patch tokens; global attention is pruned, nothing is merged"
+                if self.config.dense_frames
+                else f"merge budget  {self.config.merge_share:g}"
+            ),
+            f"weights       {self.weights}",
+            f"patched       {', '.join(self.patched)}"
+            + (" (paused: the stock forward runs)" if self.paused else ""),
+            f"attention     {self.attention}",
+            f"compiled      {self.compiled}",
+        ]
+        if not self.stages:
+            return "\n".join([*lines, "stages        none yet: run the model, or pass images to summary()"])
+        lines.append(f"{'stage':34s}{'tokens in':>12s}{'tokens out':>12s}{'seconds':>10s}")
+        for stage in self.stages:
+            seconds = "-" if stage.seconds is None else f"{stage.seconds:.3f}"
+            lines.append(f"{stage.name:34s}{stage.tokens_in:>12,d}{stage.tokens_out:>12,d}{seconds:>10s}")
+        return "\n".join(lines)

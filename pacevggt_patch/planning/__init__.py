@@ -1,0 +1,1 @@
+"""When pruning pays, and which keep ratio fits a budget."""

@@ -1,0 +1,360 @@
+"""Find the keep ratio that fits a time and a memory budget, from a short calibration on the user's device.
+
+What a forward costs is known up to a few coefficients. With N frames of L tokens each (special and kept ones):
+
+    seconds = a + b N + c N L + d (N L^2 + (N L)^2)
+
+b N is what does not depend on pruning (DINO and heads, on the whole grid), c N L the linear layers of the blocks, d
+the attention inside frames and across the clip; memory is a + b N + c N L in each stage, and the largest stage counts.
+The coefficients are fitted to a few short forwards. These reach the clip's sequence lengths N L with fewer frames, by
+keeping more of each: attention, which grows fastest, is measured where it will run.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import PaceError
+from ..hosts import vggt as backbone
+from ..patching.install import _state, accelerate, is_accelerated, remove
+from ..patching.summary import StageTimer, current_device, device_time
+
+# Keep ratios that are tried, as shares of the largest that the merge budget leaves, and shares of the clip's frames.
+CALIBRATION = ((0.9, 1 / 4), (0.9, 1 / 8), (0.3, 1 / 4), (0.3, 1 / 8), (0.1, 1 / 2), (0.1, 1 / 8))
+# A shorter clip counts as one of so many frames: a call has costs that are not those of a frame.
+LEAST_FRAMES = 64
+# Sequences are no longer than this, whose attention fills any device, or than this share of the unpruned clip.
+MOST_TOKENS, MOST_SHARE = 65536, 1 / 20
+# Timed runs of a setting; one is enough where it takes so long that nothing disturbs it.
+REPEATS, LONG_SECONDS = 3, 2.0
+
+
+@dataclass(frozen=True)
+class Point:
+    """One calibration setting and what it cost.
+
+    Attributes:
+        frames: N.
+        kept: K, patch tokens of a frame that entered alternating attention.
+        seconds: median wall time of a forward.
+        memory_gib: peak CUDA memory in each stage, by name; empty if it was not measured.
+    """
+
+    frames: int
+    kept: int
+    seconds: float
+    memory_gib: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Fitted costs of one model, image size and device.
+
+    Attributes:
+        special: special tokens of a frame.
+        time: coefficients of `_time_terms`.
+        memory: of `_memory_terms`, for each stage; empty if it was not measured.
+        points: what was measured.
+        calibration_seconds: wall time that measuring took.
+    """
+
+    special: int
+    time: tuple[float, ...]
+    memory: dict[str, tuple[float, ...]]
+    points: tuple[Point, ...]
+    calibration_seconds: float = 0.0
+
+    @classmethod
+    def fit(
+        cls, points: list[Point], special: int, calibration_seconds: float = 0.0, matching: bool = False
+    ) -> CostModel:
+        """Fit the coefficients to measured points; `matching` says whether some heads see all tokens."""
+        terms = [_time_terms(point.frames, special + point.kept, matching) for point in points]
+        # Relative errors count: a long forward must not drown a short one.
+        weights = [1 / point.seconds for point in points]
+        rows = [[w * term for term in row] for w, row in zip(weights, terms, strict=True)]
+        times = non_negative_least_squares(rows, [1.0] * len(points))
+        room = [_memory_terms(point.frames, special + point.kept) for point in points]
+        memory = {
+            stage: non_negative_least_squares(room, [point.memory_gib[stage] for point in points])
+            for stage in points[0].memory_gib
+            if all(stage in point.memory_gib for point in points)
+        }
+        return cls(special, times, memory, tuple(points), calibration_seconds)
+
+    def seconds(self, frames: int, kept: int) -> float:
+        """Predicted wall time of one forward, with `kept` patch tokens of each of `frames` frames."""
+        return _dot(self.time, _time_terms(frames, self.special + kept, len(self.time) > 4))
+
+    def memory_gib(self, frames: int, kept: int) -> float | None:
+        """Predicted peak CUDA memory in GiB, weights included; None if it was not measured."""
+        terms = _memory_terms(frames, self.special + kept)
+        return max((_dot(c, terms) for c in self.memory.values()), default=None)
+
+
+@dataclass(frozen=True)
+class BudgetPlan:
+    """The keep ratio that fits a budget.
+
+    Attributes:
+        keep_ratio: the largest that fits; pass it to `accelerate`.
+        seconds: predicted wall time of one forward.
+        memory_gib: predicted peak CUDA memory in GiB, weights and inputs included; None if no memory budget was given.
+        frames: N, frames of the clip it is for.
+        size: height and width it is for, in pixels.
+        calibration_seconds: wall time that the calibration took.
+    """
+
+    keep_ratio: float
+    seconds: float
+    memory_gib: float | None
+    frames: int
+    size: tuple[int, int]
+    calibration_seconds: float
+
+
+def fit_budget(
+    model: nn.Module,
+    frames: int,
+    size: tuple[int, int],
+    *,
+    seconds: float | None = None,
+    memory_gib: float | None = None,
+    run: Callable[[Tensor], Any] | None = None,
+) -> BudgetPlan:
+    """Find the largest keep ratio whose forward fits a time or memory budget on the model's device.
+
+    Runs the model on random images of that size: up to six settings, four times each, on at most half as many frames
+    (from 64 frames on). For a clip of hundreds of frames that takes as long as a few of its pruned forwards, for a
+    short one as long as a few dozen; the plan says how long. The model is left as it was; apply the answer with
+    `accelerate(model, plan.keep_ratio)`. It is for a pruned clip: where the clip has so few frames that the stock
+    aggregator would run instead, pass `min_frames=1` as well.
+
+    Args:
+        model: a VGGT on its device. If it is accelerated, its weights and all other settings are in force during
+            calibration; if not, it is calibrated training-free.
+        frames: N, frames of the clip to come.
+        size: its height and width in pixels.
+        seconds: wall time that one forward may take.
+        memory_gib: peak CUDA memory that PyTorch may allocate, in GiB, weights included; what the driver and the
+            allocator's fragments take comes on top. Measuring it resets PyTorch's peak statistics.
+        run: how the model is called, given images [1, n, 3, H, W] in the dtype of the weights; `model(images)` if not
+            given. Autocast that is on when this function is called is on during calibration, too.
+
+    Raises:
+        PaceError: no budget is given or it is not positive, memory is asked for where it can't be measured, or not even
+            one kept token a frame fits: the message says what the smallest possible figure is.
+    """
+    budgets = {"seconds": seconds, "memory_gib": memory_gib}
+    for name, value in budgets.items():
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise PaceError(f"{name} must be positive, got {value!r}")
+    if seconds is memory_gib is None:
+        raise PaceError("give a budget: seconds, memory_gib, or both")
+    device = backbone.find_host(model).aggregator.camera_token.device
+    if memory_gib is not None and device.type != "cuda":
+        raise PaceError(
+            f"memory_gib needs a CUDA device, where PyTorch counts what it allocates; the model is on {device}: "
+            "give seconds alone"
+        )
+    costs = measure_costs(model, frames, size, run=run, memory=memory_gib is not None)
+    patches, most = _patches(model, size), _largest_keep(model, size)
+
+    def costs_of(kept: int) -> dict[str, float | None]:
+        return {"seconds": costs.seconds(frames, kept), "memory_gib": costs.memory_gib(frames, kept)}
+
+    def exceeds(cost: float | None, budget: float | None) -> bool:
+        return cost is not None and budget is not None and cost > budget
+
+    def fits(kept: int) -> bool:
+        return not any(exceeds(cost, budgets[name]) for name, cost in costs_of(kept).items())
+
+    if not fits(1):
+        missed = [
+            f"{name}={budgets[name]:g} (the smallest possible is about {least:.3g})"
+            for name, least in costs_of(1).items()
+            if exceeds(least, budgets[name])
+        ]
+        raise PaceError(
+            f"no keep ratio fits {' and '.join(missed)} for {frames} frames of {size[0]}x{size[1]}: "
+            "use fewer or smaller frames"
+        )
+    low, high = 1, most  # costs grow with the kept tokens: halve
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return BudgetPlan(
+        keep_ratio=low / patches,
+        seconds=costs.seconds(frames, low),
+        memory_gib=costs.memory_gib(frames, low),
+        frames=frames,
+        size=(size[0], size[1]),
+        calibration_seconds=costs.calibration_seconds,
+    )
+
+
+def measure_costs(
+    model: nn.Module,
+    frames: int,
+    size: tuple[int, int],
+    *,
+    run: Callable[[Tensor], Any] | None = None,
+    memory: bool = False,
+) -> CostModel:
+    """Calibrate the cost model for clips of about `frames` frames; the arguments are those of `fit_budget`.
+
+    Args:
+        memory: measure the stages' peak memory, too (CUDA only).
+    """
+    if frames < 1:
+        raise PaceError(f"frames must be at least 1, got {frames}")
+    start = time.perf_counter()
+    with _as_it_was(model):
+        if not is_accelerated(model):
+            accelerate(model, weights=None)
+        state, host = _state(model), backbone.find_host(model)
+        token = host.aggregator.camera_token
+        patches, special = _patches(model, size), int(host.aggregator.patch_start_idx)
+        state.paused = state.checkpointing = False
+        points = []
+        for kept, n in _settings(frames, patches, _largest_keep(model, size), special):
+            # Every clip is pruned here, however short: what is fitted is the cost of a pruned one.
+            state.config = replace(state.config, keep_ratio=kept / patches, min_frames=1)
+            generator = torch.Generator(token.device).manual_seed(0)
+            images = torch.rand(1, n, 3, *size, generator=generator, device=token.device).to(token.dtype)
+            points.append(_measure(model, images, kept, run or model, memory))
+            del images
+        matching = state.weights is not None and bool(state.weights.matching)
+    return CostModel.fit(points, special, time.perf_counter() - start, matching)
+
+
+def _patches(model: nn.Module, size: tuple[int, int]) -> int:
+    """Patch tokens of a frame of `size`."""
+    patch = int(backbone.find_host(model).aggregator.patch_size)
+    height, width = size
+    if min(height, width) < patch or height % patch or width % patch:
+        raise PaceError(f"height and width must be multiples of {patch}, got {height}x{width}")
+    return (height // patch) * (width // patch)
+
+
+def _largest_keep(model: nn.Module, size: tuple[int, int]) -> int:
+    """The most tokens of a frame that may be kept beside the merge budget in force."""
+    patches = _patches(model, size)
+    merge = _state(model).config.merge_budget if is_accelerated(model) else None
+    return max(1, math.floor((1 - (merge or 0.0)) * patches + 1e-9))
+
+
+def _settings(frames: int, patches: int, most: int, special: int) -> list[tuple[int, int]]:
+    """Kept tokens and frames of the calibration, without repetitions, small ones first."""
+    found = set()
+    for ratio, share in CALIBRATION:
+        kept = min(most, max(1, round(ratio * most)), max(1, patches - 1))
+        tokens = max(MOST_TOKENS, MOST_SHARE * frames * patches)
+        longest = max(1, int(tokens // (special + kept)))
+        found.add((kept, min(frames, longest, math.ceil(share * max(frames, LEAST_FRAMES)))))
+    return sorted(found, key=lambda setting: (special + setting[0]) * setting[1])
+
+
+def _measure(
+    model: nn.Module, images: Tensor, kept: int, run: Callable[[Tensor], Any], memory: bool
+) -> Point:
+    """Time `run` on images; the first run, which is not timed, warms up and takes the memory of the stages."""
+    state = _state(model)
+    with torch.inference_mode():
+        state.timer = timer = _MemoryTimer() if memory else StageTimer()
+        run(images)
+        state.timer = StageTimer()
+        seconds = []
+        while not seconds or (len(seconds) < REPEATS and seconds[0] < LONG_SECONDS):
+            start = device_time()
+            run(images)
+            seconds.append(device_time() - start)
+    peaks = timer.peaks if isinstance(timer, _MemoryTimer) else {}
+    return Point(images.shape[1], kept, statistics.median(seconds), peaks)
+
+
+class _MemoryTimer(StageTimer):
+    """Takes the peak CUDA memory of every stage, in GiB."""
+
+    def __init__(self):
+        super().__init__()
+        self.peaks: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str, tokens_in: int, tokens_out: int) -> Generator[None]:
+        torch.cuda.reset_peak_memory_stats()
+        with super().stage(name, tokens_in, tokens_out):
+            yield
+        # A stage that runs more than once, in chunks, has its largest.
+        self.peaks[name] = max(self.peaks.get(name, 0.0), torch.cuda.max_memory_allocated() / 2**30)
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Generator[None]:
+    """Evaluation mode, on the model's device, inside the `with` block; then model and random state are as before."""
+    training = [(module, module.training) for module in model.modules()]
+    accelerated = is_accelerated(model)
+    before = dict(vars(_state(model))) if accelerated else None
+    device = backbone.find_host(model).aggregator.camera_token.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), current_device(device):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, flag in training:
+                module.training = flag
+            if before is not None:
+                vars(_state(model)).update(before)
+            else:
+                remove(model)
+
+
+def _time_terms(frames: int, length: int, matching: bool) -> list[float]:
+    """What the seconds of a forward are made of, for `frames` frames of `length` tokens."""
+    terms = [1.0, frames, frames * length, frames * length**2 + (frames * length) ** 2]
+    # Heads that see all tokens see them however many are kept.
+    return [*terms, frames**2] if matching else terms
+
+
+def _memory_terms(frames: int, length: int) -> list[float]:
+    """What the memory of a stage is made of."""
+    return [1.0, frames, frames * length]
+
+
+def _dot(coefficients: tuple[float, ...], terms: list[float]) -> float:
+    return sum(c * t for c, t in zip(coefficients, terms, strict=True))
+
+
+def non_negative_least_squares(rows: list[list[float]], target: list[float]) -> tuple[float, ...]:
+    """The x >= 0 with the smallest |rows @ x - target|, by trying all sets of columns that may be positive.
+
+    Args:
+        rows: one for each equation, of a handful of non-negative columns.
+        target: right-hand sides.
+    """
+    matrix = torch.tensor(rows, dtype=torch.float64)
+    right = torch.tensor(target, dtype=torch.float64)
+    scale = matrix.abs().amax(0).clamp(min=torch.finfo(torch.float64).tiny)
+    columns, best = matrix.shape[1], (float(right.square().sum()), [0.0] * matrix.shape[1])
+    for count in range(1, columns + 1):
+        for chosen in itertools.combinations(range(columns), count):
+            part = matrix[:, chosen] / scale[list(chosen)]
+            found = torch.linalg.lstsq(part, right[:, None], driver="gelsd").solution[:, 0]
+            error = float((part @ found - right).square().sum())
+            # Fewer terms unless more explain something.
+            if bool((found >= 0).all()) and error < best[0] * (1 - 1e-9):
+                x = [0.0] * columns
+                for i, value in zip(chosen, (found / scale[list(chosen)]).tolist(), strict=True):
+                    x[i] = value
+                best = (error, x)
+    return tuple(best[1])

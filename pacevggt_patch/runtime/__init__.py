@@ -1,0 +1,1 @@
+"""What the rest runs on: attention libraries, compilation, chunks, CUDA graphs, files."""
