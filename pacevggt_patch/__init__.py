@@ -1,8 +1,10 @@
 """Accelerate VGGT models in place by token pruning: one call, the same inputs and outputs."""
 
+from .calibration.calibrate import calibrate
 from .config import PaceConfig
 from .errors import ClipError, PaceError, UnsupportedModelError, WeightsError
 from .patching.install import accelerate, is_accelerated, paused, remove, summary
+from .patching.summary import Summary
 from .planning.fit_budget import BudgetPlan, fit_budget
 from .version import __version__
 from .weights.pace import PaceWeights
@@ -13,10 +15,12 @@ __all__ = [
     "PaceConfig",
     "PaceError",
     "PaceWeights",
+    "Summary",
     "UnsupportedModelError",
     "WeightsError",
     "__version__",
     "accelerate",
+    "calibrate",
     "fit_budget",
     "is_accelerated",
     "paused",

@@ -1,118 +1,86 @@
-"""Calibration on a few frames without gradient steps: the linear part of the restoration, or the matching heads."""
+"""Make weights for a model from a few of the user's frames: no labels, no gradient steps."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..config import GLOBAL, MODES, PRE_AA, PaceConfig
 from ..errors import PaceError
-from ..method.restoration import reading
-from ..method.restored_tokens import RestoredTokens
-from ..training.guest import guest
-from ..training.passes import run
-from ..weights.pace import PaceWeights
-from .full_heads import find_matching_heads
+from ..hosts.base import find_host
+from ..patching.install import install, is_accelerated, remove
+from ..weights.pace import PaceWeights, check_values
+from .full_heads import find_full_heads
+from .restoration import KEEP_RATIOS, fit_restoration
 
-KEEP_RATIOS = (0.5, 0.3, 0.15)
-RIDGE = 0.01
-FRAMES = 8  # frames whose dense tokens exist at a time
+Run = Callable[[Tensor], Any]
 
 
 def calibrate(
-    model: Any,
-    clips: Iterable[Tensor],
-    weights: PaceWeights | None = None,
+    model: nn.Module,
+    clips: Tensor | Iterable[Tensor],
     *,
+    mode: str = GLOBAL,
     keep_ratios: Sequence[float] = KEEP_RATIOS,
-    ridge: float = RIDGE,
+    run: Run | None = None,
 ) -> PaceWeights:
-    """Make weights fit a few clips of the user's, in seconds to minutes and without gradient steps.
+    """Weights for `accelerate(model, weights=...)`, in seconds to minutes.
 
-    Weights for dense frames get the heads that must see all tokens, see `matching.find_matching_heads`. All others get
-    the linear part of the restoration, by ridge regression against the unpruned model:
-
-    For each cached layer it finds the matrix A that minimises, over the dropped tokens i of all clips and keep ratios,
-    the sum of |t_i - r_i - A d_i|^2 plus lambda |A|^2: t is the token of the unpruned model, r what is restored without
-    a linear part, and d_i = f_i - sum_j w_ij f_j the feature difference that `FeatureGuidedRestoration` takes; lambda
-    is `ridge` times the mean eigenvalue of sum d d^T.
-
-    Two forward passes for each clip and one for each keep ratio; memory does not grow with the number of clips.
+    Global pruning: the heads that must see all tokens, see `find_full_heads`. Pre-AA pruning: the linear part of the
+    restoration, see `fit_restoration`. The model is left as it was.
 
     Args:
-        model: any VGGT that `accelerate` takes; it is left as it was.
-        clips: images [S, 3, H, W] or [B, S, 3, H, W] in [0, 1] on the model's device; a few dozen frames will do.
-        weights: what to start from; the linear part or the matching heads are replaced, all else stays. None starts
-            from untrained weights; for dense frames pass `PaceWeights.new(model, dense_frames=True)`.
-        keep_ratios: keep ratios that the linear part is fitted for, together; matching heads are the same for all.
-        ridge: strength of the ridge, relative; for it alone.
+        model: any model that `accelerate` takes; not accelerated.
+        clips: one clip or several, images [S, 3, H, W] or [B, S, 3, H, W] in [0, 1] on the model's device. One clip of
+            a few dozen frames will do.
+        mode: "global" or "pre-aa".
+        keep_ratios: keep ratios that the restoration is fitted for, together. Full-attention heads are the same for all.
+        run: how the model is called, given images [B, S, 3, H, W]; its aggregator alone if not given.
 
     Returns:
-        `weights`, changed in place, or new ones.
+        New weights; `save` writes them.
 
     Raises:
-        PaceError: there are no clips, a setting is out of range, or the model is accelerated already.
+        PaceError: there are no clips, a clip has a single frame, a setting is out of range, or the model is accelerated
+            already.
     """
-    weights = weights or PaceWeights.new(model, keep_ratios=keep_ratios)
-    with guest(model, weights):
-        if weights.dense_frames:
-            weights.matching, _ = find_matching_heads(model, clips)
-            weights.keep_ratios = weights.keep_ratios or tuple(float(ratio) for ratio in keep_ratios)
-        else:
-            fit_linear(model, clips, weights, keep_ratios, ridge)
-    return weights
+    if mode not in MODES:
+        raise PaceError(f'mode must be "global" or "pre-aa", got {mode!r}')
+    if is_accelerated(model):
+        raise PaceError("this model is accelerated already: call pacevggt_patch.remove(model) before calibrating it")
+    host = find_host(model)
+    check_values(host)
+    batches = as_batches(clips, host.reference.device)
+    if mode == PRE_AA:
+        weights = PaceWeights.new(model, mode=mode, keep_ratios=keep_ratios)
+        weights.block_deltas = None
+        fit_restoration(model, batches, weights, keep_ratios)
+        return weights
+    training = [(module, module.training) for module in model.modules()]
+    install(model, host, PaceConfig(mode=mode, min_frames=1), None)
+    try:
+        model.eval()
+        heads, _ = find_full_heads(model, batches, run)
+    finally:
+        for module, flag in training:
+            module.training = flag
+        remove(model)
+    return PaceWeights.of_heads(host, heads, {"clips": "given to calibrate"})
 
 
-@torch.no_grad()
-def fit_linear(
-    model: Any, clips: Iterable[Tensor], weights: PaceWeights, keep_ratios: Sequence[float], ridge: float
-) -> None:
-    """`calibrate` for a model that is accelerated with these weights."""
-    assert weights.restoration is not None
-    linear: list[Any] = list(weights.restoration.linear)
-    for layer in linear:
-        layer.weight.zero_()
-    sums: dict[int, tuple[Tensor, Tensor]] = {}
+def as_batches(clips: Tensor | Iterable[Tensor], device: torch.device) -> Iterable[Tensor]:
+    """Clips as images [B, S, 3, H, W], one after another.
+
+    Raises:
+        PaceError: one is no such tensor, when it comes.
+    """
+    if isinstance(clips, Tensor):
+        clips = [clips]
     for images in clips:
-        images = images[None] if images.ndim == 4 else images
-        none = torch.arange(0, device=images.device)
-        teacher = run(model, images, none, 1.0, heads=False).tokens
-        for ratio in keep_ratios:
-            student = run(model, images, none, ratio, heads=False).tokens
-            for start in range(0, images.shape[1], FRAMES):
-                accumulate(sums, student, teacher, range(start, min(start + FRAMES, images.shape[1])))
-    if not sums:
-        raise PaceError("calibration needs at least one clip, got none")
-    for layer, (squares, products) in sums.items():
-        level = ridge * squares.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-        eye = torch.eye(len(squares), dtype=squares.dtype, device=squares.device)
-        solution = torch.linalg.solve(squares + level * eye, products)  # [C, 2C]
-        linear[weights.restoration.layers.index(layer)].weight.copy_(solution.T)
-
-
-def accumulate(
-    sums: dict[int, tuple[Tensor, Tensor]], student: RestoredTokens, teacher: RestoredTokens, frames: range
-) -> None:
-    """Add d d^T [C, C] and d (t - r)^T [C, 2C] (float64) over the dropped tokens of some frames, layer by layer.
-
-    Kept tokens pass a restoration unchanged: they tell nothing.
-    """
-    module = student.restoration
-    if module is None:
-        return
-    layers = [layer for layer in module.layers if layer in student.layers]
-    restored: list[Any] = student.frames(frames.start, frames.stop, layers)
-    wanted: list[Any] = teacher.frames(frames.start, frames.stop, layers)
-    kept = student.kept[:, frames.start : frames.stop].flatten(0, 1)
-    features = student.features[:, frames.start : frames.stop].flatten(0, 1)
-    with torch.autocast(features.device.type, enabled=False):
-        _, difference, _ = reading(features, kept, student.grid, module)  # [N, P, C]
-        dropped = torch.ones(difference.shape[:2], device=kept.device).scatter_(1, kept, 0.0)  # [N, P]
-        rows = (difference * dropped.unsqueeze(-1)).flatten(0, 1).double()  # [N*P, C]
-        for layer in layers:
-            missing = (wanted[layer] - restored[layer])[:, :, student.special :]
-            products = rows.T @ missing.flatten(0, 2).double()
-            before = sums.get(layer, (0.0, 0.0))
-            sums[layer] = before[0] + rows.T @ rows, before[1] + products
+        if not isinstance(images, Tensor) or images.ndim not in (4, 5):
+            what = f"a tensor {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+            raise PaceError(f"clips must be images [S, 3, H, W] or [B, S, 3, H, W], got {what}")
+        yield images[None] if images.ndim == 4 else images

@@ -16,6 +16,7 @@ from ..evaluation.timing import Timing, time_interleaved
 from ..mini import build_mini
 from ..patching.install import accelerate, paused, summary
 from ..patching.summary import Summary
+from ..runtime.device import usable_device
 from ..runtime.files import environment, write_json
 from .pictures import save_depth_picture, save_points, save_points_picture, save_token_picture
 
@@ -43,7 +44,7 @@ def run_demo(
     keep_ratio: float = 0.3,
     merge_budget: float | None = None,
     weights: str | None = "auto",
-    dense_frames: bool = False,
+    mode: str | None = None,
     device: str | None = None,
     repeats: int = 3,
 ) -> Demo:
@@ -55,7 +56,7 @@ def run_demo(
         out: folder for the results; made if it is not there.
         clip_folder: a folder of images, or a `clip.json` folder; None takes the bundled clip.
         frames: how many frames, evenly spaced over the clip; None takes 24, or all where there are fewer.
-        keep_ratio, merge_budget, weights, dense_frames: as in `accelerate`.
+        keep_ratio, merge_budget, weights, mode: as in `accelerate`.
         device: None takes CUDA where there is one.
         repeats: timed runs of each, interleaved.
 
@@ -73,7 +74,7 @@ def run_demo(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # training-free or not stands in the table
         # What pruning does is shown even where it is not the faster one.
-        accelerate(model, keep_ratio, merge_budget, weights=weights, dense_frames=dense_frames, min_frames=1)
+        accelerate(model, keep_ratio, merge_budget, weights=weights, mode=mode, min_frames=1)
     settings = summary(model)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -90,16 +91,18 @@ def run_demo(
         warnings.filterwarnings("ignore", message=".*torch.cuda.amp.autocast", category=FutureWarning)
         with tqdm(total=(repeats + 1) * len(runs), desc=f"{len(clip)} frames", unit="run") as bar:
             timings = time_interleaved(runs, repeats, chosen, update=bar.update)
-        tokens, _ = model.aggregator(clip.images[None])
+        model(clip.images)
+    kept = summary(model).kept
 
     report = make_report(clip, settings, timings)
-    images, roles = clip.images, tokens.role[0]
+    images = clip.images
+    grid = tuple(side // model.aggregator.patch_size for side in images.shape[-2:])
     stock, pace = (timings[name].result["depth"][0, ..., 0] for name in runs)  # [S, H, W]
     clouds = {name: point_cloud(timings[name].result, images) for name in runs}
     points, colours = clouds["accelerated"]
     writers = {
         "report.json": lambda path: write_json(path, report),
-        "tokens.png": lambda path: save_token_picture(path, images, roles, tokens.grid, dense_frames),
+        "tokens.png": lambda path: save_token_picture(path, images, kept[0], grid),
         "depth.png": lambda path: save_depth_picture(path, images, stock, pace),
         "points.png": lambda path: save_points_picture(path, clouds),
         "points.ply": lambda path: save_points(path, points, colours),
@@ -112,21 +115,6 @@ def run_demo(
         except PaceError as error:  # a picture whose library is not installed does not take the table along
             skipped.append(f"{name}: {error}")
     return Demo(report, written, skipped)
-
-
-def usable_device(name: str | None) -> torch.device:
-    """The named device, or CUDA where there is one, or the CPU.
-
-    Raises:
-        PaceError: torch can't use it.
-    """
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise PaceError(f"device {name!r} can't be used: {reason}") from error
-    return device
 
 
 def load_evenly(folder: Path, frames: int | None) -> Clip:
@@ -147,8 +135,8 @@ def make_report(clip: Clip, settings: Summary, timings: dict[str, Timing]) -> di
         "clip": clip.name,
         "frames": len(clip),
         "keep_ratio": settings.config.keep_ratio,
-        "merge_budget": settings.config.merge_share,
-        "dense_frames": settings.config.dense_frames,
+        "mode": settings.config.mode,
+        "merge_budget": settings.config.merge_budget,
         "weights": settings.weights,
         "seconds_stock": stock.median,
         "seconds_pace": pace.median,
@@ -191,7 +179,7 @@ def format_table(report: dict[str, Any]) -> str:
         ),
         ("depth AbsRel (lower is better)", number(stock["absrel"], 4), number(pace["absrel"], 4)),
     ]
-    others = "dense frames" if report["dense_frames"] else f"merge budget {report['merge_budget']:g}"
+    others = f"{report['mode']} pruning"
     title = (
         f"{report['backbone']} on {report['clip']}, {report['frames']} frames, keep ratio {report['keep_ratio']:g}, "
         f"{others}, weights {report['weights']}"

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..config import DEFAULT_KEEP_RATIO
+from ..config import DEFAULT_KEEP_RATIO, GLOBAL, MODES
 from ..errors import PaceError
 from ..version import __version__
 
@@ -63,13 +63,19 @@ def make_parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--weights", default="auto", help='"auto" (default), "none" (training-free), a file, a Hub id'
     )
-    demo.add_argument(
-        "--dense-frames", action="store_true", help="frame attention keeps all tokens; nothing is merged"
-    )
+    demo.add_argument("--mode", choices=MODES, help="what is pruned (that of the weights if not given)")
     demo.add_argument("--device", help="cpu or cuda (cuda where there is one if not given)")
     demo.set_defaults(run=demo_command, extra="demo")
     add_train(commands)
     add_push(commands)
+    cache = commands.add_parser(
+        "cache",
+        help="show or clear the calibrations that are kept on this machine",
+        description="Calibrations that were made on the first clip of a model are kept by its fingerprint in "
+        "$PACEVGGT_CACHE (~/.cache/pacevggt if not set; off keeps none).",
+    )
+    cache.add_argument("--clear", action="store_true", help="delete them")
+    cache.set_defaults(run=cache_command, extra="demo")
     return parser
 
 
@@ -110,7 +116,7 @@ def add_train(commands) -> None:
         "--clips", type=int, default=1, help="clips of a step and process, fewer if they have more frames (1)"
     )
     train.add_argument(
-        "--dense", type=int, default=4, help="frames of a clip on which depth and points are compared (4)"
+        "--supervised-frames", type=int, default=4, help="frames of a clip on which depth and points are compared (4)"
     )
     train.add_argument(
         "--width", type=int, help="of the frames in pixels (224 for VGGT-mini, else 518, rooms 504)"
@@ -119,11 +125,7 @@ def add_train(commands) -> None:
     train.add_argument(
         "--scorer-rate", type=float, default=0.0, help="share of it for the scorer in the second stage (0)"
     )
-    train.add_argument(
-        "--dense-frames",
-        action="store_true",
-        help="train for dense_frames=True: only global attention is pruned",
-    )
+    train.add_argument("--mode", choices=MODES, default=GLOBAL, help="what is pruned (global)")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--device", help="cpu or cuda (cuda where there is one if not given)")
     train.add_argument(
@@ -161,7 +163,7 @@ def demo_command(arguments: argparse.Namespace) -> int:
         keep_ratio=arguments.keep_ratio,
         merge_budget=arguments.merge_budget,
         weights=None if arguments.weights == "none" else arguments.weights,
-        dense_frames=arguments.dense_frames,
+        mode=arguments.mode,
         device=arguments.device,
     )
     print(format_table(report))
@@ -182,20 +184,20 @@ def train_command(arguments: argparse.Namespace) -> int:
         steps=0 if arguments.calibrate else arguments.steps,
         distil=distil,
         clips=arguments.clips,
-        dense=arguments.dense,
+        supervised=arguments.supervised_frames,
         views=tuple(arguments.views),
         rate=arguments.rate,
         scorer_rate=arguments.scorer_rate,
-        dense_frames=arguments.dense_frames,
+        mode=arguments.mode,
         seed=arguments.seed,
     )
     names = ("out", "backbone", "images", "rooms", "textures", "width", "device", "start", "resume")
     report = run_training(Options(settings=settings, **{name: getattr(arguments, name) for name in names}))
     if os.environ.get("RANK", "0") == "0":
         print(format_checks(report["checks"]))
-        if report["matching_heads"]:
-            heads = ", ".join(f"{head} of block {block}" for block, head in report["matching_heads"])
-            print(f"heads of global attention that see all tokens: {heads}")
+        if report["mode"] == GLOBAL:
+            heads = ", ".join(f"block {block} head {head}" for block, head in report["full_heads"])
+            print(f"heads of global attention that see all tokens: {heads or 'none'}")
         print(f"wrote {arguments.out}/: pace.safetensors, report.json, curve.png, state.pt")
     return 0
 
@@ -204,7 +206,23 @@ def push_command(arguments: argparse.Namespace) -> int:
     from ..weights.card import push
 
     commit = push(arguments.file, arguments.repo, arguments.revision, private=arguments.private)
-    print(f'uploaded; to use it: accelerate(model, weights="{arguments.repo}@{commit[:12]}")')
+    print(f'uploaded; to use it: accelerate(model, weights="{arguments.repo}@{commit}")')
+    return 0
+
+
+def cache_command(arguments: argparse.Namespace) -> int:
+    from ..weights import cache
+
+    where = cache.folder()
+    if where is None:
+        print(f"no calibrations are kept ({cache.VARIABLE} is off)")
+    elif arguments.clear:
+        print(f"deleted {cache.clear()} from {where}")
+    else:
+        found = cache.entries()
+        print(f"{len(found)} kept in {where}")
+        for path in found:
+            print(f"  {path.name}")
     return 0
 
 

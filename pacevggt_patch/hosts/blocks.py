@@ -10,23 +10,27 @@ This module knows the names inside a block, and no other does.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..runtime.attention import attention
+from ..runtime.bare_copy import bare_copy
 from ..runtime.chunks import in_chunks
 from ..runtime.compiling import unwatched
-from .dpt import bare_copy
+from .rope import Rotation, rotation, static_rope
 
 # What torch keeps in every module.
 INTERNALS = nn.Module().__dict__.keys()
-# Cosines and sines of the tokens' rotary embedding, the sines of the first halves negative.
-Rotation = tuple[Tensor, Tensor]
 # A function, and what it is compiled for -> the function to call in its place.
 Speed = Callable[..., Callable[..., Any]]
+# Parameters of a block: of what comes before attention, and of what comes after it.
+BEFORE = [f"{m}.{p}" for m in ("norm1", "attn.qkv", "attn.q_norm", "attn.k_norm") for p in ("weight", "bias")]
+AFTER = [f"{m}.{p}" for m in ("attn.proj", "norm2", "mlp.fc1", "mlp.fc2") for p in ("weight", "bias")]
+AFTER += ["ls1.gamma", "ls2.gamma"]
 
 
 def before_attention(
@@ -117,9 +121,10 @@ def run_block(
     rotation: Rotation | None,
     sequences: int,
     dtype: torch.dtype,
-    speed: Speed,
-    own: Callable[[Any], Any] = lambda parameter: parameter,
+    speed: Speed | None = None,
+    others: Mapping[str, Tensor] = {},  # noqa: B006
     rows: int = sys.maxsize,
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor] = attention,
 ) -> Tensor:
     """A stock block on tokens `[..., C]`, attention running within each of `sequences` equal parts.
 
@@ -129,42 +134,65 @@ def run_block(
         rotation: of its tokens; not used by a block without rotary embedding.
         sequences: number of sequences that the tokens are, one after another.
         dtype: what matrix products are computed in.
-        speed: gives the function to call in place of one of the two above, given what else it is called with.
-        own: gives what to take in place of a parameter.
+        speed: gives the function to call in place of one of the two above, given what else it is called with; None
+            calls them as they are.
+        others: what to take in place of parameters, by their names in the block.
         rows: tokens at a time, but for attention itself.
+        attend: attention of queries, keys and values [sequences, heads, L, d].
     """
-    attention, mlp = module.attn, module.mlp
-    heads = attention.num_heads
-    norms = (getattr(attention, "q_norm", None), getattr(attention, "k_norm", None))
-    before = pairs(module.norm1, attention.qkv, *norms)
-    after = [*pairs(attention.proj, module.norm2, mlp.fc1, mlp.fc2)]
-    after += [getattr(scale, "gamma", None) for scale in (module.ls1, module.ls2)]
-    before, after = ([None if p is None else own(p) for p in parameters] for parameters in (before, after))
-    cos, sin = rotation if rotation is not None and attention.rope is not None else (None, None)
+    heads = module.attn.num_heads
+    before, after = ([parameter(module, name, others) for name in names] for names in (BEFORE, AFTER))
+    cos, sin = rotation if rotation is not None and module.attn.rope is not None else (None, None)
+    norms = (getattr(module.attn, name, None) for name in ("q_norm", "k_norm"))
     eps = (module.norm1.eps, *(getattr(norm, "eps", 0.0) for norm in norms))
     # With shapes of parameters in the key no other width makes them dynamic.
     shapes = [tuple(None if p is None else p.shape for p in parameters) for parameters in (before, after)]
+    speed = speed or (lambda function, *_: function)
     first = speed(before_attention, shapes[0], cos is None, heads, eps, dtype)
     last = speed(after_attention, shapes[1], module.norm2.eps, dtype)
     parts = in_chunks(lambda *some: first(*some, before, heads, eps, dtype), rows, x, cos, sin)
     query, key, value = (part.reshape(sequences, -1, heads, part.shape[-1]).transpose(1, 2) for part in parts)
-    # By its public name, which modes see that change what goes into attention or who computes it.
-    attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(x.shape)
+    attended = attend(query, key, value).transpose(1, 2).reshape(x.shape)
     del parts, query, key, value  # they would stay while the hidden layer is there
     return in_chunks(lambda *some: (last(*some, after, module.norm2.eps, dtype),), rows, x, attended)[0]
 
 
-def pairs(*modules: Any) -> list[Any]:
-    """Weight and bias of each module, None where it has none."""
-    return [getattr(module, name, None) for module in modules for name in ("weight", "bias")]
+def parameter(module: Any, name: str, others: Mapping[str, Tensor]) -> Tensor | None:
+    """A parameter of a block by its name, or what is taken in its place; None where there is none."""
+    if name in others:
+        return others[name]
+    for part in name.split("."):
+        module = getattr(module, part, None)
+    return module
 
 
-def tokens_and_positions(args: tuple, kwargs: dict) -> tuple[Tensor, Tensor | None] | None:
-    """Tokens [B, L, C] and positions of a call of a block, or None for a call that `run_block` does not know."""
-    if not 1 <= len(args) <= 2 or kwargs.keys() - {"pos"} or len(args) + len(kwargs) > 2:
-        return None
-    x, positions = args[0], args[1] if len(args) == 2 else kwargs.get("pos")
-    return (x, positions) if isinstance(x, Tensor) and x.ndim == 3 else None
+def flat_rotation(
+    rope: Any, positions: Tensor, width: int, dtype: torch.dtype, get: Callable[..., Rotation] = rotation
+) -> Rotation:
+    """Cosines and sines [B * L, D] of positions [B, L, 2], by `get`, which may remember them."""
+    cos, sin = (t.reshape(-1, width) for t in get(rope, width, dtype, positions))
+    return cos, sin
+
+
+def stock_blocks(modules: Iterable[Any], channels: int, rope: Any) -> set[int]:
+    """`id` of those blocks that `run_block` can run.
+
+    Args:
+        modules: blocks.
+        channels: C.
+        rope: rotary embedding that `rope.rotation` knows, or None: blocks with another one are left out.
+    """
+    found, known = set(), {}
+    for module in modules:
+        own = getattr(getattr(module, "attn", None), "rope", None)
+        if own is not None and own is not rope:
+            continue
+        like = make(module)
+        if like not in known:
+            known[like] = is_block(module, channels)
+        if known[like]:
+            found.add(id(module))
+    return found
 
 
 def kinds(module: Any) -> tuple[type, ...]:
@@ -194,7 +222,7 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, (bool, int, float, str, torch.dtype, type(None)))
 
 
-def is_block(module: Any, channels: int, rotate: Callable[[Any, Tensor, int], Rotation]) -> bool:
+def is_block(module: Any, channels: int) -> bool:
     """Whether `run_block` does what this block does, tried on a small example in float32 on the CPU.
 
     Forks may change a part and keep its name. The block itself is not run, and its values are not looked at.
@@ -202,7 +230,6 @@ def is_block(module: Any, channels: int, rotate: Callable[[Any, Tensor, int], Ro
     Args:
         module: any module.
         channels: C.
-        rotate: gives the float32 rotation of positions `[B, L, 2]` by a block's rotary embedding, for heads of a width.
     """
     try:
         rope = module.attn.rope
@@ -217,17 +244,16 @@ def is_block(module: Any, channels: int, rotate: Callable[[Any, Tensor, int], Ro
             )
 
         bare = bare_copy(module, values)
-        if rope is not None:
-            bare.attn.rope.frequency_cache = {}  # the host's stays as it is
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             x = torch.randn(2, 4, channels, generator=generator, dtype=torch.float32, device="cpu")
             positions = torch.tensor([[[0, 0], [1, 2], [3, 1], [2, 5]]] * 2, device="cpu")
             where = {} if rope is None else {"pos": positions}
-            rotation = None
+            turned = None
             if rope is not None:
-                rotation = rotate(bare.attn.rope, positions, channels // bare.attn.num_heads)
+                width = channels // bare.attn.num_heads
+                turned = flat_rotation(static_rope(bare.attn.rope), positions, width, torch.float32)
             theirs = type(module).forward(bare, x, **where)
-            ours = run_block(bare, x.flatten(0, 1), rotation, 2, torch.float32, lambda function, *_: function)
+            ours = run_block(bare, x.flatten(0, 1), turned, 2, torch.float32, attend=F.scaled_dot_product_attention)
         error = (theirs - ours.view_as(theirs)).abs().max()
         return theirs.dtype == ours.dtype and bool(error <= 1e-4 * (theirs - x).abs().max())
     except Exception:  # whatever a block of another make trips over

@@ -11,15 +11,15 @@ This module knows the names inside a DPT head, and no other does.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..runtime.compiling import HOOKS, is_watched
+from ..runtime.bare_copy import bare_copy, on_cpu
+from ..runtime.compiling import is_watched
 
 # Elements of an enlarged map: some kernels for channels-last maps count in 32 bits.
 MOST_ELEMENTS = 2**31 - 1
@@ -161,7 +161,7 @@ def is_dense_head(head: Any, channels: int, layers: int) -> bool:
         layers: number of layers that it may read.
     """
     try:
-        bare, grid = bare_copy(head), (2, 3)
+        bare, grid = bare_copy(head, on_cpu), (2, 3)
         patch = int(bare.patch_size)
         generator = torch.Generator("cpu").manual_seed(0)
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -197,26 +197,3 @@ def _alike(theirs: Tensor, ours: Tensor) -> bool:
     if theirs.shape != ours.shape or theirs.dtype != ours.dtype:
         return False
     return bool((theirs - ours).abs().max() <= 1e-4 * theirs.abs().max())
-
-
-def bare_copy(module: Any, values: Callable[[Tensor], Tensor] | None = None) -> Any:
-    """The module with its tensors in float32 on the CPU, shared where they are, without hooks or instance forwards.
-
-    In evaluation mode: batch norms would write on the shared tensors, dropout would draw from the user's random state.
-
-    Args:
-        module: any module.
-        values: gives the values of a parameter, float32 on the CPU; None: its own.
-    """
-    if values is None:
-        values = lambda p: p.detach().to("cpu", torch.float32)  # noqa: E731
-    bare = type(module).__new__(type(module))
-    bare.__dict__ = {key: value for key, value in module.__dict__.items() if key != "forward"}
-    bare.__dict__ |= {hooks: OrderedDict() for hooks in HOOKS} | {"training": False}
-    bare._parameters = {
-        name: None if p is None else nn.Parameter(values(p), requires_grad=False)
-        for name, p in module._parameters.items()
-    }
-    bare._buffers = {name: None if b is None else b.detach().cpu() for name, b in module._buffers.items()}
-    bare._modules = {name: None if m is None else bare_copy(m, values) for name, m in module._modules.items()}
-    return bare

@@ -1,15 +1,13 @@
-"""Learned changes of the attention blocks, in force only while they run on pruned tokens."""
+"""Block deltas: learned changes of the attention blocks, in force only while they run on pruned tokens."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
-from torch import Tensor, nn, overrides
-from torch.overrides import TorchFunctionMode
+from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
 
@@ -18,7 +16,7 @@ RANK = 16
 FULL_STRENGTH = 0.15
 
 
-class BlockAdaptation(nn.Module):
+class BlockDeltas(nn.Module):
     """Low-rank changes of the matrices of attention blocks, and changes of their vectors.
 
     A backbone that was trained on all patch tokens of a frame meets few of them, each standing for a group. What the
@@ -55,7 +53,7 @@ class BlockAdaptation(nn.Module):
         return {name.replace("/", "."): shape for name, shape in (matrices | vectors).items()}
 
     @torch.no_grad()
-    def nearest(self, rank: int) -> BlockAdaptation:
+    def nearest(self, rank: int) -> BlockDeltas:
         """The nearest changes of matrices (in squares) of at most this rank; those of vectors are the same.
 
         Raises:
@@ -74,6 +72,11 @@ class BlockAdaptation(nn.Module):
             other.up[name] = nn.Parameter(left @ u[:, :rank] * roots)
             other.down[name] = nn.Parameter(roots[:, None] * (v[:rank] @ right.mT))
         return other
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the parameters that it changes."""
+        return [name.replace("/", ".") for name in (*self.up, *self.shift)]
 
     def __len__(self) -> int:
         """How many parameters it changes."""
@@ -119,38 +122,6 @@ class BlockAdaptation(nn.Module):
                 )
             changed[name] = parameter + (change * strength).to(parameter)
         return changed
-
-
-class OtherParameters(TorchFunctionMode):
-    """Torch's functions take other tensors in place of some parameters inside its block of code, in this thread alone.
-
-    The modules that hold the parameters, their hooks and other threads see nothing of it. Parameters inside of lists,
-    and those that a custom `autograd.Function` is applied to, are not replaced.
-
-    Args:
-        others: `id` of a parameter -> what is taken in its place.
-    """
-
-    ours = True  # compiled code is given the others directly
-
-    def __init__(self, others: Mapping[int, Tensor]):
-        super().__init__()
-        self.others = others
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        def other(value):
-            # A look at the kind first: compilers can't take the id of everything.
-            return self.others.get(id(value), value) if isinstance(value, nn.Parameter) else value
-
-        return func(*map(other, args), **{name: other(value) for name, value in (kwargs or {}).items()})
-
-
-def in_force(parameter: Any) -> Any:
-    """What torch's functions take in place of a parameter at this place, in this thread: itself, or another tensor."""
-    for mode in overrides._get_current_function_mode_stack():
-        if isinstance(mode, OtherParameters):
-            parameter = mode.others.get(id(parameter), parameter)
-    return parameter
 
 
 def key(name: str) -> str:

@@ -1,4 +1,8 @@
-"""The few heads of global attention that find what matches between frames: they see all tokens, all others the kept."""
+"""Full-attention heads: the few heads of global attention that see all tokens, all others see the kept ones.
+
+Most heads gather what many tokens have in common and lose little by seeing few. A few heads look for the one place in
+another frame that matches, and lose it if it was dropped.
+"""
 
 from __future__ import annotations
 
@@ -7,126 +11,115 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from ..errors import UnsupportedModelError
-from .propagation import Following
+from .global_pruning import Plan
+from .propagation import Propagation
 
 # (block, head) of global attention, both counted from 0.
 Heads = tuple[tuple[int, int], ...]
-
-
-class MatchingHeads(TorchFunctionMode):
-    """Global attention over all tokens of a clip, of which only some heads make use.
-
-    Most heads gather what many tokens have in common: they lose little by seeing few. Some look for the one place that
-    matches, and lose it if it was dropped. So every `scaled_dot_product_attention` inside the block of code runs on all
-    tokens for those heads, and on the special and kept ones for the others, whose outputs at dropped tokens are filled
-    in, see `Following.spread`.
-
-    Args:
-        following: which tokens are kept.
-        heads: those that see all.
-        first: number of the block whose attention comes first; `number` is then that of the next one.
-    """
-
-    ours = True  # compiled code may leave it aside
-
-    def __init__(self, following: Following, heads: Heads, first: int):
-        super().__init__()
-        self.following, self.heads, self.number = following, heads, first
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        names = ("query", "key", "value")
-        inputs = dict(zip(names, args, strict=False)) | {n: kwargs[n] for n in names if n in kwargs}
-        others = {name: value for name, value in kwargs.items() if name not in names}
-        self.check(*inputs.values(), *args[3:4], **others)
-        block, self.number = self.number, self.number + 1
-        seeing = [head for of, head in self.heads if of == block]
-        return attend(
-            *(inputs[name] for name in names),
-            seeing,
-            self.following,
-            lambda *few: func(*few, *args[3:], **others),
-        )
-
-    def check(
-        self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
-    ) -> None:
-        """Raise UnsupportedModelError for attention that is not that of all tokens to all tokens, head by head."""
-        frames, length = self.following.weights.shape[:2]
-        same = query.shape == key.shape == value.shape and query.ndim == 4
-        if not same or len(query) * query.shape[2] != frames * length:
-            problem = "its attention is not over all tokens of a clip at once"
-        elif attn_mask is not None or is_causal or enable_gqa:
-            problem = "its attention has a mask, or shares keys between heads"
-        else:
-            return
-        raise UnsupportedModelError(
-            f"global block {self.number} of this model can't let some heads see all tokens, since {problem}: pass "
-            "weights without matching heads, or weights=None"
-        )
-
-    def check_number(self, block: int) -> None:
-        """Raise UnsupportedModelError unless every block up to this one called `scaled_dot_product_attention` once."""
-        if self.number != block:
-            raise UnsupportedModelError(
-                "the global blocks of this model do not call scaled_dot_product_attention once each, so none of their "
-                "heads can see all tokens where others see few: pass weights without matching heads, or weights=None"
-            )
 
 
 def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    seeing: Sequence[int],
-    following: Following,
+    full: Sequence[int],
+    plan: Plan,
     attention: Callable[..., Tensor],
 ) -> Tensor:
-    """Attention of which some heads see all tokens, and all others the special and kept ones.
+    """Attention in which some heads see all tokens, and all others special and kept tokens.
+
+    What the others would give to dropped tokens is filled in from what they give to kept ones, see
+    `Propagation.fill`; the values of a token say what heads read there.
 
     Args:
         query, key, value: [B, heads, S * (n + P), d], in any dtype that `attention` takes.
-        seeing: numbers of those heads.
-        following: of B * S frames.
+        full: numbers of the heads that see all tokens.
+        plan: of these clips.
         attention: of queries, keys and values.
 
     Returns:
         [B, heads, S * (n + P), d], in the dtype that `attention` gives.
     """
     batch, heads, tokens, width = query.shape
-    frames = len(following.index)  # of all clips
+    propagation, frames = plan.propagation, len(plan.propagation.index)  # of all clips
     length = tokens * batch // frames
-    others = [head for head in range(heads) if head not in seeing]
+    others = [head for head in range(heads) if head not in full]
     if not others:
         return attention(query, key, value)
-    whole = [attention(*(_heads(t, seeing) for t in (query, key, value)))] if seeing else []
-    rows = following.rows(length).view(batch, -1)  # among the tokens of all clips
-    rows = rows - torch.arange(batch, device=rows.device)[:, None] * tokens
-    rows = rows[:, None, :, None].expand(-1, heads, -1, width)  # [B, heads, S * (n + K), d]
-    few = attention(*(_heads(t.gather(2, rows), others) for t in (query, key, value)))
-    # Values say of a token what heads read there.
+    whole = [attention(*(pick(t, full) for t in (query, key, value)))] if full else []
+    rows = plan.token_rows(length)[:, None, :, None].expand(-1, heads, -1, width)  # [B, heads, S * (n + K), d]
+    few = attention(*(pick(t.gather(2, rows), others) for t in (query, key, value)))
     known = value.transpose(1, 2).reshape(frames, length, heads * width)
     found = few.transpose(1, 2).reshape(frames, -1, len(others) * width)
-    whole = [t.transpose(1, 2).reshape(frames, length, len(seeing), width) for t in whole]
-    slope, dtype = following.dependence(following.compact(known), found, batch), few.dtype
+    whole = [t.transpose(1, 2).reshape(frames, length, len(full), width) for t in whole]
+    slope, dtype = propagation.dependence(propagation.gather(known), found, batch), few.dtype
 
-    def filled(some: Following, known: Tensor, found: Tensor, *whole: Tensor) -> Tensor:
-        spread = some.spread(known, found, slope).unflatten(-1, (len(others), width)).to(dtype)
+    def filled(some: Propagation, known: Tensor, found: Tensor, *whole: Tensor) -> Tensor:
+        spread = some.fill(known, found, slope).unflatten(-1, (len(others), width)).to(dtype)
         parts = dict(zip(others, spread.unbind(2), strict=True))
         for part in whole:
-            parts |= zip(seeing, part.unbind(2), strict=True)
-        # Heads innermost, as what comes next wants them.
+            parts |= zip(full, part.unbind(2), strict=True)
+        # Heads innermost, as the projection after attention reads them.
         return torch.stack([parts[head] for head in range(heads)], dim=2)
 
-    out = following.by_frames(filled, batch, known, found, *whole)  # [frames, n + P, heads, d]
+    out = propagation.by_frames(filled, batch, known, found, *whole)  # [frames, n + P, heads, d]
     return out.view(batch, tokens, heads, width).transpose(1, 2)
 
 
-def _heads(tensor: Tensor, numbers: Sequence[int]) -> Tensor:
+def pick(tensor: Tensor, numbers: Sequence[int]) -> Tensor:
     """Some heads of [B, heads, L, d]. By slices: numbers would have to travel to the device."""
     return torch.stack([tensor[:, number] for number in numbers], dim=1)
+
+
+# Which heads these are is told by what each would lose.
+
+KEEP_RATIO = 0.3  # at which it is told
+# A head is a full-attention head if its output is off by this share of the variance of the tokens that it is added to.
+LEAST_ERROR = 0.007
+# At most this share of all heads: their attention costs what it does in the unpruned model.
+MOST = 1 / 6
+
+
+def head_errors(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, plan: Plan, matrix: Tensor
+) -> Tensor:
+    """Mean squares [heads] of how far each head's part of a block's output is off, over all tokens.
+
+    Each head is compared with itself where it sees special and kept tokens alone and the rest is filled in.
+
+    Args:
+        query, key, value: [B, heads, S * (n + P), d].
+        scale: factor of the products of queries and keys.
+        plan: of these clips.
+        matrix: from the outputs of all heads to what is added to the tokens, [C, heads * d].
+    """
+    batch, heads, tokens, width = query.shape
+    dtype = value.dtype  # autocast leaves queries and keys in float32
+    query, key = query.to(dtype), key.to(dtype)
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, scale=scale)
+
+    whole = attention(query, key, value)
+    off = (attend(query, key, value, (), plan, attention) - whole).float()  # [B, heads, L, d]
+    with torch.autocast(off.device.type, enabled=False):
+        # |M e|^2 = tr(M^T M e e^T), which needs no tensor of L x C.
+        parts = matrix.float().view(-1, heads, width).transpose(0, 1)  # [heads, C, d]
+        squares = (parts.mT @ parts) * (off.mT @ off).sum(0)  # [heads, d, d]
+        return squares.sum((1, 2)) / (batch * tokens)
+
+
+def choose_full_heads(errors: Tensor) -> Heads:
+    """(block, head) of the heads whose errors are above LEAST_ERROR, the largest ones and at most MOST of all.
+
+    The last block has none: no other block attends to what it gives.
+
+    Args:
+        errors: [blocks, heads], each over the variance of the tokens that the head's output is added to.
+    """
+    heads, before_last = errors.shape[1], errors[:-1].flatten()
+    most = min(max(1, int(MOST * errors.numel())), len(before_last))
+    best = before_last.topk(most)
+    chosen = [int(i) for value, i in zip(best.values, best.indices, strict=True) if value >= LEAST_ERROR]
+    return tuple(sorted((i // heads, i % heads) for i in chosen))

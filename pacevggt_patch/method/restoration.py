@@ -8,38 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .similarity import grid_cells, similarity_to_kept
-
-# Sharpness of the softmax over cosine similarity, and reach of the softmax over distance in units of the mean
-# spacing of kept tokens.
-TEMPERATURE = 20.0
-SPREAD = 0.75
-
-
-def interpolation_weights(
-    features: Tensor,
-    kept: Tensor,
-    grid: tuple[int, int],
-    temperature: float | Tensor = TEMPERATURE,
-    spread: float | Tensor = SPREAD,
-) -> Tensor:
-    """How each token of the grid reads the kept tokens of its frame.
-
-    w_ij = softmax_j(temperature * cos(f_i, f_j) - |p_i - p_j|^2 / (2 sigma^2)), with DINO features f, grid positions
-    p, and sigma = spread * sqrt(P / K), the mean spacing of kept tokens times `spread`.
-
-    Args:
-        features: [N, P, C], one row a frame.
-        kept: [N, K] indices into P.
-        grid: patch rows and columns.
-
-    Returns:
-        [N, P, K] (float32), rows sum to 1.
-    """
-    cells = grid_cells(grid, features.device)
-    squared = torch.cdist(cells[None], cells[kept]).square()  # [N, P, K]
-    variance = spread**2 * (features.shape[1] / kept.shape[1])
-    return (temperature * similarity_to_kept(features, kept) - squared / (2 * variance)).softmax(-1)
+from .similarity import SPREAD, TEMPERATURE, grid_cells, interpolation_weights
 
 
 class FeatureGuidedRestoration(nn.Module):

@@ -9,7 +9,6 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from .propagation import FollowedLayer, Following
 from .restoration import FeatureGuidedRestoration, restore
 
 # Frames restored at a time: bounds the [frames, P, K] interpolation weights.
@@ -73,9 +72,19 @@ class RestoredTokens(Sequence):
         return self.kept.shape[-1] < self.role.shape[2]
 
     @property
-    def patches_held(self) -> int:
-        """Patch tokens of a frame that there are before anything is restored."""
-        return self.kept.shape[-1]
+    def total(self) -> int:
+        """S."""
+        return self.kept.shape[1]
+
+    @property
+    def tokens_held(self) -> int:
+        """Patch tokens of a clip before anything is restored."""
+        return self.total * self.kept.shape[-1]
+
+    @property
+    def tokens_read(self) -> int:
+        """Patch tokens of a clip that a dense head reads."""
+        return self.total * self.role.shape[2]
 
     def __len__(self) -> int:
         return self._length
@@ -145,85 +154,3 @@ class RestoredTokens(Sequence):
     def camera(self) -> list[Tensor | None]:
         """The list a camera head reads: of the last layer the special tokens, which are never pruned."""
         return [None] * (len(self) - 1) + [self.special_tokens(len(self) - 1)]
-
-
-class FollowedTokens(RestoredTokens):
-    """`RestoredTokens` of a forward whose frame blocks had all tokens: nothing to restore but the last step.
-
-    Args:
-        parts: layer -> what its blocks gave.
-        length, kept, role, grid, special: as above; who is not kept is called pruned.
-        following: who followed whom, in B * S rows.
-    """
-
-    def __init__(
-        self,
-        parts: dict[int, FollowedLayer],
-        length: int,
-        kept: Tensor,
-        role: Tensor,
-        grid: tuple[int, int],
-        special: int,
-        following: Following,
-    ):
-        self.parts = parts
-        self.kept, self.role, self.grid, self.special = kept, role, grid, special
-        self.restoration = None
-        self._length = length
-        self._index, self._weights = (t.unflatten(0, kept.shape[:2]) for t in following[:2])  # [B, S, ...]
-
-    @property
-    def compact(self) -> dict[int, Tensor]:
-        """Layer -> special and kept tokens [B, S, n + K, 2C], made anew by each look."""
-        following = self._following(0, self.kept.shape[1])
-
-        def few(tokens: Tensor) -> Tensor:
-            return following.compact(tokens.flatten(0, 1)).unflatten(0, self.kept.shape[:2])
-
-        return {
-            i: torch.cat([few(frame), few(after) if slope is None else after], dim=-1)
-            for i, (frame, _, after, slope) in self.parts.items()
-        }
-
-    def _following(self, start: int, stop: int) -> Following:
-        """Who followed whom in some frames."""
-        return Following(*(t[:, start:stop].flatten(0, 1) for t in (self._index, self._weights)))
-
-    @property
-    def layers(self) -> Set[int]:
-        return self.parts.keys()
-
-    @property
-    def patches_held(self) -> int:
-        return self.role.shape[2]
-
-    def special_tokens(self, layer: int) -> Tensor:
-        part = self.parts[layer]
-        return torch.cat([t[:, :, : self.special] for t in (part.frame, part.after)], dim=-1)
-
-    def patches(self, start: int, stop: int, layers: Iterable[int]) -> dict[int, Tensor]:
-        following = self._following(start, stop)
-        dense = {}
-        for i in self.wanted(layers):
-            *tokens, slope = self.parts[i]
-            frame, before, after = (t[:, start:stop].flatten(0, 1) for t in tokens)
-            both = frame, after if slope is None else following.follow(before, after, slope)
-            dense[i] = torch.cat([t[:, self.special :] for t in both], dim=-1)
-        return dense
-
-    def select(self, frames: Tensor) -> RestoredTokens:
-        parts = {}
-        for i, (frame, before, after, slope) in self.parts.items():
-            some, few = frame.index_select(1, frames), after.index_select(1, frames)
-            # Mostly one tensor under two names.
-            same = before.data_ptr() == frame.data_ptr()
-            parts[i] = FollowedLayer(some, some if same else before.index_select(1, frames), few, slope)
-        return FollowedTokens(
-            parts,
-            self._length,
-            self.kept.index_select(1, frames),
-            self.role.index_select(1, frames),
-            self.grid,
-            self.special,
-            Following(*(t.index_select(1, frames).flatten(0, 1) for t in (self._index, self._weights))),
-        )

@@ -1,9 +1,9 @@
-"""Run the host's own heads on restored tokens, a chunk of frames at a time."""
+"""Run the model's own heads on a chunk of frames at a time."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config import GLOBAL
 from ..errors import PaceError
 from ..hosts import dpt
 from ..method.restored_tokens import RestoredTokens
@@ -22,6 +23,81 @@ CPU_BYTES = 20 * 2**20
 GPU_BYTES = 2**30
 # All that a call of `dpt.dense_head` can stand for, besides the tokens.
 ARGUMENTS = {"images", "patch_start_idx", "frames_chunk_size"}
+
+
+class TokenList(Sequence):
+    """The dense tokens of all layers as a plain list, with what a head needs to know of them.
+
+    Args:
+        layers: [B, S, n + P, 2C] of each layer, or None.
+        grid: patch rows and columns.
+        special: n.
+    """
+
+    pruned = True
+
+    def __init__(self, layers: Sequence[Tensor | None], grid: tuple[int, int], special: int):
+        self.list, self.grid, self.special = layers, grid, special
+        self.shape = next(t.shape for t in layers if t is not None)
+
+    def __len__(self) -> int:
+        return len(self.list)
+
+    def __getitem__(self, index):
+        return self.list[index]
+
+    @property
+    def layers(self) -> set[int]:
+        """The layers that are not None."""
+        return {i for i, tokens in enumerate(self.list) if tokens is not None}
+
+    @property
+    def total(self) -> int:
+        """S."""
+        return self.shape[1]
+
+    @property
+    def tokens_held(self) -> int:
+        """Patch tokens of a clip."""
+        return self.total * (self.shape[2] - self.special)
+
+    tokens_read = tokens_held
+
+    def special_tokens(self, layer: int) -> Tensor:
+        """Camera and register tokens [B, S, n, 2C] of a layer that is not None."""
+        return self.list[layer][:, :, : self.special]
+
+    def select(self, frames: Tensor) -> TokenList:
+        """The tokens of some frames, given by their numbers [n] (int64, on the device of the tokens)."""
+        some = [None if t is None else t.index_select(1, frames) for t in self.list]
+        return TokenList(some, self.grid, self.special)
+
+    def frames(self, start: int, stop: int, layers: Iterable[int]) -> list[Tensor | None]:
+        """Tokens [B, stop - start, n + P, 2C] of some frames."""
+        wanted = {range(len(self))[i] for i in layers}
+        return [t[:, start:stop] if t is not None and i in wanted else None for i, t in enumerate(self.list)]
+
+    def patches(self, start: int, stop: int, layers: Iterable[int]) -> dict[int, Tensor]:
+        """Layer -> patch tokens [B * (stop - start), P, 2C] of some frames."""
+        some = enumerate(self.frames(start, stop, layers))
+        return {i: t[:, :, self.special :].flatten(0, 1) for i, t in some if t is not None}
+
+
+def token_list(args: tuple, kwargs: dict, state: Any) -> TokenList | None:
+    """The list of tokens among the arguments of a head's call, if a pruned model gave it; else None."""
+    host, values = state.host, (*args, *kwargs.values())
+    images = next((v for v in values if isinstance(v, Tensor) and v.ndim == 5), None)
+    found = next((v for v in values if type(v) in (list, tuple) and len(v) == host.depth), None)
+    if images is None or found is None or state.config.mode != GLOBAL:
+        return None
+    grid = images.shape[-2] // host.patch_size, images.shape[-1] // host.patch_size
+    shape = (*images.shape[:2], host.special_tokens + grid[0] * grid[1], 2 * host.embed_dim)
+    tokens = [t for t in found if t is not None]
+    if not tokens or not all(isinstance(t, Tensor) and t.shape == shape for t in tokens):
+        return None
+    if not state.prunes(images.shape[1], grid[0] * grid[1]):
+        return None
+    return TokenList(found, grid, host.special_tokens)
 
 
 def restored_argument(args: tuple, kwargs: dict) -> RestoredTokens | None:
@@ -39,7 +115,7 @@ def run_camera_head(stock: Callable, tokens: RestoredTokens, args: tuple, kwargs
 def run_dense_head(
     head: Any,
     stock: Callable,
-    tokens: RestoredTokens,
+    tokens: RestoredTokens | TokenList,
     args: tuple,
     kwargs: dict,
     fast: bool = False,
@@ -73,19 +149,22 @@ def run_dense_head(
     call = inspect.signature(stock).bind(*args, **kwargs)
     chosen = "frames_chunk_size" in call.arguments
     call.apply_defaults()
-    total = tokens.kept.shape[1]
+    total = tokens.total
     images, frames = call.arguments.get("images"), call.arguments.get("frames_chunk_size", 0)
     if isinstance(images, Tensor) and images.ndim == 5 and images.shape[1] != total:
         raise PaceError(f"{kind} got {images.shape[1]} images for the tokens of {total}")
     if not isinstance(images, Tensor) or images.ndim != 5 or (frames is not None and frames < 1):
         return moved(stock(*args, **kwargs), device)
-    name = next(name for name, a in call.arguments.items() if a is tokens)
+    own = tokens.list if isinstance(tokens, TokenList) else tokens
+    name = next(name for name, a in call.arguments.items() if a is own)
     frames, one_size = frames or total, False
     if fast and _is_plain(call.arguments, name, tokens, images, head):
         tables = dpt.dense_tables(head, tokens.grid)
         fitting = chunk_frames(len(images) * dpt.frame_bytes(head, tables), images.device)
         frames = min(frames, fitting) if chosen else fitting
         run, one_size = _fast_run(head, tokens, tables, speed), speed is not None
+    elif own is not tokens and device is None:
+        return stock(*args, **kwargs)
     else:
 
         def run(start: int, stop: int):
@@ -113,7 +192,7 @@ def chunk_frames(frame_bytes: int, device: torch.device) -> int:
     return max(1, (CPU_BYTES if device.type == "cpu" else GPU_BYTES) // frame_bytes)
 
 
-def _is_plain(arguments: dict, name: str, tokens: RestoredTokens, images: Tensor, head: Any) -> bool:
+def _is_plain(arguments: dict, name: str, tokens: RestoredTokens | TokenList, images: Tensor, head: Any) -> bool:
     """Whether a head's call is one that `dpt.dense_head` can stand for, on a pruned grid."""
     if not tokens.pruned or arguments.keys() != {name} | ARGUMENTS:
         return False
@@ -125,7 +204,7 @@ def _is_plain(arguments: dict, name: str, tokens: RestoredTokens, images: Tensor
 
 
 def _fast_run(
-    head: Any, tokens: RestoredTokens, tables: dpt.DenseTables, speed: Callable[..., Callable] | None
+    head: Any, tokens: RestoredTokens | TokenList, tables: dpt.DenseTables, speed: Callable[..., Callable] | None
 ) -> Callable[[int, int], Any]:
     by_products = torch.is_grad_enabled()
     dense_head: Callable = dpt.dense_head
@@ -136,7 +215,7 @@ def _fast_run(
         dense = tokens.patches(start, stop, head.intermediate_layer_idx)
         layers = [dense[i % len(tokens)] for i in head.intermediate_layer_idx]
         outputs = dense_head(head, layers, tokens.grid, tables, by_products=by_products)
-        shape = len(tokens.kept), stop - start
+        shape = -1, stop - start
         if isinstance(outputs, Tensor):
             return outputs.unflatten(0, shape)
         return tuple(output.unflatten(0, shape) for output in outputs)

@@ -8,8 +8,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
-from ..config import PaceConfig
+from ..config import GLOBAL, PaceConfig
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,36 @@ class StageTimer:
         self.stages: list[Stage] = []
         self.timing = False
 
+    def clear(self) -> None:
+        """Forget the stages: a forward pass begins."""
+        self.stages = []
+
     @contextmanager
-    def stage(self, name: str, tokens_in: int, tokens_out: int) -> Generator[None]:
+    def measuring(self) -> Generator[None]:
+        """Take the times of stages inside the `with` block."""
+        before, self.timing = self.timing, True
+        try:
+            yield
+        finally:
+            self.timing = before
+
+    @contextmanager
+    def stage(self, name: str, tokens_in: int, tokens_out: int, add: bool = False) -> Generator[None]:
+        """A stage, or with `add` one more part of a stage of that name."""
+        if torch.compiler.is_compiling():
+            yield
+            return
         start = device_time() if self.timing else 0.0
         yield
         seconds = device_time() - start if self.timing else None
-        done = Stage(name, tokens_in, tokens_out, seconds)
+        others = [stage for stage in self.stages if stage.name != name]
+        if add and len(others) < len(self.stages):
+            same = next(stage for stage in self.stages if stage.name == name)
+            if seconds is not None:
+                seconds += same.seconds or 0.0
+            tokens_in, tokens_out = max(tokens_in, same.tokens_in), max(tokens_out, same.tokens_out)
         # A head that is called again on the same tokens replaces what it said before.
-        self.stages = [stage for stage in self.stages if stage.name != name] + [done]
+        self.stages = [*others, Stage(name, tokens_in, tokens_out, seconds)]
 
 
 def device_time() -> float:
@@ -70,6 +93,8 @@ class Summary:
         attention: who computes attention, in words.
         compiled: what runs compiled, in words.
         stages: of the last forward pass; empty before the first.
+        kept: [B, S, K] (int64) indices of the patch tokens of each frame that the last forward pass kept; None before
+            the first.
     """
 
     backbone: str
@@ -80,16 +105,13 @@ class Summary:
     attention: str = "torch SDPA"
     compiled: str = "no"
     stages: list[Stage] = field(default_factory=list)
+    kept: Tensor | None = None
 
     def __str__(self) -> str:
         lines = [
             f"backbone      {self.backbone}",
             f"keep ratio    {self.config.keep_ratio:g}",
-            (
-                "frames        all patch tokens; global attention is pruned, nothing is merged"
-                if self.config.dense_frames
-                else f"merge budget  {self.config.merge_share:g}"
-            ),
+            f"mode          {self._mode()}",
             f"weights       {self.weights}",
             f"patched       {', '.join(self.patched)}"
             + (" (paused: the stock forward runs)" if self.paused else ""),
@@ -103,3 +125,9 @@ class Summary:
             seconds = "-" if stage.seconds is None else f"{stage.seconds:.3f}"
             lines.append(f"{stage.name:34s}{stage.tokens_in:>12,d}{stage.tokens_out:>12,d}{seconds:>10s}")
         return "\n".join(lines)
+
+    def _mode(self) -> str:
+        if self.config.mode == GLOBAL:
+            return "global pruning (frame attention sees all tokens)"
+        merged = "all others" if self.config.merge_budget is None else f"{self.config.merge_budget:g}"
+        return f"pre-AA pruning (merged: {merged})"

@@ -18,16 +18,21 @@ import statistics
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from numbers import Real
+from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..config import PaceConfig
 from ..errors import PaceError
-from ..hosts import vggt as backbone
-from ..patching.install import _state, accelerate, is_accelerated, remove
+from ..hosts.base import Host, find_host
+from ..patching.install import accelerate, is_accelerated, remove, state_of
+from ..patching.state import State
 from ..patching.summary import StageTimer, current_device, device_time
+from ..weights.pace import PaceWeights
 
 # Keep ratios that are tried, as shares of the largest that the merge budget leaves, and shares of the clip's frames.
 CALIBRATION = ((0.9, 1 / 4), (0.9, 1 / 8), (0.3, 1 / 4), (0.3, 1 / 8), (0.1, 1 / 2), (0.1, 1 / 8))
@@ -76,10 +81,10 @@ class CostModel:
 
     @classmethod
     def fit(
-        cls, points: list[Point], special: int, calibration_seconds: float = 0.0, matching: bool = False
+        cls, points: list[Point], special: int, calibration_seconds: float = 0.0, full_heads: bool = False
     ) -> CostModel:
-        """Fit the coefficients to measured points; `matching` says whether some heads see all tokens."""
-        terms = [_time_terms(point.frames, special + point.kept, matching) for point in points]
+        """Fit the coefficients to measured points; `full_heads` says whether some heads see all tokens."""
+        terms = [_time_terms(point.frames, special + point.kept, full_heads) for point in points]
         # Relative errors count: a long forward must not drown a short one.
         weights = [1 / point.seconds for point in points]
         rows = [[w * term for term in row] for w, row in zip(weights, terms, strict=True)]
@@ -103,24 +108,22 @@ class CostModel:
 
 
 @dataclass(frozen=True)
-class BudgetPlan:
-    """The keep ratio that fits a budget.
+class BudgetPlan(PaceConfig):
+    """The settings that fit a budget: a `PaceConfig` to pass to `accelerate`, with what it is expected to cost.
 
     Attributes:
-        keep_ratio: the largest that fits; pass it to `accelerate`.
         seconds: predicted wall time of one forward.
         memory_gib: predicted peak CUDA memory in GiB, weights and inputs included; None if no memory budget was given.
         frames: N, frames of the clip it is for.
         size: height and width it is for, in pixels.
-        calibration_seconds: wall time that the calibration took.
+        calibration_seconds: wall time that measuring took.
     """
 
-    keep_ratio: float
-    seconds: float
-    memory_gib: float | None
-    frames: int
-    size: tuple[int, int]
-    calibration_seconds: float
+    seconds: float = 0.0
+    memory_gib: float | None = None
+    frames: int = 0
+    size: tuple[int, int] = (0, 0)
+    calibration_seconds: float = 0.0
 
 
 def fit_budget(
@@ -130,45 +133,64 @@ def fit_budget(
     *,
     seconds: float | None = None,
     memory_gib: float | None = None,
+    config: PaceConfig | None = None,
+    weights: str | PathLike[str] | PaceWeights | None = "auto",
     run: Callable[[Tensor], Any] | None = None,
 ) -> BudgetPlan:
     """Find the largest keep ratio whose forward fits a time or memory budget on the model's device.
 
     Runs the model on random images of that size: up to six settings, four times each, on at most half as many frames
     (from 64 frames on). For a clip of hundreds of frames that takes as long as a few of its pruned forwards, for a
-    short one as long as a few dozen; the plan says how long. The model is left as it was; apply the answer with
-    `accelerate(model, plan.keep_ratio)`. It is for a pruned clip: where the clip has so few frames that the stock
-    aggregator would run instead, pass `min_frames=1` as well.
+    short one as long as a few dozen; the plan says how long. The model is left as it was. Apply the plan with
+    `accelerate(model, plan, weights=weights)`.
 
     Args:
-        model: a VGGT on its device. If it is accelerated, its weights and all other settings are in force during
-            calibration; if not, it is calibrated training-free.
+        model: a VGGT on its device. If it is accelerated, its weights and settings are planned with.
         frames: N, frames of the clip to come.
         size: its height and width in pixels.
         seconds: wall time that one forward may take.
         memory_gib: peak CUDA memory that PyTorch may allocate, in GiB, weights included; what the driver and the
             allocator's fragments take comes on top. Measuring it resets PyTorch's peak statistics.
+        config: settings to plan with, but for the keep ratio; None takes those of an accelerated model, else the
+            defaults.
+        weights: as in `accelerate`, of a model that is not accelerated.
         run: how the model is called, given images [1, n, 3, H, W] in the dtype of the weights; `model(images)` if not
-            given. Autocast that is on when this function is called is on during calibration, too.
+            given. Autocast that is on when this function is called is on during the measurement, too.
 
     Raises:
-        PaceError: no budget is given or it is not positive, memory is asked for where it can't be measured, or not even
-            one kept token a frame fits: the message says what the smallest possible figure is.
+        PaceError: no budget is given or it is not positive, memory is asked for where it can't be measured, a model
+            that would calibrate on its first clip has not seen one, or not even one kept token a frame fits: the
+            message says what the smallest possible figure is.
     """
     budgets = {"seconds": seconds, "memory_gib": memory_gib}
     for name, value in budgets.items():
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise PaceError(f"{name} must be positive, got {value!r}")
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, Real) or not (value > 0 and math.isfinite(value)):
+            raise PaceError(f"{name} must be a positive number, got {value!r}")
     if seconds is memory_gib is None:
         raise PaceError("give a budget: seconds, memory_gib, or both")
-    device = backbone.find_host(model).aggregator.camera_token.device
+    host = find_host(model)
+    device = host.reference.device
     if memory_gib is not None and device.type != "cuda":
         raise PaceError(
             f"memory_gib needs a CUDA device, where PyTorch counts what it allocates; the model is on {device}: "
             "give seconds alone"
         )
-    costs = measure_costs(model, frames, size, run=run, memory=memory_gib is not None)
-    patches, most = _patches(model, size), _largest_keep(model, size)
+    patches = _patches(host, size)
+    with _as_it_was(model):
+        if not is_accelerated(model):
+            accelerate(model, config or PaceConfig(), weights=weights)
+        elif config is not None:
+            state_of(model).config = replace(config.plain(), mode=state_of(model).config.mode)
+        state = state_of(model)
+        if state.pending:
+            raise PaceError(
+                "this model has no weights yet, and which of its heads see all tokens decides what it costs: pass "
+                "weights=pacevggt_patch.calibrate(model, clips), or weights=None to plan without such heads"
+            )
+        settings, most = state.config, _largest_keep(state.config, patches)
+        costs = measure_costs(model, frames, size, run=run, memory=memory_gib is not None)
 
     def costs_of(kept: int) -> dict[str, float | None]:
         return {"seconds": costs.seconds(frames, kept), "memory_gib": costs.memory_gib(frames, kept)}
@@ -183,18 +205,19 @@ def fit_budget(
         missed = [
             f"{name}={budgets[name]:g} (the smallest possible is about {least:.3g})"
             for name, least in costs_of(1).items()
-            if exceeds(least, budgets[name])
+            if least is not None and exceeds(least, budgets[name])
         ]
         raise PaceError(
-            f"no keep ratio fits {' and '.join(missed)} for {frames} frames of {size[0]}x{size[1]}: "
+            f"{frames} frames of {size[0]}x{size[1]} do not fit {' and '.join(missed)}: "
             "use fewer or smaller frames"
         )
     low, high = 1, most  # costs grow with the kept tokens: halve
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    own = {f.name: getattr(settings, f.name) for f in fields(PaceConfig)} | {"keep_ratio": low / patches}
     return BudgetPlan(
-        keep_ratio=low / patches,
+        **own,
         seconds=costs.seconds(frames, low),
         memory_gib=costs.memory_gib(frames, low),
         frames=frames,
@@ -211,47 +234,46 @@ def measure_costs(
     run: Callable[[Tensor], Any] | None = None,
     memory: bool = False,
 ) -> CostModel:
-    """Calibrate the cost model for clips of about `frames` frames; the arguments are those of `fit_budget`.
+    """Measure what an accelerated model costs on clips of about `frames` frames; the arguments are `fit_budget`'s.
 
     Args:
         memory: measure the stages' peak memory, too (CUDA only).
     """
-    if frames < 1:
-        raise PaceError(f"frames must be at least 1, got {frames}")
+    if isinstance(frames, bool) or not isinstance(frames, int) or frames < 1:
+        raise PaceError(f"frames must be a whole number of at least 1, got {frames!r}")
     start = time.perf_counter()
     with _as_it_was(model):
-        if not is_accelerated(model):
-            accelerate(model, weights=None)
-        state, host = _state(model), backbone.find_host(model)
-        token = host.aggregator.camera_token
-        patches, special = _patches(model, size), int(host.aggregator.patch_start_idx)
-        state.paused = state.checkpointing = False
+        state = state_of(model)
+        host, token = state.host, state.host.reference
+        patches, special = _patches(host, size), host.special_tokens
+        state.checkpointing = False
         points = []
-        for kept, n in _settings(frames, patches, _largest_keep(model, size), special):
+        for kept, n in _settings(frames, patches, _largest_keep(state.config, patches), special):
             # Every clip is pruned here, however short: what is fitted is the cost of a pruned one.
             state.config = replace(state.config, keep_ratio=kept / patches, min_frames=1)
             generator = torch.Generator(token.device).manual_seed(0)
             images = torch.rand(1, n, 3, *size, generator=generator, device=token.device).to(token.dtype)
-            points.append(_measure(model, images, kept, run or model, memory))
+            points.append(_measure(state, images, kept, run or model, memory))
             del images
-        matching = state.weights is not None and bool(state.weights.matching)
-    return CostModel.fit(points, special, time.perf_counter() - start, matching)
+    return CostModel.fit(points, special, time.perf_counter() - start, bool(state.full_heads))
 
 
-def _patches(model: nn.Module, size: tuple[int, int]) -> int:
+def _patches(host: Host, size: Any) -> int:
     """Patch tokens of a frame of `size`."""
-    patch = int(backbone.find_host(model).aggregator.patch_size)
-    height, width = size
-    if min(height, width) < patch or height % patch or width % patch:
+    patch = host.patch_size
+    try:
+        height, width = size
+        fits = not (height % patch or width % patch) and min(height, width) >= patch
+    except (TypeError, ValueError):
+        raise PaceError(f"size must be height and width in pixels, got {size!r}") from None
+    if not fits:
         raise PaceError(f"height and width must be multiples of {patch}, got {height}x{width}")
     return (height // patch) * (width // patch)
 
 
-def _largest_keep(model: nn.Module, size: tuple[int, int]) -> int:
+def _largest_keep(config: PaceConfig, patches: int) -> int:
     """The most tokens of a frame that may be kept beside the merge budget in force."""
-    patches = _patches(model, size)
-    merge = _state(model).config.merge_budget if is_accelerated(model) else None
-    return max(1, math.floor((1 - (merge or 0.0)) * patches + 1e-9))
+    return max(1, math.floor((1 - (config.merge_budget or 0.0)) * patches + 1e-9))
 
 
 def _settings(frames: int, patches: int, most: int, special: int) -> list[tuple[int, int]]:
@@ -265,11 +287,8 @@ def _settings(frames: int, patches: int, most: int, special: int) -> list[tuple[
     return sorted(found, key=lambda setting: (special + setting[0]) * setting[1])
 
 
-def _measure(
-    model: nn.Module, images: Tensor, kept: int, run: Callable[[Tensor], Any], memory: bool
-) -> Point:
+def _measure(state: State, images: Tensor, kept: int, run: Callable[[Tensor], Any], memory: bool) -> Point:
     """Time `run` on images; the first run, which is not timed, warms up and takes the memory of the stages."""
-    state = _state(model)
     with torch.inference_mode():
         state.timer = timer = _MemoryTimer() if memory else StageTimer()
         run(images)
@@ -291,9 +310,9 @@ class _MemoryTimer(StageTimer):
         self.peaks: dict[str, float] = {}
 
     @contextmanager
-    def stage(self, name: str, tokens_in: int, tokens_out: int) -> Generator[None]:
+    def stage(self, name: str, tokens_in: int, tokens_out: int, add: bool = False) -> Generator[None]:
         torch.cuda.reset_peak_memory_stats()
-        with super().stage(name, tokens_in, tokens_out):
+        with super().stage(name, tokens_in, tokens_out, add):
             yield
         # A stage that runs more than once, in chunks, has its largest.
         self.peaks[name] = max(self.peaks.get(name, 0.0), torch.cuda.max_memory_allocated() / 2**30)
@@ -304,26 +323,30 @@ def _as_it_was(model: nn.Module) -> Generator[None]:
     """Evaluation mode, on the model's device, inside the `with` block; then model and random state are as before."""
     training = [(module, module.training) for module in model.modules()]
     accelerated = is_accelerated(model)
-    before = dict(vars(_state(model))) if accelerated else None
-    device = backbone.find_host(model).aggregator.camera_token.device
+    before = dict(vars(state_of(model))) if accelerated else None
+    paused = before["threads"].paused if before is not None else 0
+    device = find_host(model).reference.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []), current_device(device):
         model.eval()
         try:
+            if before is not None:
+                before["threads"].paused = 0
             yield
         finally:
             for module, flag in training:
                 module.training = flag
             if before is not None:
-                vars(_state(model)).update(before)
+                before["threads"].paused = paused
+                vars(state_of(model)).update(before)
             else:
                 remove(model)
 
 
-def _time_terms(frames: int, length: int, matching: bool) -> list[float]:
+def _time_terms(frames: int, length: int, full_heads: bool) -> list[float]:
     """What the seconds of a forward are made of, for `frames` frames of `length` tokens."""
     terms = [1.0, frames, frames * length, frames * length**2 + (frames * length) ** 2]
     # Heads that see all tokens see them however many are kept.
-    return [*terms, frames**2] if matching else terms
+    return [*terms, frames**2] if full_heads else terms
 
 
 def _memory_terms(frames: int, length: int) -> list[float]:

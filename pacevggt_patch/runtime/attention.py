@@ -1,52 +1,64 @@
-"""See and change what goes into attention, and who computes it, whatever module makes the queries, keys and values."""
+"""Who computes attention, and a look at every `scaled_dot_product_attention` in a block of code."""
 
 from __future__ import annotations
 
 import functools
 import importlib
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
-from typing import NamedTuple
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..errors import UnsupportedModelError
+# FlashAttention-3, by its authors' package or by wheels of its forward pass, which leave float16 out.
+LIBRARIES = {
+    "flash_attn_interface": (torch.bfloat16, torch.float16),
+    "fa3_fwd_interface": (torch.bfloat16,),
+}
+HOPPER = 9  # the only compute capability (major) that FlashAttention-3 is written for
+LARGEST_HEAD = 256
 
-# Called with the number of the attention since its mode began, queries, keys and values [B, heads, L, d], and the
-# factor of the products queries @ keys^T; returns queries, keys and values to go on with.
-Change = Callable[[int, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
+# Of the call itself, queries, keys and values [B, heads, L, d], and its other arguments by name; returns [B, heads, L, d].
+Handler = Callable[[Callable[..., Tensor], Tensor, Tensor, Tensor, dict[str, Any]], Tensor]
 
 
-class InAttention(TorchFunctionMode):
-    """Passes the inputs of every `scaled_dot_product_attention` inside its block of code through a function.
+class InterceptAttention(TorchFunctionMode):
+    """Hands every `scaled_dot_product_attention` inside its block of code, in this thread, to a function.
 
     Args:
-        change: the function.
-        first: number that the first of them has.
+        handler: the function.
+
+    Attributes:
+        calls: how many there were.
     """
 
     ours = True  # compiled code may leave it aside
+    NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
-    def __init__(self, change: Change, first: int = 0):
+    def __init__(self, handler: Handler):
         super().__init__()
-        self.change, self.number = change, first
+        self.handler, self.calls = handler, 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            names = ("query", "key", "value")
-            inputs = dict(zip(names, args, strict=False))
-            query, key, value = ((inputs | kwargs)[name] for name in names)
-            scale = kwargs.get("scale")
-            scale = query.shape[-1] ** -0.5 if scale is None else scale
-            changed = dict(zip(names, self.change(self.number, query, key, value, scale), strict=True))
-            self.number += 1
-            args = (*(changed.pop(name) for name in inputs), *args[3:])
-            kwargs = kwargs | changed
-        return func(*args, **kwargs)
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        options = dict(zip(self.NAMES, args, strict=False)) | kwargs
+        query, key, value = (options.pop(name) for name in self.NAMES[:3])
+        self.calls += 1
+        return self.handler(
+            lambda *inputs: func(*inputs, **options), query, key, value, options
+        )
+
+
+def is_plain(options: dict[str, Any]) -> bool:
+    """Whether attention has no mask, no dropout, and no keys that heads share."""
+    return options.get("attn_mask") is None and not any(
+        options.get(name) for name in ("dropout_p", "is_causal", "enable_gqa")
+    )
 
 
 class Library(NamedTuple):
@@ -63,70 +75,47 @@ class Library(NamedTuple):
     dtypes: tuple[torch.dtype, ...]
 
 
-# FlashAttention-3, by its authors' package or by wheels of its forward pass, which leave float16 out.
-LIBRARIES = {
-    "flash_attn_interface": (torch.bfloat16, torch.float16),
-    "fa3_fwd_interface": (torch.bfloat16,),
-}
-HOPPER = 9  # the only compute capability (major) that FlashAttention-3 is written for
-LARGEST_HEAD = 256
+def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
+    """Attention of queries, keys and values [B, heads, L, d], by a library where one serves, else by torch."""
+    found = library_attention(query, key, value, scale)
+    return F.scaled_dot_product_attention(query, key, value, scale=scale) if found is None else found
 
 
-class FasterAttention(TorchFunctionMode):
-    """Lets a library compute every `scaled_dot_product_attention` inside its block of code that it can.
+def library_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor | None:
+    """Attention by a library, or None where none serves these tensors.
 
-    That is attention on CUDA without mask, dropout and gradients, in a dtype that the library takes or under autocast
-    to one. All else is torch's own, and everything is where the user switched torch's flash attention off
-    (`torch.backends.cuda.enable_flash_sdp(False)`, or `sdpa_kernel` with others).
-
-    Args:
-        library: the library.
+    None serves with gradients, in other dtypes than its own (autocast counts), or where the user switched torch's flash
+    attention off (`torch.backends.cuda.enable_flash_sdp(False)`, or `sdpa_kernel` with others).
     """
+    found = None if torch.compiler.is_compiling() or query.ndim != 4 else library(query.device)
+    if found is None or not torch.backends.cuda.flash_sdp_enabled():
+        return None
+    inputs = (query, key, value)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+        return None
+    narrow, width = autocast_dtype(query.device.type), query.shape[-1]
+    dtypes = {tensor.dtype if narrow is None else narrow for tensor in inputs}
+    if len(dtypes) > 1 or not dtypes <= {*found.dtypes}:
+        return None
+    if width > LARGEST_HEAD or width % 8 or value.shape[-1] != width:
+        return None
+    dtype = dtypes.pop()
+    query, key, value = (tensor.to(dtype).transpose(1, 2) for tensor in inputs)
+    return found.run(query, key, value, width**-0.5 if scale is None else scale).transpose(1, 2)
 
-    ours = True
 
-    def __init__(self, library: Library):
-        super().__init__()
-        self.library = library
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            found = self.attend(*args, **kwargs)
-            if found is not None:
-                return found
-        return func(*args, **kwargs)
-
-    def attend(
-        self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
-    ) -> Tensor | None:
-        """Attention by the library, or None where it can't."""
-        if attn_mask is not None or dropout_p or is_causal or enable_gqa or query.ndim != 4:
-            return None
-        if not torch.backends.cuda.flash_sdp_enabled():
-            return None
-        inputs = (query, key, value)
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
-            return None
-        narrow, width = autocast_dtype(query.device.type), query.shape[-1]
-        dtypes = {tensor.dtype if narrow is None else narrow for tensor in inputs}
-        if len(dtypes) > 1 or not dtypes <= {*self.library.dtypes}:
-            return None
-        if width > LARGEST_HEAD or width % 8 or value.shape[-1] != width or library(query.device) is None:
-            return None
-        dtype = dtypes.pop()
-        query, key, value = (tensor.to(dtype).transpose(1, 2) for tensor in inputs)
-        return self.library.run(query, key, value, width**-0.5 if scale is None else scale).transpose(1, 2)
+def _by_library(run: Callable, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
+    found = library_attention(query, key, value, options.get("scale")) if is_plain(options) else None
+    return run(query, key, value) if found is None else found
 
 
 @contextmanager
 def faster_attention(device: torch.device) -> Generator[None]:
-    """`FasterAttention` where there is a library for the device, else nothing."""
-    found = None if torch.compiler.is_compiling() else library(device)
-    if found is None:
+    """Inside, a library computes every `scaled_dot_product_attention` that it serves, whoever calls it."""
+    if torch.compiler.is_compiling() or library(device) is None:
         yield
     else:
-        with FasterAttention(found):
+        with InterceptAttention(_by_library):
             yield
 
 
@@ -175,43 +164,6 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
         return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
 
 
-class FewerKeys:
-    """A change of attention: all queries of a clip see the keys and values of only some of its tokens.
-
-    Args:
-        index: [B, m], numbers of those tokens among the S * L of a clip.
-        length: S * L. Attention over anything else is left as it is.
-    """
-
-    def __init__(self, index: Tensor, length: int):
-        self.index, self.length, self.done = index, length, 0
-
-    def __call__(self, number: int, query: Tensor, key: Tensor, value: Tensor, scale: float):
-        if key.shape[2] != self.length:
-            return query, key, value
-        self.done += 1
-        index = self.index[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3])  # [B, heads, m, d]
-        return query, key.gather(2, index), value.gather(2, index)
-
-    def check(self) -> None:
-        """Raise UnsupportedModelError if no attention was changed."""
-        if self.done == 0:
-            raise UnsupportedModelError(
-                "the global blocks of this model do not call scaled_dot_product_attention over the whole clip, so "
-                "their keys can't be chosen: pass global_keys=1"
-            )
-
-
-def key_numbers(scores: Tensor, special: int, keys: int) -> Tensor:
-    """Numbers [B, S * (n + keys)] of the tokens of a clip that serve as keys: special ones, and the best kept ones.
-
-    Args:
-        scores: of the kept tokens [B, S, K], in the order in which they follow the special ones.
-        special: n, special tokens of a frame.
-        keys: patch tokens of each frame that serve as keys, in [1, K].
-    """
-    frames, kept = scores.shape[1:]
-    best = scores.argsort(dim=-1, descending=True, stable=True)[..., :keys].sort(-1).values  # [B, S, keys]
-    first = torch.arange(special, device=scores.device).expand(*best.shape[:2], -1)
-    start = torch.arange(frames, device=scores.device).view(-1, 1) * (special + kept)
-    return (torch.cat([first, best + special], dim=-1) + start).flatten(1)
+def half_precision(images: Tensor) -> AbstractContextManager:
+    """bfloat16 autocast for images on CUDA; elsewhere all is computed as it is stored."""
+    return torch.autocast("cuda", torch.bfloat16) if images.is_cuda else nullcontext()

@@ -7,6 +7,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+# Hidden layers of MLPs stay below this. On the CPU because from 32 MiB on the C library asks the system for fresh memory
+# each time, whose pages are filled one by one.
+HIDDEN_BYTES = {"cpu": 2**23, "gpu": 2**30}
+
+
+def chunk_rows(channels: int, device: torch.device) -> int:
+    """Rows of so many numbers each whose hidden layer, four times as wide in float32, stays below HIDDEN_BYTES."""
+    return max(1, HIDDEN_BYTES["cpu" if device.type == "cpu" else "gpu"] // (16 * channels))
+
 
 def in_chunks(
     function: Callable[..., tuple[Tensor, ...]], size: int, *tensors: Tensor | None, dim: int = 0

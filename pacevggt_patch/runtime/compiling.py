@@ -16,9 +16,9 @@ from torch.nn.modules import module as modules
 from torch.utils._device import DeviceContext
 
 from ..errors import PaceError
+from .bare_copy import HOOKS
 
 BACKEND = "inductor"
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 GLOBAL_HOOKS = (
     "_global_forward_hooks",
     "_global_forward_pre_hooks",

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
-from ..hosts import vggt as backbone
+from ..hosts.base import BlockCall
+from ..patching.install import observing, state_of
+from ..patching.state import Clip
+from ..runtime.attention import InterceptAttention
 
 # Patch tokens of a clip whose attention is looked at, evenly spread; camera and register tokens are all looked at.
 PATCH_QUERIES = 256
@@ -18,16 +22,15 @@ CHUNK_BYTES = 2**28
 
 @torch.no_grad()
 def attention_target(
-    aggregator: Any, images: Tensor, patch_queries: int = PATCH_QUERIES
+    model: nn.Module, images: Tensor, patch_queries: int = PATCH_QUERIES
 ) -> tuple[Tensor, Tensor]:
-    """DINO features, and the attention that each patch token receives in the global blocks of the unpruned model.
+    """Features that are scored, and the attention that each patch token receives in the unpruned global blocks.
 
     The mean over all global blocks, heads, and the queries: all camera and register tokens of the clip and
     `patch_queries` of its patch tokens. The full matrix of attention never exists.
 
     Args:
-        aggregator: a VGGT's aggregator, accelerated or not; the stock arithmetic runs, with the host's own blocks
-            or compiled ones in their place.
+        model: an accelerated model; what it prunes is left aside.
         images: [B, S, 3, H, W] in [0, 1].
         patch_queries: how many patch tokens of a clip are asked; all of them, if there are no more.
 
@@ -36,29 +39,40 @@ def attention_target(
         rest goes to camera and register tokens.
 
     Raises:
-        UnsupportedModelError: the host's global blocks do not call `scaled_dot_product_attention`.
+        UnsupportedModelError: the model's global blocks do not call `scaled_dot_product_attention`.
     """
-    grid = backbone.check_images(aggregator, images, None)
-    features, tokens, positions = backbone.unpruned_tokens(aggregator, images, grid)
-    batch, frames, length = tokens.shape[:3]
-    n = length - features.shape[2]
-    queries = chosen_queries(frames, length, n, patch_queries, images.device)
-    received = torch.zeros(batch, frames * length, device=images.device)
+    host = state_of(model).host
+    batch, frames, special = *images.shape[:2], host.special_tokens
+    patches = images.shape[-2] * images.shape[-1] // host.patch_size**2
+    queries = chosen_queries(frames, special + patches, special, patch_queries, images.device)
+    received = torch.zeros(batch, frames * (special + patches), device=images.device)
+    features: list[Tensor] = []
     seen = 0
 
-    def look(number: int, query: Tensor, key: Tensor, value: Tensor, scale: float):
+    def look(run: Callable, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
         nonlocal seen
         seen += 1
+        scale = options.get("scale")
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
         received.add_(attention_received(query[:, :, queries] * scale, key))
-        return query, key, value
+        return run(query, key, value)
 
-    backbone.alternating_attention(aggregator, tokens, positions, (), change=look)
+    def observer(index: int, call: BlockCall, own: Callable, clip: Clip) -> Any:
+        if not features:
+            features.extend(part for part, _ in clip.parts)
+        args, kwargs = call.arguments()
+        with InterceptAttention(look):
+            return own(*args, **kwargs)
+
+    with observing(model, observer):
+        host.run_trunk(images)
     if seen == 0:
         raise UnsupportedModelError(
             "the global blocks of this model do not call scaled_dot_product_attention, so what they attend to can't be "
             "seen: train without the first stage (--distil 0)"
         )
-    return features, (received / seen).unflatten(1, (frames, length))[:, :, n:]
+    found = torch.cat(features).unflatten(0, (batch, frames))
+    return found, (received / seen).unflatten(1, (frames, -1))[:, :, special:]
 
 
 def chosen_queries(

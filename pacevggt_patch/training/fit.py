@@ -19,20 +19,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..calibration.calibrate import KEEP_RATIOS, RIDGE, fit_linear
-from ..calibration.full_heads import find_matching_heads
+from ..calibration.full_heads import find_full_heads
+from ..calibration.restoration import KEEP_RATIOS, fit_linear
+from ..config import GLOBAL, MODES
 from ..errors import PaceError
 from ..evaluation.metrics import decode_pose_encoding, pairwise_pose_errors
-from ..hosts.vggt import may_wait
+from ..hosts.base import find_host
 from ..method.block_deltas import FULL_STRENGTH
 from ..method.propagation import RIDGE as RIDGE_OF_SLOPES
 from ..method.scoring import DISTINCTNESS_WEIGHT
 from ..mini.training.trainer import mixed_seed
+from ..runtime.attention import half_precision
 from ..runtime.cuda_graphs import Recorder
 from ..weights.pace import PaceWeights
 from .attention_target import attention_target
 from .losses import distillation_loss, token_losses, total_loss, truth_target
-from .passes import Outputs, half_precision, run
+from .passes import Outputs, run
 from .sources import SWEEPS, ClipSource, Sample, Truth, to_device
 
 # Keep ratios that the steps of a run have: few, so that steps of one kind come again and can be replayed.
@@ -56,7 +58,7 @@ class Settings:
         clips: clips of a step, in each process, if they have the smallest number of frames; longer ones are fewer, so
             that a step has about as many frames whatever their number.
         views: numbers of frames of a clip; each step has one of them.
-        dense: frames of a clip on which depth, points and dense tokens are compared.
+        supervised: frames of a clip on which depth, points and dense tokens are compared.
         keep_ratios: least and largest keep ratio of a step.
         rate: learning rate.
         scorer_rate: that of the scorer in stage 2 over `rate`. 0 leaves it as stage 1 made it: the gradient that
@@ -68,7 +70,7 @@ class Settings:
         truth: how much of the camera, depth and point losses is against ground truth where clips have it.
         calibration: clips that the closed-form fit takes.
         checks: clips that no step draws, on which the run is judged.
-        dense_frames: train for frame blocks on all patch tokens, see `accelerate`.
+        mode: "global" or "pre-aa", see `PaceConfig`.
         seed: of everything random.
     """
 
@@ -76,7 +78,7 @@ class Settings:
     distil: float = 0.1
     clips: int = 1
     views: tuple[int, ...] = (8,)
-    dense: int = 4
+    supervised: int = 4
     keep_ratios: tuple[float, float] = (0.1, 0.6)
     rate: float = 2e-3
     scorer_rate: float = 0.0
@@ -86,7 +88,7 @@ class Settings:
     truth: float = 0.5
     calibration: int = 8
     checks: int = 4
-    dense_frames: bool = False
+    mode: str = GLOBAL
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -94,9 +96,9 @@ class Settings:
             raise PaceError(
                 f"steps must not be negative and distil a share between 0 and 1, got {self.steps} and {self.distil:g}"
             )
-        if self.clips < 1 or self.dense < 1 or not self.views or min(self.views) < 1:
+        if self.clips < 1 or self.supervised < 1 or not self.views or min(self.views) < 1:
             raise PaceError(
-                f"clips, dense and views must be at least 1, got {self.clips}, {self.dense} and {list(self.views)}"
+                f"clips, supervised frames and views must be at least 1, got {self.clips}, {self.supervised} and {list(self.views)}"
             )
         if self.calibration < 1 or self.checks < 1:
             raise PaceError(
@@ -107,9 +109,11 @@ class Settings:
             raise PaceError(
                 f"keep ratios of training must lie between 0 and 1, low to high, got {low:g} to {high:g}"
             )
-        if self.dense_frames and self.scorer_rate:
+        if self.mode not in MODES:
+            raise PaceError(f'mode must be "global" or "pre-aa", got {self.mode!r}')
+        if self.mode == GLOBAL and self.scorer_rate:
             raise PaceError(
-                "with dense frames the second stage has no gradient for the scorer: leave --scorer-rate at 0"
+                "of global pruning the second stage has no gradient for the scorer: leave --scorer-rate at 0"
             )
         if not 0 <= self.truth <= 1:
             raise PaceError(f"truth is a share between 0 and 1, got {self.truth:g}")
@@ -146,9 +150,9 @@ def step_plan(settings: Settings, step: int) -> StepPlan:
     ratio = low * (high / low) ** (below(RATIOS) / (RATIOS - 1))
     all_merged = torch.rand((), generator=generator).item() < ALL_MERGED
     share = MERGED_OTHERWISE[below(len(MERGED_OTHERWISE))]
-    budget = None if all_merged or settings.dense_frames else share * (1 - ratio)
+    budget = None if all_merged or settings.mode == GLOBAL else share * (1 - ratio)
     views = settings.views[below(len(settings.views))]
-    frames = torch.randperm(views, generator=generator)[: settings.dense].sort().values.tolist()
+    frames = torch.randperm(views, generator=generator)[: settings.supervised].sort().values.tolist()
     return StepPlan(views, ratio, budget, frames)
 
 
@@ -200,7 +204,9 @@ class Fit:
         for parameter, part in zip(self.parameters, self.gradient.split(sizes), strict=True):
             parameter.grad = part.view_as(parameter)
         # Computing blocks twice is for models whose steps are long, and recorded steps would hold much memory.
-        records = self.device.type == "cuda" and not checkpointing and not may_wait(model)
+        host = find_host(model)
+        waits = host.rope is None and getattr(host.trunk, "rope", None) is not None
+        records = self.device.type == "cuda" and not checkpointing and not waits
         self.recorder = Recorder(records)
         self.step_number = 0
         self.optimizer = self.new_optimizer()
@@ -210,7 +216,7 @@ class Fit:
     def new_optimizer(self) -> torch.optim.Optimizer:
         """An optimizer without a past, for the stage that begins."""
         weights = self.weights
-        modules = (weights.scorer,), (weights.merge, weights.restoration), (weights.adaptation,)
+        modules = (weights.scorer,), (weights.merge, weights.restoration), (weights.block_deltas,)
         groups = [
             [p for module in group if module is not None for p in module.parameters()] for group in modules
         ]
@@ -264,7 +270,8 @@ class Fit:
     def distil_loss(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of stage 1 and its parts, of images [B, S, 3, H, W]."""
         with half_precision(images):
-            features, attention = attention_target(self.model.aggregator, images)
+            features, attention = attention_target(self.model, images)
+        assert self.weights.scorer is not None
         loss = distillation_loss(self.weights.scorer(features), attention)
         return loss, {"distil": loss}
 
@@ -322,21 +329,21 @@ class Fit:
 
     def begin_refinement(self) -> None:
         """What lies between the stages: the closed-form fit, and an optimizer without a past."""
-        if not self.weights.dense_frames:  # which heads match does not depend on the scorer
+        if not self.weights.mode == GLOBAL:  # which heads these are does not depend on the scorer
             self.calibrate()
         self.optimizer = self.new_optimizer()
 
     def calibrate(self) -> None:
-        """Fit the linear part of the restoration, or find the matching heads where there is none."""
+        """Fit the linear part of the restoration, or find the full-attention heads where there is none."""
         clips = (sample.images for sample in self.reserved(CALIBRATION, self.settings.calibration))
-        if self.weights.dense_frames:
+        if self.weights.mode == GLOBAL:
             # One process decides: others might see an error just above the limit where this one sees it just below.
-            found: list[Any] = [find_matching_heads(self.model, clips)[0] if self.rank == 0 else None]
+            found: list[Any] = [find_full_heads(self.model, clips)[0] if self.rank == 0 else None]
             if self.world > 1:
                 dist.broadcast_object_list(found, 0, device=self.device)
-            self.weights.matching = found[0]
+            self.weights.full_heads = found[0]
             return
-        fit_linear(self.model, clips, self.weights, KEEP_RATIOS, RIDGE)
+        fit_linear(self.model, clips, self.weights, KEEP_RATIOS)
         if self.world > 1:
             for value in self.modules.state_dict().values():
                 dist.broadcast(value, 0)
@@ -355,7 +362,7 @@ class Fit:
         """
         rows: dict[str, list[dict[str, float]]] = {f"{ratio:g}": [] for ratio in KEEP_RATIOS}
         for sample in self.reserved(CHECK, self.settings.checks):
-            frames = torch.arange(min(self.settings.dense, sample.images.shape[1]), device=self.device)
+            frames = torch.arange(min(self.settings.supervised, sample.images.shape[1]), device=self.device)
             teacher = run(self.model, sample.images, frames, 1.0)
             for ratio in KEEP_RATIOS:
                 student = run(self.model, sample.images, frames, ratio)
@@ -375,7 +382,7 @@ class Fit:
             "step": self.step_number,
             "settings": asdict(self.settings),
             "fingerprints": self.weights.fingerprints,
-            "matching": self.weights.matching,
+            "full_heads": self.weights.full_heads,
             "source": self.source.description,
             "kinds": KINDS,
         }
@@ -392,14 +399,12 @@ class Fit:
             "source": self.source.description,
             "version of the library": KINDS,
         }
-        # Settings that older states do not have are what they were then.
         theirs = {
-            "dense_frames": False,
             **state["settings"],
             "backbone": state["fingerprints"],
             "source": state["source"],
         }
-        theirs["version of the library"] = state.get("kinds")
+        theirs["version of the library"] = state["kinds"]
         other = [name for name, value in own.items() if theirs.get(name) != value]
         if other:
             raise PaceError(
@@ -407,7 +412,7 @@ class Fit:
                 "or start anew with another --out"
             )
         self.modules.load_state_dict(state["modules"])
-        self.weights.matching = tuple(state["matching"])
+        self.weights.full_heads = tuple(state["full_heads"])
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:  # the state may come from another device
             group["fused"] = self.device.type == "cuda"

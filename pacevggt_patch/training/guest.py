@@ -1,4 +1,4 @@
-"""Being a guest in somebody's model: it is accelerated and frozen meanwhile, and afterwards as it was."""
+"""A model in training is accelerated and frozen meanwhile, and afterwards as it was."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from ..config import PaceConfig
 from ..errors import PaceError
-from ..patching.install import accelerate, compile_blocks_alone, is_accelerated, remove
+from ..hosts.base import find_host
+from ..patching.install import install, is_accelerated, remove
 from ..weights.pace import PaceWeights
 
 
@@ -20,8 +22,8 @@ def guest(model: nn.Module, weights: PaceWeights, compile: bool = False) -> Gene
     is the stock one again, also after an error.
 
     Args:
-        model: a VGGT that is not accelerated.
-        weights: on its device.
+        model: a model that is not accelerated.
+        weights: on its device; what is trained is these very modules.
         compile: run the attention blocks compiled. Dense heads never are: with gradients they take the longest to
             compile, and anew for other numbers of frames.
 
@@ -32,16 +34,10 @@ def guest(model: nn.Module, weights: PaceWeights, compile: bool = False) -> Gene
         raise PaceError(
             "this model is accelerated already: call pacevggt_patch.remove(model) before training"
         )
-    # Values are looked at where they come in; a look in every step would make CUDA wait.
-    accelerate(
-        model,
-        weights=weights,
-        check_finite=False,
-        min_frames=1,
-        dense_frames=weights.dense_frames,
-        compile=compile,
-    )
-    compile_blocks_alone(model)
+    host = find_host(model)
+    weights.check(host)
+    state = install(model, host, PaceConfig(mode=weights.mode, min_frames=1, compile=compile), weights)
+    state.compiles_heads = False
     training = [(module, module.training) for module in model.modules()]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:

@@ -167,7 +167,7 @@ def token_losses(student: Outputs, teacher: Outputs, layers: Collection[int]) ->
         for layer in student.tokens.layers
     ]
     losses = {"special": torch.stack(special).mean()}
-    frames = student.dense.kept.shape[1]
+    frames = student.dense.total
     if frames:
         layers = [layer for layer in layers if layer in student.dense.layers]
         found: list[Any] = student.dense.frames(0, frames, layers)

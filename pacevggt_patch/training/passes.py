@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..method.restored_tokens import RestoredTokens
+from ..patching.heads import TokenList
 from ..patching.install import retune
+from ..runtime.attention import half_precision
 
 
 class Outputs(NamedTuple):
@@ -25,16 +27,11 @@ class Outputs(NamedTuple):
         points: [B, n, H, W, 3] and their confidence [B, n, H, W], or None.
     """
 
-    tokens: RestoredTokens
-    dense: RestoredTokens
+    tokens: RestoredTokens | TokenList
+    dense: RestoredTokens | TokenList
     poses: list[Tensor]
     depth: tuple[Tensor, Tensor] | None
     points: tuple[Tensor, Tensor] | None
-
-
-def half_precision(images: Tensor) -> AbstractContextManager:
-    """bfloat16 autocast for images on CUDA; elsewhere all is computed as it is stored."""
-    return torch.autocast("cuda", torch.bfloat16) if images.is_cuda else nullcontext()
 
 
 def run(
@@ -61,18 +58,21 @@ def run(
         heads: whether to run camera, depth and point heads.
     """
     retune(model, keep_ratio, merge_budget, checkpointing=checkpointing)
-    with half_precision(images):
-        tokens, start = model.aggregator(images)
+    # Tensors that the model makes on its way are made on the device: nothing waits, and graphs can be recorded.
+    with half_precision(images), images.device:
+        found, start = model.aggregator(images)
+        tokens = found if isinstance(found, RestoredTokens) else TokenList(found, _grid(model, images), start)
         dense, some = tokens.select(frames), images.index_select(1, frames)
+        entering = dense if isinstance(dense, RestoredTokens) else dense.list
 
         def head(name: str) -> tuple[Tensor, Tensor] | None:
             module: Callable | None = getattr(model, name, None)
             if module is None or not heads:
                 return None
             values, confidence = (
-                checkpoint(module, dense, some, start, use_reentrant=False)
+                checkpoint(module, entering, some, start, use_reentrant=False)
                 if checkpointing
-                else module(dense, some, start)
+                else module(entering, some, start)
             )
             return values.float(), confidence.float()
 
@@ -81,7 +81,12 @@ def run(
     if heads and getattr(model, "camera_head", None) is not None:
         narrow = model.aggregator.camera_token.dtype != torch.float32
         with half_precision(images) if narrow else nullcontext():
-            poses = [pose.float() for pose in model.camera_head(tokens)]
+            poses = [pose.float() for pose in model.camera_head(found)]
     if depth is not None:
         depth = depth[0][..., 0], depth[1]
     return Outputs(tokens, dense, poses, depth, points)
+
+
+def _grid(model: Any, images: Tensor) -> tuple[int, int]:
+    patch = int(model.aggregator.patch_size)
+    return images.shape[-2] // patch, images.shape[-1] // patch

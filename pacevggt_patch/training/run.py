@@ -15,16 +15,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..calibration.calibrate import KEEP_RATIOS
-from ..cli.demo import usable_device
+from ..calibration.restoration import KEEP_RATIOS
 from ..cli.pictures import save_training_curve
-from ..errors import PaceError
-from ..hosts.vggt import find_host
+from ..errors import PaceError, WeightsError
+from ..hosts.base import find_host
+from ..runtime.device import usable_device
 from ..mini.scenes.textures import load_photographs, texture_atlas
 from ..runtime.compiling import works
 from ..runtime.files import environment, whole_file, write_json
 from ..version import __version__
-from ..weights.pace import HUB_FILE, PaceWeights
+from ..weights.hub import HUB_FILE
+from ..weights.pace import PaceWeights
 from .backbones import is_mini, load_backbone
 from .fit import Fit, Settings
 from .guest import guest
@@ -93,7 +94,7 @@ def run_training(options: Options) -> dict[str, Any]:
     if options.resume and not (options.out / STATE_FILE).is_file() and rank == 0:
         print(f"{options.out} holds no run to resume: starting anew")
     # What is on the disk is looked at before a large model is loaded.
-    begun = None if options.start is None else weights_to_start(options.start, settings.dense_frames)
+    begun = None if options.start is None else weights_to_start(options.start, settings.mode)
     mini = options.backbone == "mini" or is_mini(Path(options.backbone))
     source = make_source(options, mini, device)
     try:
@@ -114,9 +115,9 @@ def run_training(options: Options) -> dict[str, Any]:
     try:
         model.to(device)
         if begun is None:
-            weights = PaceWeights.new(model, dense_frames=settings.dense_frames)
+            weights = PaceWeights.new(model, mode=settings.mode)
         else:
-            begun.check(find_host(model), settings.dense_frames)
+            begun.check(find_host(model))
             weights = begun.to(device)
         # In large models few kernels are short.
         pays = device.type == "cuda" and not large and settings.steps >= COMPILES_FROM
@@ -161,19 +162,18 @@ def check_options(options: Options) -> None:
         )
 
 
-def weights_to_start(source: str, dense_frames: bool) -> PaceWeights:
+def weights_to_start(source: str, mode: str) -> PaceWeights:
     """Weights to go on with.
 
     Raises:
-        WeightsError: they can't be had, or are for the other setting.
-        PaceError: they have no block changes, which is most of what training teaches.
+        WeightsError: they can't be had, or are for the other mode.
+        PaceError: they have no block deltas, which is most of what training teaches.
     """
     weights = PaceWeights.load(source)
-    weights.check_setting(dense_frames)
-    if not len(weights.adaptation):
-        raise PaceError(
-            f"{source} is of an older version and has no block changes to train: start without it"
-        )
+    if weights.mode != mode:
+        raise WeightsError(f"{source} is for {weights.mode} pruning: pass --mode {weights.mode}, or other weights")
+    if weights.block_deltas is None:
+        raise PaceError(f"{source} has no block deltas to train: start without it")
     return weights
 
 
@@ -345,7 +345,8 @@ class Run:
             "steps": fit.step_number,
             "seconds": self.seconds(),
             "parameters": sum(p.numel() for p in fit.modules.parameters()),
-            "matching_heads": [list(head) for head in fit.weights.matching],
+            "mode": fit.weights.mode,
+            "full_heads": [list(head) for head in fit.weights.full_heads],
             "checks": self.checks,
             "losses": self.losses[-1] if self.losses else None,
             "environment": environment(fit.device),

@@ -11,7 +11,8 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.utils import HFValidationError
 
 from ..errors import WeightsError
-from .pace import HUB_FILE, PaceWeights
+from .hub import HUB_FILE
+from .pace import PaceWeights
 
 CARD_FILE = "README.md"
 
@@ -80,9 +81,8 @@ def model_card(weights: PaceWeights, repo: str) -> str:
             "",
             f"# {repo}",
             "",
-            "Pace weights: a trained token scorer, merge, low-rank changes of attention blocks and restoration that",
-            "make a VGGT several times faster with pacevggt-patch. The backbone itself is not in here, and stays",
-            "as it is.",
+            f"Pace weights for {weights.mode} pruning ({contents(weights)}). They make a VGGT faster with pacevggt-patch.",
+            "The backbone itself is not in here, and stays as it is.",
             "",
             "```python",
             "import pacevggt_patch",
@@ -107,6 +107,14 @@ def model_card(weights: PaceWeights, repo: str) -> str:
             "",
         ]
     )
+
+
+def contents(weights: PaceWeights) -> str:
+    """What pace weights hold, in words."""
+    names = [name.replace("_", " ") for name in weights.modules()]
+    if weights.full_heads:
+        names.insert(0, f"{len(weights.full_heads)} full-attention heads")
+    return ", ".join(names) or "nothing"
 
 
 def figures(checks: Any) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from torch import Tensor
 from ..errors import WeightsError
 from ..runtime.files import whole_file
 
+DIGEST = "digest"
 ROW_SCALE = ".row_scale"  # appended to the name of a tensor in 8 bits
 SMALLEST_SCALE = 2.0**-24  # above zero in float16
 
@@ -42,13 +44,15 @@ def write(
             f"can't save {kind} to {path}: the folder {path.parent} does not exist, create it first"
         )
     _check_finite(path, tensors)
+    whole = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     try:
         metadata = {
             name: json.dumps(value) for name, value in {"kind": kind, "format": version, **fields}.items()
         }
     except (TypeError, ValueError) as error:
         raise WeightsError(f"can't save {kind} to {path}: its metadata is not JSON: {error}") from error
-    content = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata)
+    metadata[DIGEST] = json.dumps(digest(metadata, whole))
+    content = save(whole, metadata)
     try:
         with whole_file(path) as temporary:
             temporary.write_bytes(content)
@@ -105,16 +109,32 @@ def in_8_bits(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
+def digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over metadata, but for the digest in it, and over names, dtypes, shapes and bytes of tensors."""
+    total = hashlib.sha256()
+    for name in sorted(metadata.keys() - {DIGEST}):
+        total.update(f"{name}={metadata[name]};".encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        total.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
 def read_tensors(path: str | PathLike[str], kind: str) -> dict[str, Tensor]:
     """All tensors of a weight file, as float32 on the CPU; those in 8 bits are expanded, see `in_8_bits`.
 
     They are copies: the file may change or vanish afterwards.
 
     Raises:
-        WeightsError: not a safetensors file, damaged, or a tensor with NaN or infinity.
+        WeightsError: not a safetensors file, damaged, not what its digest says, or a tensor with NaN or infinity.
     """
     with _open(path, kind) as file:
-        tensors = {name: file.get_tensor(name).to(torch.float32, copy=True) for name in sorted(file.keys())}
+        raw = {name: file.get_tensor(name) for name in sorted(file.keys())}
+        metadata = file.metadata() or {}
+    if DIGEST in metadata and metadata[DIGEST] != json.dumps(digest(metadata, raw)):
+        raise WeightsError(f"{path} is damaged: its content is not what its digest says, so get it anew")
+    tensors = {name: tensor.to(torch.float32, copy=True) for name, tensor in raw.items()}
     _check_finite(path, tensors)
     scales = {name: tensors.pop(name) for name in list(tensors) if name.endswith(ROW_SCALE)}
     for name, scale in scales.items():

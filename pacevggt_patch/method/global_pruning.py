@@ -1,0 +1,82 @@
+"""Global pruning: in each global block only special and kept tokens take part, the others take their change from them.
+
+Frame attention sees all tokens: its cost grows with the number of frames only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .propagation import Propagation
+from .scoring import TokenScorer, token_scores
+from .selection import assign
+
+
+class Plan(NamedTuple):
+    """Which tokens of B clips of S frames are kept, N = B * S frames in all; the same in all global blocks.
+
+    Attributes:
+        kept: [N, K] (int64) indices of the kept patch tokens of each frame, ascending.
+        propagation: of the N frames.
+        batch: B.
+    """
+
+    kept: Tensor
+    propagation: Propagation
+    batch: int = 1
+
+    def token_rows(self, length: int) -> Tensor:
+        """Numbers [B, S * (n + K)] of special and kept tokens among the S * `length` tokens of their clip."""
+        rows = self.propagation.rows(length).view(self.batch, -1)
+        first = torch.arange(self.batch, device=rows.device) * (len(self.kept) // self.batch) * length
+        return rows - first[:, None]
+
+    def of_frames(self, frames: Tensor) -> Plan:
+        """The plan of one clip that is made of some frames, by their numbers among all N."""
+        index, weights = (t.index_select(0, frames) for t in self.propagation)
+        return Plan(self.kept.index_select(0, frames), Propagation(index, weights))
+
+
+def keep_best(features: Tensor, grid: tuple[int, int], keep: int, scorer: TokenScorer | None = None) -> Tensor:
+    """Indices [N, K] of the `keep` best tokens of each frame by their scores, ascending.
+
+    Args:
+        features: patch tokens [N, P, C], as they enter the first block.
+        grid: patch rows and columns.
+        keep: K, in [1, P].
+        scorer: learned saliency; None is training-free.
+    """
+    return assign(token_scores(features[None], grid, keep, scorer), keep, 0).kept[0]
+
+
+def joined(plans: Sequence[Plan], batch: int) -> Plan:
+    """One plan of `batch` clips, of those of its frames."""
+    if len(plans) == 1:
+        return plans[0]._replace(batch=batch)
+    kept = torch.cat([plan.kept for plan in plans])
+    parts = zip(*(plan.propagation for plan in plans), strict=True)
+    return Plan(kept, Propagation(*map(torch.cat, parts)), batch)
+
+
+def run_on_kept(x: Tensor, plan: Plan, block: Callable[[Tensor], Tensor], apart: bool = False) -> Tensor:
+    """A global block on special and kept tokens, its change propagated to all others.
+
+    Args:
+        x: all tokens [B, S * (n + P), C].
+        plan: of these clips.
+        block: of tokens [B, S * (n + K), C], gives as many.
+        apart: whether each frame has a regression of its own, so that frames tell each other nothing but by `block`.
+
+    Returns:
+        [B, S * (n + P), C], new memory.
+    """
+    propagation, (batch, _, channels) = plan.propagation, x.shape
+    dense = x.reshape(len(plan.kept), -1, channels)  # [N, n + P, C]
+    few = propagation.gather(dense)  # [N, n + K, C]
+    after = block(few.view(batch, -1, channels)).view(few.shape)
+    slope = propagation.slope(few, after, len(plan.kept) if apart else batch)
+    return propagation.propagate(dense, after, slope).view(x.shape)

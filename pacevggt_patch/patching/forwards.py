@@ -1,0 +1,505 @@
+"""The forwards that stand in for those of a model's parts while it is accelerated.
+
+Each is a plain object in the `__dict__` of one module instance, so deepcopy and pickle follow it, and deleting it is a
+full undo. What it does not know runs as the module's own forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ..config import GLOBAL
+from ..errors import UnsupportedModelError
+from ..hosts import blocks
+from ..hosts.base import BlockCall
+from ..hosts.rope import rotate, rotation
+from ..hosts.vggt import takes_images
+from ..method import pre_aa
+from ..method.full_heads import attend
+from ..method.global_pruning import Plan, run_on_kept
+from ..method.restored_tokens import RestoredTokens
+from ..runtime.attention import InterceptAttention, attention, autocast_dtype, faster_attention, is_plain
+from ..runtime.chunks import chunk_rows, in_chunks
+from ..runtime.compiling import compiled, is_watched, unwatched
+from ..runtime.other_parameters import OtherParameters, run_with
+from .first_clip import calibrate_on
+from .heads import moved, reduced_precision, restored_argument, run_camera_head, run_dense_head, token_list
+from .state import Clip, State
+
+UNPRUNED = "unpruned (few frames)"
+
+
+class Forward:
+    """Stands in for a method of one module instance.
+
+    Args:
+        module: the module.
+        state: of its model.
+        name: of the module in the model.
+    """
+
+    pacevggt = True  # `runtime.bare_copy` leaves it behind
+    attribute = "forward"
+
+    def __init__(self, module: Any, state: State, name: str):
+        self.module, self.state, self.name = module, state, name
+        self.previous = module.__dict__.get(self.attribute)  # what somebody else put there
+
+    @property
+    def own(self) -> Callable:
+        """What runs without us."""
+        if self.previous is not None:
+            return self.previous
+        return partial(getattr(type(self.module), self.attribute), self.module)
+
+
+class TrunkForward(Forward):
+    """The trunk's own forward, with a look at its images before it starts."""
+
+    def __init__(self, module: Any, state: State, name: str):
+        super().__init__(module, state, name)
+        self.takes_images = takes_images(self.own)
+
+    def __call__(self, *args, **kwargs):
+        state, threads = self.state, self.state.threads
+        if state.paused:
+            return self.own(*args, **kwargs)
+        images = args[0] if args else kwargs.get("images")
+        if self.takes_images:
+            state.host.check_images(images)
+        state.timer.clear()
+        before = threads.clip
+        threads.clip = Clip(len(images) if isinstance(images, Tensor) and images.ndim == 5 else None)
+        try:
+            return self.own(*args, **kwargs)
+        finally:
+            threads.clip = before
+
+
+class PreAATrunkForward(TrunkForward):
+    """Pre-AA pruning in place of the trunk's own forward."""
+
+    def __call__(self, images: Tensor, *args, **kwargs):
+        state, threads = self.state, self.state.threads
+        if state.paused:
+            return self.own(images, *args, **kwargs)
+        if args or kwargs:
+            raise UnsupportedModelError(
+                f"{self.name} was called with more than images, which pre-AA pruning does not know: "
+                "use `with paused(model):` for such calls"
+            )
+        state.host.check_images(images)
+        state.timer.clear()
+        patch, before = state.host.patch_size, threads.clip
+        threads.grid = images.shape[-2] // patch, images.shape[-1] // patch
+        clip = threads.clip = Clip(len(images))
+        try:
+            state.begin(clip, images.shape[1], threads.grid[0] * threads.grid[1])
+            if clip.prunes or state.config.keep_ratio == 1:
+                return self.pruned(images, threads.grid, clip)
+            tokens = images.shape[1] * (threads.grid[0] * threads.grid[1] + state.host.special_tokens)
+            with state.timer.stage(UNPRUNED, tokens, tokens):
+                return self.own(images)
+        finally:
+            threads.clip = before
+
+    def pruned(self, images: Tensor, grid: tuple[int, int], clip: Clip) -> tuple[RestoredTokens, int]:
+        state, (batch, frames) = self.state, images.shape[:2]
+        host, config, weights, timer = state.host, state.config, state.weights, state.timer
+        patches = grid[0] * grid[1]
+        keep, merge = config.kept_tokens(patches), config.merged_tokens(frames, patches)
+        scorer = adapter = restoration = None
+        if weights is not None:
+            scorer, adapter, restoration = weights.scorer, weights.merge, weights.restoration
+        features = host.embed(images)  # [B, S, P, C]
+        with timer.stage("selection", frames * patches, frames * keep):
+            chosen = pre_aa.choose_tokens(features, grid, keep, merge, scorer)
+        with timer.stage("merging", frames * patches, frames * keep):
+            tokens = pre_aa.entering_tokens(features, chosen, grid, merge > 0, adapter)
+        where = host.patch_positions(grid, images.device)
+        positions = pre_aa.positions_of(chosen.kept, where, host.special_tokens)
+        entering = [torch.cat([host.special(batch, frames), tokens], dim=2)]  # [B, S, n + K, C]
+        del tokens
+
+        def run(kind: str, index: int, x: Tensor, where: Tensor | None) -> Tensor:
+            module = host.of_kind(kind)[index]
+            return module(x, pos=where)
+
+        # Popped, so that nobody holds them while the blocks run.
+        compact = pre_aa.alternate(host.blocks, entering.pop(), positions, host.cached_layers, run)
+        if not torch.compiler.is_compiling():
+            state.kept = chosen.kept
+        restored = RestoredTokens(
+            compact, host.depth, features, chosen.kept, chosen.role, grid, host.special_tokens, restoration
+        )
+        return restored, host.special_tokens
+
+
+class EmbeddingForward(Forward):
+    """The patch embedding, a chunk of frames at a time; it tells the grid of patches."""
+
+    def __call__(self, *args, **kwargs):
+        state, threads = self.state, self.state.threads
+        images = args[0] if args else None
+        if state.paused or threads.embedding or not isinstance(images, Tensor) or images.ndim != 4:
+            return self.own(*args, **kwargs)
+        patch = state.host.patch_size
+        grid = threads.grid = images.shape[-2] // patch, images.shape[-1] // patch
+        patches = grid[0] * grid[1]
+        tokens = len(images) * patches
+        threads.embedding = True  # a forward may call the other entrance
+        try:
+            with state.timer.stage("DINO", tokens, tokens, add=True), faster_attention(images.device):
+                # The unpruned model is the stock one to the bit.
+                if len(args) > 1 or kwargs or state.config.kept_tokens(patches) == patches:
+                    return self.own(*args, **kwargs)
+                return in_parts(self.own, images, chunk_rows(patches * state.host.embed_dim, images.device))
+        finally:
+            threads.embedding = False
+
+
+class FeaturesForward(EmbeddingForward):
+    """The other entrance of a patch embedding."""
+
+    attribute = "forward_features"
+
+
+def in_parts(embed: Callable[[Tensor], Any], images: Tensor, size: int) -> Any:
+    """What an embedding gives of images [N, 3, H, W], at most `size` at a time: a tensor or a dictionary of them."""
+    whole: dict[str, Any] = {}
+
+    def some(part: Tensor) -> tuple[Tensor, ...]:
+        found = embed(part)
+        whole.update(found if isinstance(found, dict) else {"": found})
+        return tuple(value for value in whole.values() if isinstance(value, Tensor) and len(value) == len(part))
+
+    if len(images) <= size or torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return embed(images)
+    tensors = in_chunks(some, size, images)
+    parts = iter(tensors)
+    last = next((len(v) for v in whole.values() if isinstance(v, Tensor)), 0)
+    found = {k: next(parts) if isinstance(v, Tensor) and len(v) == last else v for k, v in whole.items()}
+    return found[""] if "" in found else found
+
+
+class RopeForward(Forward):
+    """The rotary embedding without a look at the largest position, its tables made once for each forward pass."""
+
+    def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        state = self.state
+        if state.paused:
+            return self.own(tokens, positions)
+        clip = state.threads.clip
+        get = rotation if clip is None else clip.rotations.get
+        return rotate(tokens, *get(state.rope, tokens.shape[-1], tokens.dtype, positions))
+
+
+class BlockForward(Forward):
+    """An attention block: by the functions of `hosts.blocks` where that fits and serves, else by its own code.
+
+    Args:
+        kind: "frame", "global", or "embedding" for a block of the patch embedding.
+        index: among the blocks of its kind.
+    """
+
+    def __init__(self, module: Any, state: State, name: str, kind: str, index: int):
+        super().__init__(module, state, name)
+        self.kind, self.index = kind, index
+        self.kinds = blocks.kinds(module) if id(module) in state.stock else None
+        self.first = kind != "embedding" and state.host.blocks[0][2] is module
+        self.last = kind != "embedding" and state.host.blocks[-1][2] is module
+
+    @property
+    def heads(self) -> list[int]:
+        """Numbers of the full-attention heads of this block."""
+        return [h for block, h in self.state.full_heads if block == self.index and self.kind == "global"]
+
+    def __call__(self, *args, **kwargs):
+        state = self.state
+        call = None if state.paused else state.host.block_call(args, kwargs)
+        if call is None:
+            return self.own(*args, **kwargs)
+        if self.kind == "embedding":
+            return self.run(call, None)
+        clip, again = self.clip(call)
+        if state.checkpointing and torch.is_grad_enabled() and not again:
+            return checkpoint(partial(self.stage, clip), call, use_reentrant=False)
+        return self.stage(clip, call)
+
+    def clip(self, call: BlockCall) -> tuple[Clip, bool]:
+        """The forward pass that a call belongs to, and whether it is a repetition for the backward pass."""
+        state, threads = self.state, self.state.threads
+        keeps = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if keeps and call.x in state.recomputed.clips:
+            return state.recomputed.clips[call.x], True
+        clip = threads.clip
+        if clip is None or (self.first and clip.plan is not None):
+            clip = threads.clip = Clip()
+            clip.loose = True
+        if self.first and state.config.mode == GLOBAL:
+            tokens = call.x
+            if self.kind == "global":
+                grid = threads.grid or (0, 0)
+                tokens = tokens.reshape(-1, grid[0] * grid[1] + state.host.special_tokens, tokens.shape[-1])
+            state.look(clip, tokens)
+        if keeps:
+            state.recomputed.clips[call.x] = clip
+        return clip, False
+
+    def stage(self, clip: Clip, call: BlockCall) -> Any:
+        state, x = self.state, call.x
+        tokens = x.shape[0] * x.shape[1]
+        if self.kind == "global" and state.threads.observer is not None:
+            return state.threads.observer(self.index, call, self.own, clip)
+        with state.timer.stage(f"{self.kind} blocks", tokens, tokens, add=True):
+            if self.kind == "global" and clip.prunes and state.config.mode == GLOBAL:
+                out = self.pruned(clip, call)
+            elif self.kind == "frame" and clip.prunes and state.config.mode == GLOBAL:
+                out = self.in_frames(clip, call)
+            else:
+                out = self.run(call, clip)
+        if self.last and clip.loose and state.threads.clip is clip:
+            state.threads.clip = None
+        return out
+
+    def in_frames(self, clip: Clip, call: BlockCall) -> Any:
+        """A frame block on a part of the frames at a time, which bounds the memory of its hidden layer."""
+        size = chunk_rows(call.x.shape[1] * call.x.shape[2], call.x.device)
+        if not call.plain or self.fits(call) and (self.state.config.compile or clip.deltas):
+            return self.run(call, clip)  # by functions that work on a part of the tokens anyway
+        if len(call.x) <= size:
+            return self.run(call, clip)
+        return in_chunks(lambda x, where: (self.run(call.on(x, where), clip),), size, call.x, call.positions)[0]
+
+    def pruned(self, clip: Clip, call: BlockCall) -> Any:
+        """A global block that special and kept tokens take part in, or all for its full-attention heads."""
+        state, x = self.state, call.x
+        if clip.plan is None:
+            plan = state.joined_plan(clip, x)
+            if state.pending:
+                calibrate_on(state, clip, call)
+            if call.cached:
+                plan = self.fixed_plan(clip, len(x))
+            clip.plan, clip.parts = plan, []
+        plan = clip.plan
+        if self.heads:
+            # What is given besides can't be followed head by head: such a call sees all tokens.
+            return self.run(call, clip, plan if call.plain else None)
+        length = x.shape[1] * plan.batch // len(plan.kept)
+        rows = plan.token_rows(length)
+        followed = Followed(clip, rows, x.shape[1])
+        args, kwargs = followed.tree(call.args), followed.tree(call.kwargs)
+        positions = None if call.positions is None else followed.tensor(call.positions)
+        rest: tuple | None = None
+
+        def few(tokens: Tensor) -> Tensor:
+            nonlocal rest
+            found = self.run(call.on(tokens, positions, args, kwargs), clip)
+            if isinstance(found, tuple):
+                found, *others = found
+                rest = tuple(others)
+            return found
+
+        out = run_on_kept(x, plan, few, apart=followed.masked)
+        return out if rest is None else (out, *rest)
+
+    def fixed_plan(self, clip: Clip, batch: int) -> Plan:
+        """A plan in which all frames keep the same tokens: a cache of keys from call to call relies on it."""
+        features = torch.cat([part for part, _ in clip.parts])
+        kept = self.state.plan(torch.ones_like(features[:1])).kept  # spread evenly over the grid
+        return self.state.plan(features, kept.expand(len(features), -1))._replace(batch=batch)
+
+    def run(self, call: BlockCall, clip: Clip | None, full: Plan | None = None) -> Any:
+        """The block on the tokens of a call; with `full` its full-attention heads see all tokens, others kept ones."""
+        state = self.state
+        others = self.changed_parameters(clip)
+        needs = state.config.compile or others or full is not None
+        handler = None if full is None else partial(self.attend_full, full)
+        if needs and self.fits(call):
+            return self.run_open(call, clip, others, handler)
+        args, kwargs = call.arguments()
+        if torch.compiler.is_compiling() and others:
+            return run_with(self.module, others, self.own, args, kwargs)
+        with ExitStack() as stack:
+            stack.enter_context(faster_attention(call.x.device))
+            if others:
+                stack.enter_context(OtherParameters.of(self.module, others))
+            if handler is None:
+                return self.own(*args, **kwargs)
+            with InterceptAttention(lambda run, q, k, v, options: self.check(options, q, k) or handler(q, k, v, run)) as mode:
+                found = self.own(*args, **kwargs)
+        if mode.calls != 1:
+            raise UnsupportedModelError(
+                f"global block {self.index} calls scaled_dot_product_attention {mode.calls} times, so none of its "
+                "heads can see all tokens where others see few: pass weights=None"
+            )
+        return found
+
+    def attend_full(
+        self, plan: Plan, query: Tensor, key: Tensor, value: Tensor, run: Callable[..., Tensor] = attention
+    ) -> Tensor:
+        return attend(query, key, value, self.heads, plan, run)
+
+    def check(self, options: dict[str, Any], query: Tensor, key: Tensor) -> None:
+        """Raise UnsupportedModelError for attention that is not that of all tokens to all tokens, head by head."""
+        if not is_plain(options) or query.shape != key.shape or query.ndim != 4:
+            raise UnsupportedModelError(
+                f"the attention of global block {self.index} has a mask, or is not over all tokens head by head, so "
+                "no head can see all tokens where others see few: pass weights=None"
+            )
+
+    def run_open(
+        self, call: BlockCall, clip: Clip | None, others: Mapping[str, Tensor], attend: Callable | None
+    ) -> Tensor:
+        """The block by the functions of `hosts.blocks`."""
+        state, x = self.state, call.x
+        narrow = autocast_dtype(x.device.type)
+        turned = None
+        if call.positions is not None:
+            # Norms, and so queries and keys, are float32 at least under autocast.
+            dtype = x.dtype if narrow is None else torch.promote_types(x.dtype, torch.float32)
+            width = x.shape[-1] // self.module.attn.num_heads
+            get = rotation if clip is None else clip.rotations.get
+            turned = blocks.flat_rotation(state.rope, call.positions, width, dtype, get)
+        out = blocks.run_block(
+            self.module,
+            x.flatten(0, 1),
+            turned,
+            len(x),
+            x.dtype if narrow is None else narrow,
+            compiled if state.config.compile and not torch.compiler.is_compiling() else None,
+            others,
+            chunk_rows(x.shape[-1], x.device),
+            attend or attention,
+        )
+        return out.view(x.shape)
+
+    def fits(self, call: BlockCall) -> bool:
+        """Whether the functions of `hosts.blocks` do what the block would do in this call."""
+        if self.kinds is None or not call.plain or self.previous is not None:
+            return False
+        rope, positions = self.module.attn.rope, call.positions
+        if (rope is None) != (positions is None):
+            return False
+        if positions is not None:
+            if positions.shape[:2] != call.x.shape[:2]:
+                return False
+            # Ours stands in for it; what anybody else put there would not run.
+            if not isinstance(rope.__dict__.get("forward"), RopeForward) or is_watched(rope):
+                return False
+        if not blocks.is_open(self.module, self.kinds):
+            return False
+        weight = self.module.attn.qkv.weight
+        return call.x.dtype == weight.dtype or autocast_dtype(call.x.device.type) is not None
+
+    def changed_parameters(self, clip: Clip | None) -> dict[str, Tensor]:
+        """What the block runs with in place of parameters of its own, by their names in the block."""
+        if clip is None or not clip.deltas or self.state.weights is None:
+            return {}
+        deltas = self.state.weights.block_deltas
+        assert deltas is not None
+        own = self.state.host.block_parameters(self.kind, self.index)
+        prefix = self.state.host.block_name(self.kind, self.index) + "."
+        gone = [name for name in deltas.names if name.startswith(prefix) and name not in own]
+        if gone:
+            raise UnsupportedModelError(
+                f"the pace weights change {gone[0]}, which this model has no more: if it was wrapped or quantised "
+                "after accelerate, undo that, else pass weights=None"
+            )
+        changed = deltas(own, deltas.strength(self.state.config.keep_ratio))
+        return {name.removeprefix(prefix): value for name, value in changed.items()}
+
+
+class Followed:
+    """Arguments of a global block, with the tokens that take part in place of all.
+
+    Args:
+        clip: whose blocks are given the same arguments again and again.
+        rows: [B, m] numbers of the tokens that take part.
+        tokens: S * L, of a clip.
+
+    Attributes:
+        masked: whether one says which token may see which.
+    """
+
+    def __init__(self, clip: Clip, rows: Tensor, tokens: int):
+        self.clip, self.rows, self.tokens, self.masked = clip, rows, tokens, False
+
+    def tree(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self.tensor(value)
+        if isinstance(value, dict):
+            return {key: self.tree(item) for key, item in value.items()}
+        if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+            return type(value)(map(self.tree, value))
+        return value
+
+    def tensor(self, value: Tensor) -> Tensor:
+        """Every dimension of as many as the tokens of a clip, but for a batch in front, reduced to those of `rows`."""
+        # A cache of keys, [B, heads, ..., d], is no matter of the tokens at hand.
+        first = value.ndim - 2 if value.ndim > 3 else 0 if value.ndim < 3 and value.shape[:1] != self.rows.shape[:1] else 1
+        where = [d for d in range(first, value.ndim) if value.shape[d] == self.tokens]
+        if not where or (value.ndim > 3 and len(where) < 2):
+            return value
+        self.masked |= len(where) > 1
+        return self.clip.once(value, lambda: self.reduced(value, where))
+
+    def reduced(self, value: Tensor, where: list[int]) -> Tensor:
+        batch = len(self.rows)
+        alike = value.shape[0] != batch or 0 in where or value.ndim == 1  # no batch in front
+        clips = []
+        for i, rows in enumerate(self.rows):
+            part = value if alike else value[i : i + 1]
+            for dimension in where:
+                part = part.index_select(dimension, rows)
+            clips.append(part)
+            if batch == 1:
+                return part
+        if alike and value.ndim == 2 and len(where) == 2:  # [n, n] for all clips: each has its own now
+            return torch.stack(clips)[:, None]
+        return torch.cat(clips)
+
+
+class DenseHeadForward(Forward):
+    """A DPT head: on restored tokens, or by `hosts.dpt` where that fits; in the dtype and on the device asked for."""
+
+    def __init__(self, module: Any, state: State, name: str, fast: bool):
+        super().__init__(module, state, name)
+        self.fast = type(module) if fast else None  # the class that was tried: somebody may put in another
+
+    def __call__(self, *args, **kwargs):
+        state = self.state
+        if state.paused:
+            return self.own(*args, **kwargs)
+        # A head inside another module, such as a track head, feeds that module: it stays on its device.
+        device = None if "." in self.name else state.config.output_device
+        tokens = restored_argument(args, kwargs) or token_list(args, kwargs, state)
+        with reduced_precision(self.module, state.config.head_dtype) as restored:
+            if tokens is None:
+                return moved(restored(self.own(*args, **kwargs)), device)
+            with state.timer.stage(self.name, tokens.tokens_held, tokens.tokens_read):
+                fast = self.fast is type(self.module) and self.previous is None
+                compiles = state.config.compile and state.compiles_heads
+                speed = compiled if compiles and unwatched(list(self.module.modules())[1:]) else None
+                return restored(
+                    run_dense_head(self.module, self.own, tokens, args, kwargs, fast, device, speed)
+                )
+
+
+class CameraHeadForward(Forward):
+    """A camera head, which reads special tokens only: nothing is restored for it."""
+
+    def __call__(self, *args, **kwargs):
+        tokens = restored_argument(args, kwargs)
+        if tokens is None:
+            return self.own(*args, **kwargs)
+        frames = tokens.kept.shape[1]
+        with self.state.timer.stage(self.name, frames, frames):
+            return run_camera_head(self.own, tokens, args, kwargs)

@@ -1,0 +1,240 @@
+"""What the replaced forwards of one model share, and a forward pass that is under way."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import GLOBAL, PaceConfig
+from ..errors import UnsupportedModelError
+from ..hosts.base import BlockCall, Host
+from ..hosts.rope import ROPE_TABLE, Rotations
+from ..method.cost import pruning_pays
+from ..method.full_heads import Heads
+from ..method.global_pruning import Plan, joined, keep_best
+from ..method.propagation import make_propagation
+from ..runtime.attention import autocast_dtype
+from ..weights.pace import PaceWeights
+from .summary import StageTimer
+
+
+class Clip:
+    """A forward pass under way: from the first block to the last, or as long as the trunk runs.
+
+    Attributes:
+        batch: B, if the trunk was called with images [B, S, 3, H, W]; else None.
+        prunes: whether it is pruned; None before that is decided.
+        deltas: whether block deltas are in force.
+        parts: for each call of the first block, the patch tokens [n, P, C] that entered and their plan.
+        plan: of all frames; None before the first global block.
+        rotations: of its positions.
+        loose: whether it ends with the last block, since the trunk was not called.
+    """
+
+    def __init__(self, batch: int | None = None):
+        self.batch, self.loose = batch, False
+        self.prunes: bool | None = None
+        self.deltas = False
+        self.parts: list[tuple[Tensor, Plan | None]] = []
+        self.plan: Plan | None = None
+        self.rotations = Rotations()
+        self.gathered: dict[tuple, tuple[Tensor, Tensor]] = {}
+
+    def last_frames(self, count: int) -> list[tuple[Tensor, Plan | None]]:
+        """The last parts that are `count` frames together; empty where there are none such."""
+        chosen: list[tuple[Tensor, Plan | None]] = []
+        for part in reversed(self.parts):
+            chosen.insert(0, part)
+            frames = sum(len(features) for features, _ in chosen)
+            if frames >= count:
+                return chosen if frames == count else []
+        return []
+
+    def once(self, tensor: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` gives of a tensor that many blocks are given, made once."""
+        if torch.compiler.is_compiling():
+            return make()
+        key = (tensor.data_ptr(), tensor.shape, tensor.dtype)
+        if key not in self.gathered:
+            self.gathered[key] = tensor, make()  # the entry holds the tensor: its address stays its own
+        return self.gathered[key][1]
+
+
+class PerThread(threading.local):
+    """What differs between threads that run one model. A copy or a pickle of it is a new one.
+
+    Attributes:
+        clip: the forward pass under way.
+        grid: patch rows and columns of the images that were embedded last.
+        embedding: whether the patch embedding runs.
+        paused: how many `paused` blocks are open.
+        observer: is handed each global block of an unpruned pass; see `install.observing`.
+    """
+
+    clip: Clip | None = None
+    grid: tuple[int, int] | None = None
+    embedding: bool = False
+    paused: int = 0
+    observer: Callable[[int, BlockCall, Callable[..., Any], Clip], Any] | None = None
+
+    def __deepcopy__(self, memo: dict) -> PerThread:
+        return PerThread()
+
+    def __reduce__(self):
+        return PerThread, ()
+
+
+class Recomputed:
+    """Clips by the tokens that entered a block, for gradient checkpoints that run it again. A copy is empty."""
+
+    def __init__(self):
+        from torch.utils.weak import WeakIdKeyDictionary
+
+        self.clips = WeakIdKeyDictionary()
+
+    def __deepcopy__(self, memo: dict) -> Recomputed:
+        return Recomputed()
+
+    def __reduce__(self):
+        return Recomputed, ()
+
+
+@dataclass
+class State:
+    """What the replaced forwards of one model share.
+
+    Attributes:
+        config: the settings; its mode is never None.
+        host: the model's parts.
+        weights: on the model's device, or None.
+        auto: whether weights are found by themselves.
+        pending: whether full-attention heads are still to be found, on the first clip that will do.
+        names: of the replaced modules.
+        tried: what the trial was of, see `trial.key`.
+        stock: `id` of blocks that `hosts.blocks` can run.
+        rope: the host's rotary embedding for `hosts.rope.rotation`, or None.
+        forced: prune even where all tokens are kept; for the trial.
+        kept: [B, S, K] indices of the patch tokens that the last forward pass kept, or None.
+        checkpointing: compute blocks once more for the backward pass instead of keeping what is in them.
+        compiles_heads: whether dense heads are compiled where the settings ask for compilation.
+    """
+
+    config: PaceConfig
+    host: Host
+    weights: PaceWeights | None = None
+    auto: bool = False
+    pending: bool = False
+    names: tuple[str, ...] = ()
+    tried: tuple = ()
+    stock: frozenset[int] = frozenset()
+    rope: Any = None
+    forced: bool = False
+    kept: Tensor | None = None
+    checkpointing: bool = False
+    compiles_heads: bool = True
+    told: set[str] = field(default_factory=set)
+    timer: StageTimer = field(default_factory=StageTimer)
+    threads: PerThread = field(default_factory=PerThread)
+    recomputed: Recomputed = field(default_factory=Recomputed)
+
+    @property
+    def full_heads(self) -> Heads:
+        return () if self.weights is None else self.weights.full_heads
+
+    @property
+    def paused(self) -> bool:
+        return self.threads.paused > 0
+
+    def say_once(self, message: str) -> None:
+        """Warn, the first time only."""
+        if message not in self.told:
+            self.told.add(message)
+            warnings.warn(message, UserWarning, stacklevel=2)
+
+    def prunes(self, frames: int, patches: int) -> bool:
+        """Whether clips of so many frames and patch tokens a frame are pruned, whatever their batch."""
+        config, host = self.config, self.host
+        kept = config.kept_tokens(patches)
+        if self.forced or kept == patches:
+            return self.forced
+        if config.min_frames is not None:
+            return frames >= config.min_frames
+        return pruning_pays(
+            host.reference.device.type,
+            frames,
+            patches,
+            kept,
+            host.special_tokens,
+            host.embed_dim,
+            host.depth,
+            config.mode == GLOBAL,
+            [] if self.weights is None else self.weights.full_head_shares(),
+            config.compile,
+        )
+
+    def begin(self, clip: Clip, frames: int, patches: int) -> None:
+        """Decide, once, whether a clip is pruned and runs with block deltas."""
+        if clip.prunes is None:
+            clip.prunes = self.threads.observer is None and self.prunes(frames, patches)
+            deltas = None if self.weights is None else self.weights.block_deltas
+            fewer = self.config.kept_tokens(patches) < patches
+            clip.deltas = clip.prunes and deltas is not None and fewer
+
+    def look(self, clip: Clip, tokens: Tensor) -> None:
+        """Take note of tokens [n, L, C] that enter the first block, and choose those that are kept.
+
+        Raises:
+            UnsupportedModelError: they are not the special and patch tokens of whole frames.
+        """
+        patches = tokens.shape[1] - self.host.special_tokens
+        grid = self.threads.grid
+        if grid is None or grid[0] * grid[1] != patches:
+            raise UnsupportedModelError(
+                f"the blocks of this model are given {tokens.shape[1]} tokens a frame where {self.host.special_tokens} "
+                f"special ones and {'none' if grid is None else grid[0] * grid[1]} of the embedded patches were "
+                "expected: only models with one token for each patch can be pruned, use `with paused(model):` here"
+            )
+        if self.rope is not None and max(grid) >= ROPE_TABLE:
+            raise UnsupportedModelError(f"images of {ROPE_TABLE} patches on a side or more are not supported")
+        self.begin(clip, len(tokens) // (clip.batch or 1), patches)
+        features = tokens[:, self.host.special_tokens :]
+        plan = self.plan(features) if clip.prunes else None
+        clip.parts.append((features, plan))
+
+    def plan(self, features: Tensor, kept: Tensor | None = None) -> Plan:
+        """Which tokens of features [n, P, C] are kept: those of `kept` [n, K], or the best ones."""
+        patches = features.shape[1]
+        grid, special = self.threads.grid or (1, patches), self.host.special_tokens
+        narrow = autocast_dtype(features.device.type) or features.dtype
+        keep = self.config.kept_tokens(patches) if kept is None else kept.shape[1]
+        scorer = None if self.weights is None else self.weights.scorer
+        with self.timer.stage("selection", len(features) * patches, len(features) * keep):
+            if kept is None:
+                kept = keep_best(features, grid, keep, scorer)
+            return Plan(kept, make_propagation(features, kept, grid, special, narrow))
+
+    def joined_plan(self, clip: Clip, x: Tensor) -> Plan:
+        """The plan of the clip whose tokens x [B, S * L, C] enter the first global block.
+
+        Raises:
+            UnsupportedModelError: they are not those of the frames that entered the first block.
+        """
+        batch, tokens = x.shape[:2]
+        length = self.host.special_tokens + (clip.parts[-1][0].shape[1] if clip.parts else 0)
+        parts = clip.last_frames(batch * (tokens // length)) if length and tokens % length == 0 else []
+        if not parts:
+            raise UnsupportedModelError(
+                f"a global block of this model was given {batch} x {tokens} tokens, which are not those of the frames "
+                "before it: use `with paused(model):` for such calls"
+            )
+        clip.parts = parts
+        plan = joined([plan for _, plan in parts if plan is not None], batch)
+        if not torch.compiler.is_compiling():
+            self.kept = plan.kept.unflatten(0, (batch, -1))
+        return plan
