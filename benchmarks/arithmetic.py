@@ -172,8 +172,8 @@ def stage_work(
     frames: int,
     grid: tuple[int, int],
     kept: int,
-    dense_frames: bool = False,
-    matching: Sequence[float] = (),
+    global_alone: bool = False,
+    full: Sequence[float] = (),
 ) -> dict[str, Work]:
     """What each stage does for one clip.
 
@@ -182,9 +182,8 @@ def stage_work(
         frames: N.
         grid: patch rows and columns.
         kept: K, patch tokens of a frame that enter alternating attention; all of them is the stock model.
-        dense_frames: frame blocks have all patch tokens, and those that are not kept follow in every global block.
-        matching: for each global block with heads that see all tokens, the share of its heads that they are. That heads
-            have nothing to restore of such a layer is left out.
+        global_alone: frame blocks have all patch tokens, and global blocks propagate to those that are not kept.
+        full: for each global block with full-attention heads, the share of its heads that they are.
     """
     channels, size, patches = dims.embed_dim, dims.aggregator_bytes, grid[0] * grid[1]
     length = dims.special + kept
@@ -196,7 +195,7 @@ def stage_work(
         # In float32: distances of all pairs; the pass over them is one write and three updates in place. Farthest
         # point sampling then reads one row of them and updates one of its own for each pick.
         similar = Work(2 * patches**2 * channels, 4 * (2 * patches * channels + patches**2))
-        work["scores"] = frames * (
+        work["selection"] = frames * (
             similar + Work(2 * patches * channels, passes=4 * patches * (6 * patches + 5 * kept))
         )
         # Similarity to the kept tokens, and means by a matrix product.
@@ -206,13 +205,13 @@ def stage_work(
         mean = Work(
             2 * patches * kept * channels, 4 * (patches * channels + kept * channels + patches * kept)
         )
-        if not dense_frames:
-            work["keep and merge"] = frames * (
+        if not global_alone:
+            work["merging"] = frames * (
                 near + mean + Work(passes=4 * patches * (4 * channels + 5 * kept))
             )
-    in_frames = dims.special + patches if dense_frames else length
+    in_frames = dims.special + patches if global_alone else length
     work["frame blocks"] = dims.depth * block(frames, in_frames, channels, size, positions=True)
-    whole = matching if dense_frames and kept < patches else ()
+    whole = full if global_alone and kept < patches else ()
     few = dims.depth - len(whole)  # blocks
     work["global blocks"] = few * block(1, frames * length, channels, size, positions=True)
     if kept < patches:
@@ -221,17 +220,17 @@ def stage_work(
         def read(rows: int, width: int) -> Work:
             return Work(2 * rows * kept * width, size * (width * (rows + kept) + rows * kept))
 
-        if dense_frames:
+        if global_alone:
             # A product with the slope of the clip, for all tokens and once more for those in global attention.
             rows = dims.special + patches + length
             passes = Work(passes=size * channels * (6 * length + 2 * patches))
             guess = Work(2 * rows * channels**2, size * 2 * rows * channels)
-            follow = read(dims.special + patches, channels) + guess + passes
+            moved = read(dims.special + patches, channels) + guess + passes
             # The slope itself, in float32 from some of the tokens: two products; factorisation and solves are left out.
             looked = min(frames, math.ceil(ROWS * channels / kept)) * kept
             slope = Work(4 * looked * channels**2, 4 * (2 * looked * channels + 2 * channels**2))
             near += Work(passes=4 * patches * 8 * kept)
-            work["following"] = frames * (near + few * follow) + few * slope
+            work["propagation"] = frames * (near + few * moved) + few * slope
             for share in whole:
                 pairs = share * (frames * in_frames) ** 2 + (1 - share) * (frames * length) ** 2
                 work["global blocks"] += block(1, frames * in_frames, channels, size, True, pairs)
@@ -241,8 +240,7 @@ def stage_work(
                 guess = Work(2 * rows * channels * wide, size * rows * (channels + wide))
                 filled = read(in_frames, int(wide)) + guess + Work(passes=size * wide * 4 * in_frames)
                 fit = Work(2 * looked * channels * (channels + wide), 4 * 2 * looked * channels)
-                work["following"] += frames * filled + fit
-            work["restoration"] = heads * frames * dims.cached * follow
+                work["propagation"] += frames * filled + fit
         else:
             rows = read(patches, 2 * channels)
             # Every dense head restores the cached layers for itself.

@@ -10,20 +10,21 @@ from typing import Any
 
 import torch
 from arithmetic import Dimensions, Work, stage_work, total
-from models import build, check_values, forward, random_clip, spread_heads
+from models import build, check_values, forward, heads_of, random_clip
 from stages import kernels, stages_and_syncs
 
 from pacevggt_patch import PaceWeights, accelerate, paused, summary
-from pacevggt_patch.cli.demo import usable_device
+from pacevggt_patch.config import GLOBAL
 from pacevggt_patch.evaluation.timing import time_interleaved
-from pacevggt_patch.method.block_deltas import BlockAdaptation
+from pacevggt_patch.hosts.base import find_host
 from pacevggt_patch.patching.install import retune
 from pacevggt_patch.patching.summary import device_time
 from pacevggt_patch.runtime.attention import kernel_name
+from pacevggt_patch.runtime.device import usable_device
 
 # A forward takes about so many times its floor; used until the first size is measured.
 TIMES_FLOOR = 2.5
-IN_FLOAT32 = ("scores", "keep and merge")
+IN_FLOAT32 = ("selection", "merging")
 HEADS = ("camera_head", "depth_head", "point_head")
 
 
@@ -56,8 +57,11 @@ class Bench:
         self.device = usable_device(args.device)
         self.model = build(args.backbone, self.device, args.checkpoint, args.precision)
         check_values(self.model, args.size, args.precision, self.device)
-        weights = calibrated_weights(self.model, args.matching_heads) if args.matching_heads else None
-        self.shares = [] if weights is None else weights.matching_shares()
+        host = find_host(self.model)
+        weights = None
+        if args.mode == GLOBAL:  # as calibration leaves them
+            weights = PaceWeights.of_heads(host, heads_of(host.spec(), args.full_heads), {}, "the benchmark")
+        self.shares = [] if weights is None else weights.full_head_shares()
         accelerate(
             self.model,
             args.keep_ratios[0],
@@ -66,7 +70,7 @@ class Bench:
             min_frames=1,
             compile=args.compile,
             head_dtype=args.head_dtype and getattr(torch, args.head_dtype),
-            dense_frames=args.dense_frames,
+            mode=args.mode,
         )
         self.attention = kernel_name(
             self.device, torch.float32 if args.precision == "float32" else torch.bfloat16
@@ -102,8 +106,8 @@ class Bench:
     def work(self, frames: int, ratio: float | None) -> dict[str, Work]:
         patches = self.grid[0] * self.grid[1]
         kept = patches if ratio is None else min(patches, max(1, round(ratio * patches)))
-        dense = self.args.dense_frames and ratio is not None
-        return stage_work(self.dims, frames, self.grid, kept, dense, self.shares)
+        alone = self.args.mode == GLOBAL and ratio is not None
+        return stage_work(self.dims, frames, self.grid, kept, alone, self.shares)
 
     def floor(self, stage: str, work: Work) -> float:
         """Seconds that a stage can't go below on this device, in the precision it runs in."""
@@ -121,17 +125,6 @@ class Bench:
             runs = job.repeats + job.warm_up + job.stages + (job.kernels and ratio is not None)
             seconds += runs * self.times_floor * self.whole_floor(job.frames, ratio)
         return seconds
-
-
-def calibrated_weights(model: torch.nn.Module, heads: int) -> PaceWeights:
-    """Weights as calibration leaves them, with so many matching heads.
-
-    Without the changes of blocks, which are zero then and cost milliseconds (NOTES, "Changed blocks").
-    """
-    weights = PaceWeights.new(model, dense_frames=True)
-    weights.matching = spread_heads(weights.backbone, heads)
-    weights.adaptation = BlockAdaptation({})
-    return weights
 
 
 def device_peaks(device: torch.device) -> dict[str, float]:
@@ -205,7 +198,7 @@ def make_row(bench: Bench, job: Job, ratio: float | None, timing: Any) -> dict[s
         "variant": "stock" if ratio is None else "pace",
         "frames": job.frames,
         "keep_ratio": 1.0 if ratio is None else ratio,
-        "merge_budget": 0.0 if ratio is None else summary(bench.model).config.merge_share,
+        "merge_budget": None if ratio is None else summary(bench.model).config.merge_budget,
         "runs": job.repeats,
         "seconds_median": timing and timing.median,
         "seconds_min": timing and min(timing.seconds),

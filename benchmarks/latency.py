@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import Bench, Job, free, measure, with_speedup
-from models import PRECISIONS, SEED, add_dense_arguments, other_rows, parse
+from models import PRECISIONS, SEED, add_mode_arguments, other_rows
 from plots import save_plots
 from tables import print_report
 from tqdm import tqdm
@@ -49,8 +49,8 @@ def main(argv: list[str] | None = None) -> int:
         "precision": PRECISIONS[args.precision],
         "compile": args.compile,
         "head_dtype": args.head_dtype,
-        "dense_frames": args.dense_frames,
-        "matching_heads": args.matching_heads,
+        "mode": args.mode,
+        "full_heads": args.full_heads,
         "attention": bench.attention,
         "first_call_seconds": None,
         "repeats": args.repeats,
@@ -138,7 +138,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--merge-budget", type=float)
     parser.add_argument("--precision", choices=PRECISIONS, default="float32")
     parser.add_argument("--compile", action="store_true", help="accelerate with compile=True")
-    add_dense_arguments(parser, "accelerate with dense_frames=True")
+    add_mode_arguments(parser)
     parser.add_argument("--head-dtype", choices=("bfloat16", "float16"), help="accelerate with head_dtype")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
@@ -173,7 +173,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="a PNG; needs matplotlib")
-    return parse(parser, argv)
+    return parser.parse_args(argv)
 
 
 def plan(args: argparse.Namespace) -> tuple[list[Job], list[Job]]:

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 
 from pacevggt_patch import PaceError
+from pacevggt_patch.config import GLOBAL, MODES
 from pacevggt_patch.evaluation.timing import time_interleaved
-from pacevggt_patch.hosts.vggt import BackboneSpec
+from pacevggt_patch.hosts.base import BackboneSpec
 from pacevggt_patch.method.full_heads import Heads
 from pacevggt_patch.mini import build_mini
 
@@ -53,44 +54,46 @@ def build(
     return model.to(torch.bfloat16) if precision == "bfloat16" else model
 
 
-def add_dense_arguments(parser: ArgumentParser, meaning: str) -> None:
-    """The arguments that say whether frame blocks keep all tokens; see `parse`."""
-    parser.add_argument("--dense-frames", action="store_true", help=meaning)
+# Correspondence heads of VGGT-1B as SAF3R (arXiv 2607.03612) publishes them, and one more of the same block.
+PUBLISHED_HEADS: Heads = ((11, 14), (13, 10), (13, 15), (14, 4), (14, 10), (14, 14), (15, 8), (15, 0))
+
+
+def add_mode_arguments(parser: ArgumentParser) -> None:
+    """The arguments that say what is pruned, and which heads see all tokens; see `heads_of`."""
+    parser.add_argument("--mode", choices=MODES, default=GLOBAL, help="what is pruned (global)")
     parser.add_argument(
-        "--matching-heads",
-        type=int,
-        default=0,
-        metavar="N",
-        help="with --dense-frames: so many heads of global attention see all tokens, in blocks evenly spread",
+        "--full-heads",
+        default="0",
+        metavar="HEADS",
+        help="of global pruning: heads of global attention that see all tokens: a number of them in blocks evenly "
+        'spread, block/head,block/head,..., or "published", the seven known of VGGT-1B and one more (0)',
     )
 
 
-def parse(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
-    """The arguments of a parser that has those of `add_dense_arguments`.
+def heads_of(backbone: BackboneSpec, text: str) -> Heads:
+    """(block, head) of global attention that `--full-heads` names.
 
     Raises:
-        PaceError: they do not go together.
+        PaceError: the model does not have them.
     """
-    args = parser.parse_args(argv)
-    if args.matching_heads and not args.dense_frames:
-        raise PaceError("--matching-heads needs --dense-frames: without them no head can see all tokens")
-    return args
-
-
-def spread_heads(backbone: BackboneSpec, heads: int) -> Heads:
-    """So many (block, head) of global attention, in blocks evenly spread.
-
-    Raises:
-        PaceError: the model does not have so many, or none were asked for.
-    """
-    depth, most = backbone.depth, backbone.depth * backbone.num_heads
-    if not 0 < heads <= most:
+    depth, each_block = backbone.depth, backbone.num_heads
+    try:
+        if text == "published":
+            heads = PUBLISHED_HEADS
+        elif "/" in text:
+            heads = tuple(tuple(int(n) for n in pair.split("/")) for pair in text.split(","))
+        else:
+            count = int(text)
+            blocks = min(count, depth)  # blocks that have some
+            where = [(2 * i + 1) * depth // (2 * blocks) for i in range(blocks)]
+            heads = tuple((where[i % blocks], i // blocks) for i in range(count))
+        if not all(0 <= block < depth and 0 <= head < each_block for block, head in heads):
+            raise ValueError
+    except ValueError:
         raise PaceError(
-            f"--matching-heads must lie between 1 and {most}, all heads of the model, got {heads}"
-        )
-    each = min(heads, depth)  # blocks that have some
-    blocks = [(2 * i + 1) * depth // (2 * each) for i in range(each)]
-    return tuple((blocks[i % each], i // each) for i in range(heads))
+            f"--full-heads {text} are not heads of a model of {depth} blocks of {each_block} heads"
+        ) from None
+    return heads
 
 
 def build_large(device: torch.device, checkpoint: str | None, arguments: dict) -> Any:

@@ -17,8 +17,8 @@ from unittest import mock
 
 import torch
 
-from pacevggt_patch.method.propagation import Following
-from pacevggt_patch.method.restored_tokens import FollowedTokens, RestoredTokens
+from pacevggt_patch.method.propagation import Propagation
+from pacevggt_patch.method.restored_tokens import RestoredTokens
 from pacevggt_patch.patching.summary import StageTimer
 
 HEADS = ("camera_head", "depth_head", "point_head")
@@ -90,8 +90,8 @@ class Stopwatch:
 def watched(model: Any, watch: Stopwatch) -> Generator[None]:
     """Time the stages of a VGGT, stock or accelerated, inside the `with` block.
 
-    Blocks, patch embedding and heads are modules, found in any fork; scores, keep and merge are named by the
-    accelerated model itself, and restoration happens where a head asks for dense tokens.
+    Blocks, patch embedding and heads are modules, found in any fork. Selection and merging are named by the
+    accelerated model itself, propagation and restoration are functions of this package.
     """
     modules = [(model.aggregator.patch_embed, "DINO")]
     modules += [(block, "frame blocks") for block in model.aggregator.frame_blocks]
@@ -100,16 +100,18 @@ def watched(model: Any, watch: Stopwatch) -> Generator[None]:
     named = StageTimer.stage
     functions = [
         (RestoredTokens, "patches", "restoration"),
-        (FollowedTokens, "patches", "restoration"),
-        (Following, "compact", "following"),
-        (Following, "follow", "following"),
-        (Following, "spread", "following"),
+        (Propagation, "gather", "propagation"),
+        (Propagation, "slope", "propagation"),
+        (Propagation, "dependence", "propagation"),
+        (Propagation, "propagate", "propagation"),
+        (Propagation, "fill", "propagation"),
     ]
 
     @contextmanager
-    def stage(timer: StageTimer, name: str, *tokens: int) -> Generator[None]:
-        # What a head does beside restoring, and the blocks inside alternating attention, are told apart by hooks.
-        with watch.region("other" if name == "alternating attention" else name), named(timer, name, *tokens):
+    def stage(timer: StageTimer, name: str, *tokens: int, add: bool = False) -> Generator[None]:
+        # All but these are modules, which hooks tell apart.
+        inside = name in ("selection", "merging")
+        with watch.region(name) if inside else nullcontext(), named(timer, name, *tokens, add=add):
             yield
 
     def timed(function: Callable, name: str) -> Callable:

@@ -15,7 +15,7 @@ def print_report(report: dict[str, Any]) -> None:
     if "attention" in report:  # not in reports of older code
         print(
             f"attention {report['attention']}, compiled {'yes' if report['compile'] else 'no'}, "
-            f"frame blocks on {'all' if report.get('dense_frames') else 'kept'} tokens, heads in "
+            f"{report.get('mode', '')} pruning, full-attention heads {report.get('full_heads', 0)}, heads in "
             f"{report['head_dtype'] or 'the dtype of the call'}, first call {report['first_call_seconds']:.1f} s"
         )
     print(

@@ -16,7 +16,7 @@ from huggingface_hub import HfApi
 
 from pacevggt_patch import PaceWeights, accelerate, summary
 from pacevggt_patch.mini import build_mini
-from pacevggt_patch.weights.pace import HUB_FILE
+from pacevggt_patch.weights.hub import HUB_FILE
 
 
 def main() -> None:

@@ -29,9 +29,9 @@ else:
     model = build_mini().to(device)
     images = load_clip(args.images, width=224, mode="square").images[:8].to(device)
 
-# The one line. Where there are weights for a checkpoint it takes them by itself; for VGGT-1B there are none yet, and
-# weights=None says that this is known.
-pacevggt_patch.accelerate(model, keep_ratio=0.3, weights=None if args.checkpoint else "auto")
+# The one line. It takes the bundled weights of VGGT-mini; for another checkpoint it finds out on the first clip which
+# heads of global attention must see all tokens, and keeps that for the next time.
+pacevggt_patch.accelerate(model, keep_ratio=0.3)
 
 with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
     predictions = model(images)

@@ -27,10 +27,6 @@ print(
     f"{points.shape[0]} frames, {points[..., 0].numel():,} points, median depth {depth.median().item():.2f}"
 )
 
-# Code of your own may read the tokens, too: they are restored to the dense grid as they are asked for.
-print(
-    "dense tokens of the last layer:",
-    list(tokens[-1].shape),
-    "| compact:",
-    list(tokens.compact[len(tokens) - 1].shape),
-)
+# Code of your own may read the tokens, too: they are the stock list, with all tokens of every frame.
+kept = pacevggt_patch.summary(model).kept
+print("tokens of the last layer:", list(tokens[-1].shape), "| kept of each frame:", kept.shape[-1])

@@ -9,6 +9,22 @@ from huggingface_hub import constants
 torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_cache():
+    """No test reads or writes the calibrations that are kept for the user of this machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PACEVGGT_CACHE", "off")
+        yield
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A folder of its own in which calibrations are kept."""
+    folder = tmp_path / "kept"
+    monkeypatch.setenv("PACEVGGT_CACHE", str(folder))
+    return folder
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A Hub that this process uses, with an empty cache, nobody logged in, and no waiting between tries."""

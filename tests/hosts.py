@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -124,11 +125,22 @@ def assert_equal(first, second) -> None:
             assert torch.equal(a, b), f"{key} differs by {(a - b).abs().max():.2e}"
 
 
-def random_adaptation(model, size: float = 0.05, dense_frames: bool = False) -> PaceWeights:
+def random_deltas(model, size: float = 0.05, mode: str = "global") -> PaceWeights:
     """Weights that change the blocks and nothing else."""
-    weights = PaceWeights.new(model, dense_frames=dense_frames)
+    weights = PaceWeights.new(model, mode=mode)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for parameter in weights.adaptation.parameters():
+        for parameter in weights.block_deltas.parameters():
             parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
     return weights
+
+
+def with_heads(model, *heads: tuple[int, int]) -> PaceWeights:
+    """Untrained weights of global pruning with these full-attention heads."""
+    return replace(PaceWeights.new(model), full_heads=heads)
+
+
+def run(model, images: torch.Tensor, **kwargs):
+    """What a model gives without gradients."""
+    with torch.inference_mode():
+        return model(images, **kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ def calibrate(
     batches = as_batches(clips, host.reference.device)
     if mode == PRE_AA:
         weights = PaceWeights.new(model, mode=mode, keep_ratios=keep_ratios)
-        weights.block_deltas = None
+        weights = replace(weights, scorer=None, merge=None, block_deltas=None)  # untrained, they change nothing
         fit_restoration(model, batches, weights, keep_ratios)
         return weights
     training = [(module, module.training) for module in model.modules()]

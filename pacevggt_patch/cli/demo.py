@@ -71,10 +71,8 @@ def run_demo(
     chosen = usable_device(device)
     clip = load_evenly(clip_folder or BUNDLED_CLIP, frames).to(chosen)
     model = build_mini().to(chosen)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # training-free or not stands in the table
-        # What pruning does is shown even where it is not the faster one.
-        accelerate(model, keep_ratio, merge_budget, weights=weights, mode=mode, min_frames=1)
+    # What pruning does is shown even where it is not the faster one.
+    accelerate(model, keep_ratio, merge_budget, weights=weights, mode=mode, min_frames=1)
     settings = summary(model)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -91,18 +89,19 @@ def run_demo(
         warnings.filterwarnings("ignore", message=".*torch.cuda.amp.autocast", category=FutureWarning)
         with tqdm(total=(repeats + 1) * len(runs), desc=f"{len(clip)} frames", unit="run") as bar:
             timings = time_interleaved(runs, repeats, chosen, update=bar.update)
-        model(clip.images)
-    kept = summary(model).kept
+    kept = summary(model).kept  # of the last run, an accelerated one
 
     report = make_report(clip, settings, timings)
     images = clip.images
-    grid = tuple(side // model.aggregator.patch_size for side in images.shape[-2:])
+    grid = images.shape[-2] // model.aggregator.patch_size, images.shape[-1] // model.aggregator.patch_size
+    if kept is None:  # nothing was pruned
+        kept = torch.arange(grid[0] * grid[1]).expand(1, len(images), -1)
     stock, pace = (timings[name].result["depth"][0, ..., 0] for name in runs)  # [S, H, W]
     clouds = {name: point_cloud(timings[name].result, images) for name in runs}
     points, colours = clouds["accelerated"]
     writers = {
         "report.json": lambda path: write_json(path, report),
-        "tokens.png": lambda path: save_token_picture(path, images, kept[0], grid),
+        "tokens.png": lambda path: save_token_picture(path, images, kept[0], grid, settings.config),
         "depth.png": lambda path: save_depth_picture(path, images, stock, pace),
         "points.png": lambda path: save_points_picture(path, clouds),
         "points.ply": lambda path: save_points(path, points, colours),
@@ -179,10 +178,9 @@ def format_table(report: dict[str, Any]) -> str:
         ),
         ("depth AbsRel (lower is better)", number(stock["absrel"], 4), number(pace["absrel"], 4)),
     ]
-    others = f"{report['mode']} pruning"
     title = (
         f"{report['backbone']} on {report['clip']}, {report['frames']} frames, keep ratio {report['keep_ratio']:g}, "
-        f"{others}, weights {report['weights']}"
+        f"{report['mode']} pruning, weights {report['weights']}"
     )
     lines = [title, f"{'':42s}{'stock':>10s}{'accelerated':>13s}"]
     lines += [f"{name:42s}{a:>10s}{b:>13s}" for name, a, b in rows]

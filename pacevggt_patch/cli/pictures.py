@@ -9,11 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..config import PRE_AA, PaceConfig
 from ..errors import PaceError
-from ..method.selection import KEPT, MERGED, PRUNED
 from ..runtime.files import whole_file
 
-MERGED_COLOUR = (0.15, 0.45, 1.0)
 FRAMES_SHOWN = 6
 
 
@@ -38,26 +37,26 @@ def spread(frames: int, shown: int = FRAMES_SHOWN) -> list[int]:
     return sorted({round(i) for i in np.linspace(0, frames - 1, min(frames, shown))})
 
 
-def overlay_roles(image: Tensor, role: Tensor, grid: tuple[int, int]) -> Tensor:
-    """An image [3, H, W] in [0, 1] tinted by the roles [P] of its patch tokens: merged blue, pruned dark."""
+def overlay_kept(image: Tensor, kept: Tensor, grid: tuple[int, int]) -> Tensor:
+    """An image [3, H, W] in [0, 1], dark but for its kept patch tokens [K], given by their numbers."""
     patch = image.shape[1] // grid[0]
-    cells = role.view(grid).repeat_interleave(patch, 0).repeat_interleave(patch, 1)  # [H, W]
-    blue = torch.tensor(MERGED_COLOUR).view(3, 1, 1).to(image)
-    tinted = torch.where(cells == MERGED, 0.5 * image + 0.5 * blue, image)
-    return torch.where(cells == PRUNED, 0.2 * image, tinted)
+    cells = torch.zeros(grid[0] * grid[1], dtype=torch.bool, device=image.device)
+    cells[kept.to(image.device)] = True
+    bright = cells.view(grid).repeat_interleave(patch, 0).repeat_interleave(patch, 1)  # [H, W]
+    return torch.where(bright, image, 0.2 * image)
 
 
 def save_token_picture(
-    path: Path, images: Tensor, role: Tensor, grid: tuple[int, int], dense_frames: bool = False
+    path: Path, images: Tensor, kept: Tensor, grid: tuple[int, int], config: PaceConfig | None = None
 ) -> None:
-    """Frames above, and below them which patch tokens were kept, merged and pruned.
+    """Frames above, and below them which patch tokens were kept: bright, all others dark.
 
     Args:
         path: a PNG.
         images: [S, 3, H, W] in [0, 1].
-        role: [S, P], see `assignment.Assignment`.
+        kept: [S, K] numbers of the kept patch tokens of each frame, as `summary(model).kept[0]` has them.
         grid: patch rows and columns.
-        dense_frames: whether global attention alone lacked the tokens that were not kept.
+        config: the settings that were in force, for the title; None is global pruning.
     """
     plt = load_pyplot()
     shown = spread(len(images))
@@ -66,20 +65,22 @@ def save_token_picture(
     for column, index in enumerate(shown):
         axes[0, column].imshow(_rgb(images[index]))
         axes[0, column].set_title(f"frame {index}", fontsize=9)
-        axes[1, column].imshow(_rgb(overlay_roles(images[index], role[index], grid)))
+        axes[1, column].imshow(_rgb(overlay_kept(images[index], kept[index], grid)))
     for axis in axes.flat:
         axis.axis("off")
-    share = {
-        name: (role == value).float().mean().item() for name, value in (("kept", KEPT), ("merged", MERGED))
-    }
-    kept, pruned = f"{share['kept']:.0%} kept (as they are)", f"{1 - sum(share.values()):.0%}"
-    title = (
-        f"patch tokens in global attention: {kept}, {pruned} follow them (dark)"
-        if dense_frames
-        else f"patch tokens: {kept}, {share['merged']:.0%} merged (blue), {pruned} pruned (dark)"
-    )
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(token_title(kept.shape[1], grid[0] * grid[1], len(images), config), fontsize=9, wrap=True)
     save_figure(figure, path)
+
+
+def token_title(kept: int, patches: int, frames: int, config: PaceConfig | None) -> str:
+    """What the bright and the dark patch tokens of a picture are, in words."""
+    bright = f"bright: kept patch tokens ({kept / patches:.0%})"
+    if config is None or config.mode != PRE_AA:
+        return f"{bright}, which take part in global attention\ndark: the others, which take their change from them"
+    others = frames * (patches - kept)
+    merged = config.merged_tokens(frames, patches) / max(others, 1)
+    what = "merged into them" if merged == 1 else f"{merged:.0%} of them merged into kept ones, the rest pruned"
+    return f"{bright}, which enter frame and global attention\ndark: the others, {what}"
 
 
 def save_depth_picture(path: Path, images: Tensor, stock: Tensor, pace: Tensor) -> None:

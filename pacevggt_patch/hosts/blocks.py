@@ -27,6 +27,10 @@ from .rope import Rotation, rotation, static_rope
 INTERNALS = nn.Module().__dict__.keys()
 # A function, and what it is compiled for -> the function to call in its place.
 Speed = Callable[..., Callable[..., Any]]
+# Queries, keys and values [T, heads, d] of some tokens -> those to keep, [T, h, d] each.
+Keep = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+# Of tokens [T, C] and their rotation, gives queries, keys and values [sequences, heads, L, d].
+Project = Callable[..., list[Tensor]]
 # Parameters of a block: of what comes before attention, and of what comes after it.
 BEFORE = [f"{m}.{p}" for m in ("norm1", "attn.qkv", "attn.q_norm", "attn.k_norm") for p in ("weight", "bias")]
 AFTER = [f"{m}.{p}" for m in ("attn.proj", "norm2", "mlp.fc1", "mlp.fc2") for p in ("weight", "bias")]
@@ -124,7 +128,7 @@ def run_block(
     speed: Speed | None = None,
     others: Mapping[str, Tensor] = {},  # noqa: B006
     rows: int = sys.maxsize,
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor] = attention,
+    attend: Callable[[Project, Tensor, Rotation | None], Tensor] | None = None,
 ) -> Tensor:
     """A stock block on tokens `[..., C]`, attention running within each of `sequences` equal parts.
 
@@ -138,23 +142,35 @@ def run_block(
             calls them as they are.
         others: what to take in place of parameters, by their names in the block.
         rows: tokens at a time, but for attention itself.
-        attend: attention of queries, keys and values [sequences, heads, L, d].
+        attend: gives the outputs of all heads [..., C], of what projects tokens, the tokens and their rotation; None
+            lets all tokens of a sequence attend to each other.
     """
     heads = module.attn.num_heads
     before, after = ([parameter(module, name, others) for name in names] for names in (BEFORE, AFTER))
-    cos, sin = rotation if rotation is not None and module.attn.rope is not None else (None, None)
+    turned = rotation if module.attn.rope is not None else None
     norms = (getattr(module.attn, name, None) for name in ("q_norm", "k_norm"))
     eps = (module.norm1.eps, *(getattr(norm, "eps", 0.0) for norm in norms))
     # With shapes of parameters in the key no other width makes them dynamic.
     shapes = [tuple(None if p is None else p.shape for p in parameters) for parameters in (before, after)]
     speed = speed or (lambda function, *_: function)
-    first = speed(before_attention, shapes[0], cos is None, heads, eps, dtype)
+    first = speed(before_attention, shapes[0], turned is None, heads, eps, dtype)
     last = speed(after_attention, shapes[1], module.norm2.eps, dtype)
-    parts = in_chunks(lambda *some: first(*some, before, heads, eps, dtype), rows, x, cos, sin)
-    query, key, value = (part.reshape(sequences, -1, heads, part.shape[-1]).transpose(1, 2) for part in parts)
-    attended = attend(query, key, value).transpose(1, 2).reshape(x.shape)
-    del parts, query, key, value  # they would stay while the hidden layer is there
+
+    def project(some: Tensor, rotation: Rotation | None, keep: Keep | None = None) -> list[Tensor]:
+        def part(*chunk: Any) -> tuple[Tensor, ...]:
+            found = first(*chunk, before, heads, eps, dtype)
+            return found if keep is None else keep(*found)
+
+        parts = in_chunks(part, rows, some, *(rotation or (None, None)))
+        return [part.unflatten(0, (sequences, -1)).transpose(1, 2) for part in parts]
+
+    attended = (attend or attend_all)(project, x, turned).reshape(x.shape)
     return in_chunks(lambda *some: (last(*some, after, module.norm2.eps, dtype),), rows, x, attended)[0]
+
+
+def attend_all(project: Project, x: Tensor, rotation: Rotation | None) -> Tensor:
+    """Outputs of all heads where every token attends to all of its sequence."""
+    return attention(*project(x, rotation)).transpose(1, 2)
 
 
 def parameter(module: Any, name: str, others: Mapping[str, Tensor]) -> Tensor | None:
@@ -253,7 +269,7 @@ def is_block(module: Any, channels: int) -> bool:
                 width = channels // bare.attn.num_heads
                 turned = flat_rotation(static_rope(bare.attn.rope), positions, width, torch.float32)
             theirs = type(module).forward(bare, x, **where)
-            ours = run_block(bare, x.flatten(0, 1), turned, 2, torch.float32, attend=F.scaled_dot_product_attention)
+            ours = run_block(bare, x.flatten(0, 1), turned, 2, torch.float32)
         error = (theirs - ours.view_as(theirs)).abs().max()
         return theirs.dtype == ours.dtype and bool(error <= 1e-4 * (theirs - x).abs().max())
     except Exception:  # whatever a block of another make trips over

@@ -27,10 +27,7 @@ def attend(
     plan: Plan,
     attention: Callable[..., Tensor],
 ) -> Tensor:
-    """Attention in which some heads see all tokens, and all others special and kept tokens.
-
-    What the others would give to dropped tokens is filled in from what they give to kept ones, see
-    `Propagation.fill`; the values of a token say what heads read there.
+    """Attention in which some heads see all tokens, and all others special and kept tokens; see `joined_heads`.
 
     Args:
         query, key, value: [B, heads, S * (n + P), d], in any dtype that `attention` takes.
@@ -41,29 +38,60 @@ def attend(
     Returns:
         [B, heads, S * (n + P), d], in the dtype that `attention` gives.
     """
-    batch, heads, tokens, width = query.shape
-    propagation, frames = plan.propagation, len(plan.propagation.index)  # of all clips
+    _, heads, tokens, width = query.shape
+    length = tokens * plan.batch // len(plan.kept)
+    rows = plan.token_rows(length)[:, None, :, None].expand(-1, heads, -1, width)  # [B, heads, S * (n + K), d]
+    few = [t.gather(2, rows) for t in (query, key, value)]
+    whole = [pick(t, full) for t in (query, key, value)] if full else []
+    return joined_heads(whole, few, value, full, plan, attention)
+
+
+def joined_heads(
+    whole: list[Tensor],
+    few: list[Tensor],
+    value: Tensor,
+    full: Sequence[int],
+    plan: Plan,
+    attention: Callable[..., Tensor],
+) -> Tensor:
+    """Outputs of all heads at all tokens.
+
+    What heads that see kept tokens alone would give to dropped ones is filled in from what they give to kept ones, see
+    `Propagation.fill`; the values of a token say what heads read there.
+
+    Args:
+        whole: queries, keys and values of the `full` heads at all tokens, [B, F, S * (n + P), d]; empty without such.
+        few: those of all heads at special and kept tokens, [B, heads, S * (n + K), d]; emptied to free their memory.
+        value: of all heads at all tokens, [B, heads, S * (n + P), d].
+        full: numbers of the heads that see all tokens.
+        plan: of these clips.
+        attention: of queries, keys and values.
+
+    Returns:
+        [B, heads, S * (n + P), d], in the dtype that `attention` gives.
+    """
+    batch, heads, tokens, width = value.shape
+    propagation, frames = plan.propagation, len(plan.kept)  # of all clips
     length = tokens * batch // frames
     others = [head for head in range(heads) if head not in full]
+    seen = [attention(*whole)] if whole else []
     if not others:
-        return attention(query, key, value)
-    whole = [attention(*(pick(t, full) for t in (query, key, value)))] if full else []
-    rows = plan.token_rows(length)[:, None, :, None].expand(-1, heads, -1, width)  # [B, heads, S * (n + K), d]
-    few = attention(*(pick(t.gather(2, rows), others) for t in (query, key, value)))
+        return seen[0]
+    found = attention(*(pick(few.pop(0), others) for _ in range(3)))
     known = value.transpose(1, 2).reshape(frames, length, heads * width)
-    found = few.transpose(1, 2).reshape(frames, -1, len(others) * width)
-    whole = [t.transpose(1, 2).reshape(frames, length, len(full), width) for t in whole]
-    slope, dtype = propagation.dependence(propagation.gather(known), found, batch), few.dtype
+    found = found.transpose(1, 2).reshape(frames, -1, len(others) * width)
+    seen = [t.transpose(1, 2).reshape(frames, length, len(full), width) for t in seen]
+    slope, dtype = propagation.dependence(propagation.gather(known), found, batch), found.dtype
 
-    def filled(some: Propagation, known: Tensor, found: Tensor, *whole: Tensor) -> Tensor:
+    def filled(some: Propagation, known: Tensor, found: Tensor, *seen: Tensor) -> Tensor:
         spread = some.fill(known, found, slope).unflatten(-1, (len(others), width)).to(dtype)
         parts = dict(zip(others, spread.unbind(2), strict=True))
-        for part in whole:
+        for part in seen:
             parts |= zip(full, part.unbind(2), strict=True)
         # Heads innermost, as the projection after attention reads them.
         return torch.stack([parts[head] for head in range(heads)], dim=2)
 
-    out = propagation.by_frames(filled, batch, known, found, *whole)  # [frames, n + P, heads, d]
+    out = propagation.by_frames(filled, batch, known, found, *seen)  # [frames, n + P, heads, d]
     return out.view(batch, tokens, heads, width).transpose(1, 2)
 
 

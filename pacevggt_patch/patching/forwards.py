@@ -22,7 +22,7 @@ from ..hosts.base import BlockCall
 from ..hosts.rope import rotate, rotation
 from ..hosts.vggt import takes_images
 from ..method import pre_aa
-from ..method.full_heads import attend
+from ..method.full_heads import attend, joined_heads, pick
 from ..method.global_pruning import Plan, run_on_kept
 from ..method.restored_tokens import RestoredTokens
 from ..runtime.attention import InterceptAttention, attention, autocast_dtype, faster_attention, is_plain
@@ -74,7 +74,7 @@ class TrunkForward(Forward):
         images = args[0] if args else kwargs.get("images")
         if self.takes_images:
             state.host.check_images(images)
-        state.timer.clear()
+        state.clear()
         before = threads.clip
         threads.clip = Clip(len(images) if isinstance(images, Tensor) and images.ndim == 5 else None)
         try:
@@ -96,7 +96,7 @@ class PreAATrunkForward(TrunkForward):
                 "use `with paused(model):` for such calls"
             )
         state.host.check_images(images)
-        state.timer.clear()
+        state.clear()
         patch, before = state.host.patch_size, threads.clip
         threads.grid = images.shape[-2] // patch, images.shape[-1] // patch
         clip = threads.clip = Clip(len(images))
@@ -265,6 +265,8 @@ class BlockForward(Forward):
                 out = self.in_frames(clip, call)
             else:
                 out = self.run(call, clip)
+        if self.last and not torch.is_grad_enabled():
+            clip.finish()
         if self.last and clip.loose and state.threads.clip is clip:
             state.threads.clip = None
         return out
@@ -321,9 +323,8 @@ class BlockForward(Forward):
         state = self.state
         others = self.changed_parameters(clip)
         needs = state.config.compile or others or full is not None
-        handler = None if full is None else partial(self.attend_full, full)
         if needs and self.fits(call):
-            return self.run_open(call, clip, others, handler)
+            return self.run_open(call, clip, others, None if full is None else partial(self.attend_open, full))
         args, kwargs = call.arguments()
         if torch.compiler.is_compiling() and others:
             return run_with(self.module, others, self.own, args, kwargs)
@@ -331,10 +332,15 @@ class BlockForward(Forward):
             stack.enter_context(faster_attention(call.x.device))
             if others:
                 stack.enter_context(OtherParameters.of(self.module, others))
-            if handler is None:
+            if full is None:
                 return self.own(*args, **kwargs)
-            with InterceptAttention(lambda run, q, k, v, options: self.check(options, q, k) or handler(q, k, v, run)) as mode:
-                found = self.own(*args, **kwargs)
+
+            def handler(run: Callable, query: Tensor, key: Tensor, value: Tensor, options: dict) -> Tensor:
+                self.check(options, query, key)
+                return attend(query, key, value, self.heads, full, run)
+
+            mode = stack.enter_context(InterceptAttention(handler))
+            found = self.own(*args, **kwargs)
         if mode.calls != 1:
             raise UnsupportedModelError(
                 f"global block {self.index} calls scaled_dot_product_attention {mode.calls} times, so none of its "
@@ -342,10 +348,20 @@ class BlockForward(Forward):
             )
         return found
 
-    def attend_full(
-        self, plan: Plan, query: Tensor, key: Tensor, value: Tensor, run: Callable[..., Tensor] = attention
+    def attend_open(
+        self, plan: Plan, project: blocks.Project, x: Tensor, rotation: blocks.Rotation | None
     ) -> Tensor:
-        return attend(query, key, value, self.heads, plan, run)
+        """Outputs of all heads; queries and keys exist of full-attention heads and of kept tokens alone."""
+        full = self.heads
+        rows = plan.propagation.rows(len(x) // len(plan.kept))
+        turned = None if rotation is None else tuple(t.index_select(0, rows) for t in rotation)
+        few = project(x.index_select(0, rows), turned)
+
+        def keep(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+            return (*(torch.stack([t[:, head] for head in full], 1) for t in (query, key)), value)
+
+        query, key, value = project(x, rotation, keep)
+        return joined_heads([query, key, pick(value, full)], few, value, full, plan, attention).transpose(1, 2)
 
     def check(self, options: dict[str, Any], query: Tensor, key: Tensor) -> None:
         """Raise UnsupportedModelError for attention that is not that of all tokens to all tokens, head by head."""
@@ -377,7 +393,7 @@ class BlockForward(Forward):
             compiled if state.config.compile and not torch.compiler.is_compiling() else None,
             others,
             chunk_rows(x.shape[-1], x.device),
-            attend or attention,
+            attend,
         )
         return out.view(x.shape)
 

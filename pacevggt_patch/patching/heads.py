@@ -20,7 +20,7 @@ from ..runtime.attention import autocast_dtype
 # The largest feature map of a chunk of frames stays below this. On the CPU because from 32 MiB on the C library asks
 # the system for fresh memory each time, whose pages are filled one by one; a GPU wants enough frames to be filled.
 CPU_BYTES = 20 * 2**20
-GPU_BYTES = 2**30
+GPU_BYTES = 2**29
 # All that a call of `dpt.dense_head` can stand for, besides the tokens.
 ARGUMENTS = {"images", "patch_start_idx", "frames_chunk_size"}
 

@@ -46,6 +46,11 @@ class Clip:
         self.rotations = Rotations()
         self.gathered: dict[tuple, tuple[Tensor, Tensor]] = {}
 
+    def finish(self) -> None:
+        """Let go of all that only blocks needed."""
+        self.parts, self.gathered, self.rotations = [], {}, Rotations()
+        self.plan = None if not self.loose else self.plan
+
     def last_frames(self, count: int) -> list[tuple[Tensor, Plan | None]]:
         """The last parts that are `count` frames together; empty where there are none such."""
         chosen: list[tuple[Tensor, Plan | None]] = []
@@ -150,6 +155,12 @@ class State:
     @property
     def paused(self) -> bool:
         return self.threads.paused > 0
+
+    def clear(self) -> None:
+        """Forget what the last forward pass did: another begins."""
+        self.timer.clear()
+        if not torch.compiler.is_compiling():
+            self.kept = None
 
     def say_once(self, message: str) -> None:
         """Warn, the first time only."""

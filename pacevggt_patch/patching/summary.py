@@ -94,7 +94,7 @@ class Summary:
         compiled: what runs compiled, in words.
         stages: of the last forward pass; empty before the first.
         kept: [B, S, K] (int64) indices of the patch tokens of each frame that the last forward pass kept; None before
-            the first.
+            the first, and after one that was not pruned.
     """
 
     backbone: str

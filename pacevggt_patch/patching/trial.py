@@ -45,6 +45,13 @@ def run(model: nn.Module, host: Host, config: PaceConfig) -> None:
                 f"{kind}.{host.trunk_name} lacks {', '.join(missing)}, which pre-AA pruning needs: use global pruning, "
                 'mode="global"'
             )
+        theirs = host.trunk.__dict__.get("forward")
+        theirs = getattr(theirs, "previous", theirs)  # what ours stands in for
+        if theirs is not None:
+            raise UnsupportedModelError(
+                f"{host.trunk_name}.forward is replaced on this instance by {theirs!r}, which pre-AA pruning would leave "
+                "aside: undo that patch first"
+            )
     with torch.no_grad(), outside_modes():
         _try(kind, bare_copy(model), config)
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import PaceConfig
+from ..config import PRE_AA, PaceConfig
 from ..errors import PaceError
 from ..hosts.base import Host, find_host
 from ..patching.install import accelerate, is_accelerated, remove, state_of
@@ -142,7 +142,7 @@ def fit_budget(
     Runs the model on random images of that size: up to six settings, four times each, on at most half as many frames
     (from 64 frames on). For a clip of hundreds of frames that takes as long as a few of its pruned forwards, for a
     short one as long as a few dozen; the plan says how long. The model is left as it was. Apply the plan with
-    `accelerate(model, plan, weights=weights)`.
+    `accelerate(model, plan, weights=weights)`, the weights being those that were planned with.
 
     Args:
         model: a VGGT on its device. If it is accelerated, its weights and settings are planned with.
@@ -152,15 +152,16 @@ def fit_budget(
         memory_gib: peak CUDA memory that PyTorch may allocate, in GiB, weights included; what the driver and the
             allocator's fragments take comes on top. Measuring it resets PyTorch's peak statistics.
         config: settings to plan with, but for the keep ratio; None takes those of an accelerated model, else the
-            defaults.
-        weights: as in `accelerate`, of a model that is not accelerated.
+            defaults. A mode in it must be that of an accelerated model.
+        weights: as in `accelerate`. An accelerated model has its own already: leave it at "auto".
         run: how the model is called, given images [1, n, 3, H, W] in the dtype of the weights; `model(images)` if not
             given. Autocast that is on when this function is called is on during the measurement, too.
 
     Raises:
-        PaceError: no budget is given or it is not positive, memory is asked for where it can't be measured, a model
-            that would calibrate on its first clip has not seen one, or not even one kept token a frame fits: the
-            message says what the smallest possible figure is.
+        PaceError: no budget is given or it is not positive, memory is asked for where it can't be measured, settings
+            or weights are not those of an accelerated model, a model that would calibrate on its first clip has not
+            seen one, clips of so few frames run unpruned, or not even one kept token a frame fits: the message says
+            what the smallest possible figure is.
     """
     budgets = {"seconds": seconds, "memory_gib": memory_gib}
     for name, value in budgets.items():
@@ -170,6 +171,7 @@ def fit_budget(
             raise PaceError(f"{name} must be a positive number, got {value!r}")
     if seconds is memory_gib is None:
         raise PaceError("give a budget: seconds, memory_gib, or both")
+    _check_frames(frames)
     host = find_host(model)
     device = host.reference.device
     if memory_gib is not None and device.type != "cuda":
@@ -179,17 +181,22 @@ def fit_budget(
         )
     patches = _patches(host, size)
     with _as_it_was(model):
-        if not is_accelerated(model):
+        if is_accelerated(model):
+            _plan_with(state_of(model), config, weights)
+        else:
             accelerate(model, config or PaceConfig(), weights=weights)
-        elif config is not None:
-            state_of(model).config = replace(config.plain(), mode=state_of(model).config.mode)
         state = state_of(model)
-        if state.pending:
+        if state.pending or (state.auto and state.weights is None and state.config.keep_ratio == 1):
             raise PaceError(
                 "this model has no weights yet, and which of its heads see all tokens decides what it costs: pass "
                 "weights=pacevggt_patch.calibrate(model, clips), or weights=None to plan without such heads"
             )
         settings, most = state.config, _largest_keep(state.config, patches)
+        if settings.min_frames is not None and frames < settings.min_frames:
+            raise PaceError(
+                f"clips of {frames} frames run unpruned with min_frames={settings.min_frames}, whatever the keep ratio: "
+                "plan with a smaller one"
+            )
         costs = measure_costs(model, frames, size, run=run, memory=memory_gib is not None)
 
     def costs_of(kept: int) -> dict[str, float | None]:
@@ -226,6 +233,24 @@ def fit_budget(
     )
 
 
+def _plan_with(state: State, config: PaceConfig | None, weights: Any) -> None:
+    """Put settings to plan with in force on an accelerated model.
+
+    Raises:
+        PaceError: they or the weights are not those of the model.
+    """
+    mode = state.config.mode
+    asked = None if config is None else config.mode or (None if config.merge_budget is None else PRE_AA)
+    if asked not in (None, mode) or not (isinstance(weights, str) and weights == "auto"):
+        what = f'mode="{asked}"' if asked not in (None, mode) else "weights"
+        raise PaceError(
+            f"this model is accelerated already, with {mode} pruning, and its own weights are planned with: leave out "
+            f"{what}, or call pacevggt_patch.remove(model) first"
+        )
+    if config is not None:
+        state.config = replace(config.plain(), mode=mode)
+
+
 def measure_costs(
     model: nn.Module,
     frames: int,
@@ -239,8 +264,7 @@ def measure_costs(
     Args:
         memory: measure the stages' peak memory, too (CUDA only).
     """
-    if isinstance(frames, bool) or not isinstance(frames, int) or frames < 1:
-        raise PaceError(f"frames must be a whole number of at least 1, got {frames!r}")
+    _check_frames(frames)
     start = time.perf_counter()
     with _as_it_was(model):
         state = state_of(model)
@@ -256,6 +280,11 @@ def measure_costs(
             points.append(_measure(state, images, kept, run or model, memory))
             del images
     return CostModel.fit(points, special, time.perf_counter() - start, bool(state.full_heads))
+
+
+def _check_frames(frames: Any) -> None:
+    if isinstance(frames, bool) or not isinstance(frames, int) or frames < 1:
+        raise PaceError(f"frames must be a whole number of at least 1, got {frames!r}")
 
 
 def _patches(host: Host, size: Any) -> int:

@@ -98,7 +98,8 @@ class Settings:
             )
         if self.clips < 1 or self.supervised < 1 or not self.views or min(self.views) < 1:
             raise PaceError(
-                f"clips, supervised frames and views must be at least 1, got {self.clips}, {self.supervised} and {list(self.views)}"
+                f"clips, supervised frames and views must be at least 1, got {self.clips}, {self.supervised} and "
+                f"{list(self.views)}"
             )
         if self.calibration < 1 or self.checks < 1:
             raise PaceError(
@@ -139,8 +140,8 @@ class StepPlan:
 
 
 def step_plan(settings: Settings, step: int) -> StepPlan:
-    """The random choices of a step: views, keep ratio (one of RATIOS, uniform in its logarithm), merge budget, dense
-    frames."""
+    """The random choices of a step: views, keep ratio (one of RATIOS, uniform in its logarithm), merge budget, and
+    the frames that are compared."""
     generator = torch.Generator().manual_seed(mixed_seed(settings.seed, step, COMMON))
 
     def below(count: int) -> int:
@@ -329,7 +330,7 @@ class Fit:
 
     def begin_refinement(self) -> None:
         """What lies between the stages: the closed-form fit, and an optimizer without a past."""
-        if not self.weights.mode == GLOBAL:  # which heads these are does not depend on the scorer
+        if self.weights.mode != GLOBAL:  # which heads these are does not depend on the scorer
             self.calibrate()
         self.optimizer = self.new_optimizer()
 

@@ -17,11 +17,12 @@ import torch.distributed as dist
 
 from ..calibration.restoration import KEEP_RATIOS
 from ..cli.pictures import save_training_curve
+from ..config import GLOBAL
 from ..errors import PaceError, WeightsError
 from ..hosts.base import find_host
-from ..runtime.device import usable_device
 from ..mini.scenes.textures import load_photographs, texture_atlas
 from ..runtime.compiling import works
+from ..runtime.device import usable_device
 from ..runtime.files import environment, whole_file, write_json
 from ..version import __version__
 from ..weights.hub import HUB_FILE
@@ -47,8 +48,8 @@ class Options:
     Attributes:
         out: folder for the results.
         backbone: see `backbones.load_backbone`.
-        images: folder of images or of clips, see `clip_source.FolderSource`; or None, with
-        rooms: "plain" for the rooms of `clips.render_room`, "all" for rooms and facades with textures.
+        images: folder of images or of clips, see `sources.FolderSource`; or None, with
+        rooms: "plain" for plain rooms, "all" for rooms and facades with textures.
         textures: zip file or folder of photographs for "all".
         width: pixels; None takes 224 for VGGT-mini, else 518 for images and 504 for rooms.
         device: None takes CUDA where there is one.
@@ -286,7 +287,7 @@ class Run:
         return self.seconds_before + time.monotonic() - self.begun
 
     def save_weights(self, name: str) -> None:
-        """Write the weights as they are."""
+        """Write the weights as they are; before the first step without what only steps change."""
         if not self.writes:
             return
         fit = self.fit
@@ -303,6 +304,10 @@ class Run:
         changed = replace(
             fit.weights, keep_ratios=tuple(ratios), training=training, library_version=__version__
         )
+        if not fit.step_number:  # untrained modules change nothing, and would only cost time
+            changed = replace(changed, scorer=None, merge=None, block_deltas=None)
+            if changed.mode == GLOBAL:
+                changed = replace(changed, keep_ratios=())  # full-attention heads are the same for all
         changed.save(self.out / name)
 
     def save_state(self) -> None:

@@ -11,8 +11,7 @@ from pathlib import Path
 from ..errors import PaceError
 from ..hosts.base import Host
 from .fingerprint import agree, fingerprints
-from .pace import FORMAT, KIND, PaceWeights, read
-from .tensorfile import read_metadata
+from .pace import PaceWeights, read
 
 VARIABLE = "PACEVGGT_CACHE"
 PATTERN = "heads-*.safetensors"
@@ -58,8 +57,8 @@ def find(host: Host) -> PaceWeights | None:
     known = fingerprints(host)
     for path in entries():
         try:
-            if agree(read_metadata(path, KIND, FORMAT).get("fingerprints", {}), known):
-                weights = read(path, f"calibration kept in {path}")
+            weights = read(path, f"calibration kept in {path}")
+            if agree(weights.fingerprints, known):
                 weights.check(host)
                 return weights
         except PaceError:

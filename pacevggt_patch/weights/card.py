@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.utils import HFValidationError
 
+from ..config import GLOBAL
 from ..errors import WeightsError
 from .hub import HUB_FILE
 from .pace import PaceWeights
@@ -38,7 +39,7 @@ def push(file: str | PathLike[str], repo: str, revision: str | None = None, *, p
     weights = PaceWeights.load(file)
     operations = [
         CommitOperationAdd(HUB_FILE, str(file)),
-        CommitOperationAdd(CARD_FILE, model_card(weights, repo).encode()),
+        CommitOperationAdd(CARD_FILE, model_card(weights, repo, revision).encode()),
     ]
     try:
         api = HfApi()
@@ -57,23 +58,28 @@ def push(file: str | PathLike[str], repo: str, revision: str | None = None, *, p
     return done.oid
 
 
-def model_card(weights: PaceWeights, repo: str) -> str:
-    """The card of a repository of pace weights, in Markdown: use, backbone, figures, settings."""
+def model_card(weights: PaceWeights, repo: str, revision: str | None = None) -> str:
+    """The card of a repository of pace weights, in Markdown: use, backbone, figures, settings.
+
+    Args:
+        weights: what is in it.
+        repo: "user/name".
+        revision: the branch that it is for; None is main.
+    """
     training = weights.training
-    header = [
-        "---",
-        "library_name: pacevggt-patch",
-        "tags:",
-        "- vggt",
-        "- token-pruning",
-        "- 3d-reconstruction",
-    ]
     backbone = str(training.get("backbone", ""))
+    header = ["---", "library_name: pacevggt-patch", "tags:", "- vggt", "- token-pruning", "- 3d-reconstruction"]
     if is_hub_id(backbone):
         header.append(f"base_model: {backbone}")
-    ratios = ", ".join(f"{ratio:g}" for ratio in weights.keep_ratios) or "not recorded"
-    parameters = sum(p.numel() for p in weights.modules().parameters())
     prints = ", ".join(f"{dtype} `{value[:12]}`" for dtype, value in weights.fingerprints.items())
+    facts = [
+        f"- {backbone or 'name not recorded'}: {weights.backbone}",
+        f"- fingerprints: {prints}; another checkpoint is refused",
+    ]
+    if weights.keep_ratios:
+        facts.append(f"- made for keep ratios {', '.join(f'{ratio:g}' for ratio in weights.keep_ratios)}")
+    source = repo if revision is None else f"{repo}@{revision}"
+    notes = {name: value for name, value in training.items() if name != "checks"}
     return "\n".join(
         [
             *header,
@@ -81,40 +87,55 @@ def model_card(weights: PaceWeights, repo: str) -> str:
             "",
             f"# {repo}",
             "",
-            f"Pace weights for {weights.mode} pruning ({contents(weights)}). They make a VGGT faster with pacevggt-patch.",
-            "The backbone itself is not in here, and stays as it is.",
+            f"Pace weights for {weights.mode} pruning: {contents(weights)}.",
+            "They make a VGGT faster with pacevggt-patch. The model itself is not in here, and stays as it is.",
             "",
             "```python",
-            "import pacevggt_patch",
-            "",
-            f'pacevggt_patch.accelerate(model, keep_ratio=0.3, weights="{repo}")',
+            *snippet(backbone, source),
             "```",
             "",
-            "## Backbone",
+            "## Model",
             "",
-            f"- {backbone or 'not recorded'}: {weights.backbone}",
-            f"- fingerprints: {prints}; another checkpoint is refused",
-            f"- keep ratios trained for: {ratios}; {parameters:,d} parameters",
+            *facts,
             "",
             *figures(training.get("checks")),
-            "## Training",
+            "## How they were made",
             "",
-            f"pacevggt-patch {weights.library_version}; no labels: the unpruned model is the teacher.",
+            f"pacevggt-patch {weights.library_version}, without labels: the unpruned model is the teacher.",
             "",
             "```json",
-            json.dumps({k: v for k, v in training.items() if k != "checks"}, indent=1),
+            json.dumps(notes, indent=1),
             "```",
             "",
         ]
     )
 
 
+def snippet(backbone: str, source: str) -> list[str]:
+    """Lines of Python that accelerate a model with weights; they run as they are where the model has a name.
+
+    Args:
+        backbone: what `load_backbone` was asked for, or "".
+        source: of the weights, as `accelerate` takes it.
+    """
+    if backbone == "mini":
+        load = ["from pacevggt_patch.mini import build_mini", "", "model = build_mini()"]
+    elif is_hub_id(backbone):
+        load = ["from vggt.models.vggt import VGGT", "", f'model = VGGT.from_pretrained("{backbone}").eval()']
+    else:
+        load = ["", "# model: your VGGT with the checkpoint below"]
+    return ["import pacevggt_patch", *load, f'pacevggt_patch.accelerate(model, keep_ratio=0.3, weights="{source}")']
+
+
 def contents(weights: PaceWeights) -> str:
     """What pace weights hold, in words."""
-    names = [name.replace("_", " ") for name in weights.modules()]
-    if weights.full_heads:
-        names.insert(0, f"{len(weights.full_heads)} full-attention heads")
-    return ", ".join(names) or "nothing"
+    modules = weights.modules()
+    names = [name.replace("_", " ") for name in modules]
+    if weights.mode == GLOBAL:
+        count = len(weights.full_heads)
+        names.insert(0, f"{count} full-attention head{'s' * (count != 1)}")
+    parameters = sum(p.numel() for p in modules.parameters())
+    return ", ".join(names) + (f", {parameters:,d} parameters" if parameters else "")
 
 
 def figures(checks: Any) -> list[str]:

@@ -287,7 +287,7 @@ def bundled_for(host: Host, mode: str) -> PaceWeights | None:
     """The bundled weights of this checkpoint and mode, or None."""
     known = fingerprints(host)
     for path in bundled_files("pace-*.safetensors"):
-        fields = tensorfile.read_metadata(path, KIND, FORMAT)
+        fields = tensorfile.read_metadata(path, KIND, FORMAT, FORMAT)
         if fields.get("mode") == mode and agree(fields.get("fingerprints", {}), known):
             weights = read(path, f"bundled {path.stem}")
             weights.check(host)
@@ -302,7 +302,7 @@ def read(path: Path, source: str) -> PaceWeights:
     Raises:
         WeightsError: there is none, or it is damaged.
     """
-    fields = tensorfile.read_metadata(path, KIND, FORMAT)
+    fields, tensors = tensorfile.read(path, KIND, FORMAT)
     try:
         backbone = dict(fields["backbone"])
         layers = tuple(backbone.pop("cached_layers"))
@@ -326,7 +326,6 @@ def read(path: Path, source: str) -> PaceWeights:
         )
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise WeightsError(f"{path} has damaged metadata: {type(error).__name__}: {error}") from error
-    tensors = tensorfile.read_tensors(path, KIND)
     found = weights.modules()
     tensorfile.check_tensors(path, tensors, found.state_dict())
     found.load_state_dict(tensors, assign=True)

@@ -60,31 +60,65 @@ def write(
         raise WeightsError(f"can't save {kind} to {path}: {error}") from error
 
 
-def read_metadata(path: str | PathLike[str], kind: str, newest: int) -> dict[str, Any]:
-    """Metadata of a weight file, without reading its tensors.
+def read_metadata(path: str | PathLike[str], kind: str, newest: int, oldest: int = 1) -> dict[str, Any]:
+    """Metadata of a weight file, without reading its tensors and so without a look at its digest.
 
     Args:
         path: the file.
         kind: what it should hold, in words.
         newest: the newest format version that this package knows.
+        oldest: the oldest one.
 
     Raises:
-        WeightsError: not a weight file of that kind, damaged, or written by a newer version of this package.
+        WeightsError: not a weight file of that kind, damaged, or of a format that this version does not know.
     """
     with _open(path, kind) as file:
         raw = file.metadata() or {}
+    return _fields(path, raw, kind, newest, oldest)
+
+
+def read(path: str | PathLike[str], kind: str, version: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Metadata and tensors of a weight file of one format, which has a digest.
+
+    Args:
+        path: the file.
+        kind: what it should hold, in words.
+        version: its format version.
+
+    Returns:
+        What `read_metadata` and `read_tensors` return.
+
+    Raises:
+        WeightsError: as they do, or there is no digest.
+    """
+    with _open(path, kind) as file:
+        metadata = file.metadata() or {}
+        fields = _fields(path, metadata, kind, version, version)
+        raw = _raw(path, file)
+    _check_digest(path, metadata, raw)
+    return fields, _expanded(path, raw)
+
+
+def _fields(
+    path: str | PathLike[str], raw: Mapping[str, str], kind: str, newest: int, oldest: int
+) -> dict[str, Any]:
     try:
         fields = {name: json.loads(text) for name, text in raw.items()}
     except ValueError:
         fields = {}
     found, version = fields.get("kind"), fields.get("format")
-    if found != kind or not isinstance(version, int):
+    if found != kind or type(version) is not int:
         what = f"it says it holds {found}" if isinstance(found, str) else "its metadata does not say so"
         raise WeightsError(f"{path} does not hold {kind}: {what}")
     if version > newest:
         raise WeightsError(
             f"{path} has format {version}, this version of pacevggt-patch reads up to {newest}: "
             "upgrade with `pip install -U pacevggt-patch`"
+        )
+    if version < oldest:
+        raise WeightsError(
+            f"{path} has format {version}, this version of pacevggt-patch reads {oldest} and later: "
+            "make the file anew with this version"
         )
     return fields
 
@@ -130,10 +164,27 @@ def read_tensors(path: str | PathLike[str], kind: str) -> dict[str, Tensor]:
         WeightsError: not a safetensors file, damaged, not what its digest says, or a tensor with NaN or infinity.
     """
     with _open(path, kind) as file:
-        raw = {name: file.get_tensor(name) for name in sorted(file.keys())}
-        metadata = file.metadata() or {}
-    if DIGEST in metadata and metadata[DIGEST] != json.dumps(digest(metadata, raw)):
+        metadata, raw = file.metadata() or {}, _raw(path, file)
+    if DIGEST in metadata:
+        _check_digest(path, metadata, raw)
+    return _expanded(path, raw)
+
+
+def _raw(path: str | PathLike[str], file: Any) -> dict[str, Tensor]:
+    """The tensors of an open file as they are written."""
+    try:
+        return {name: file.get_tensor(name) for name in sorted(file.keys())}
+    except (safetensors.SafetensorError, RuntimeError, AttributeError, TypeError) as error:
+        raise WeightsError(f"{path} is damaged, or has tensors of a kind unknown here: {error}") from error
+
+
+def _check_digest(path: str | PathLike[str], metadata: Mapping[str, str], raw: Mapping[str, Tensor]) -> None:
+    if metadata.get(DIGEST) != json.dumps(digest(metadata, raw)):
         raise WeightsError(f"{path} is damaged: its content is not what its digest says, so get it anew")
+
+
+def _expanded(path: str | PathLike[str], raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in float32, those in 8 bits expanded, see `in_8_bits`."""
     tensors = {name: tensor.to(torch.float32, copy=True) for name, tensor in raw.items()}
     _check_finite(path, tensors)
     scales = {name: tensors.pop(name) for name in list(tensors) if name.endswith(ROW_SCALE)}

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...hosts.blocks import Rotation, run_block
-from ...hosts.vggt import gathered_rotation, rope_positions
+from ...hosts.base import find_host
+from ...hosts.blocks import run_block
+from ...hosts.rope import Rotation, rotation
 from ..scenes.raycast import faster
 
 
@@ -50,16 +51,17 @@ class FastForward:
         if grid not in self.tables:
             head = aggregator.frame_blocks[0].attn.head_dim
             special = aggregator.patch_start_idx
-            positions: Any = rope_positions(aggregator, grid, images.device)  # [P, 2]: a stock VGGT has RoPE
+            host: Any = find_host(self.model)
+            positions: Any = host.patch_positions(grid, images.device)  # [P, 2]: a stock VGGT has RoPE
             positions = F.pad(positions, (0, 0, special, 0))  # special tokens sit at 0
-            tables = gathered_rotation(aggregator.rope, head, torch.float32, positions[None])
+            tables = rotation(aggregator.rope, head, torch.float32, positions[None])
             self.tables[grid] = tables[0][0, 0], tables[1][0, 0]  # [5 + P, C / heads] each
-        rotation = self.tables[grid]
+        turned = self.tables[grid]
 
         normed = ((images - aggregator._resnet_mean) / aggregator._resnet_std).flatten(0, 1)
         x = embed.prepare_tokens_with_masks(normed).float().contiguous()  # [F, 5 + P, C]
         for module in embed.blocks:
-            x = run_block(module, x, rotation, clips * views, self.dtype, speed)
+            x = run_block(module, x, turned, clips * views, self.dtype, speed)
         patches = embed.norm(x)[:, 1 + embed.num_register_tokens :]
         special = torch.cat([aggregator.camera_token, aggregator.register_token], 2)[0]  # [2, 5, C]
         first = torch.arange(clips * views, device=images.device) % views == 0
@@ -69,8 +71,8 @@ class FastForward:
         for layer, (frame, across) in enumerate(
             zip(aggregator.frame_blocks, aggregator.global_blocks, strict=True)
         ):
-            within = run_block(frame, x, rotation, clips * views, self.dtype, speed)
-            x = run_block(across, within, rotation, clips, self.dtype, speed)
+            within = run_block(frame, x, turned, clips * views, self.dtype, speed)
+            x = run_block(across, within, turned, clips, self.dtype, speed)
             if layer in aggregator.cached_layer_indices:
                 layers[layer] = torch.cat([within, x], 2).unflatten(0, (clips, views))
         return Features(patches, layers)
