@@ -206,9 +206,7 @@ def stage_work(
             2 * patches * kept * channels, 4 * (patches * channels + kept * channels + patches * kept)
         )
         if not global_alone:
-            work["merging"] = frames * (
-                near + mean + Work(passes=4 * patches * (4 * channels + 5 * kept))
-            )
+            work["merging"] = frames * (near + mean + Work(passes=4 * patches * (4 * channels + 5 * kept)))
     in_frames = dims.special + patches if global_alone else length
     work["frame blocks"] = dims.depth * block(frames, in_frames, channels, size, positions=True)
     whole = full if global_alone and kept < patches else ()

@@ -3,7 +3,7 @@
     python benchmarks/head_errors.py --clips rooms --count 4 --frames 8 --json FILE --plot FILE
     python benchmarks/head_errors.py --clips DIR --frames 8
 
-The errors are those by which calibration chooses (`pacevggt_patch.calibration.full_heads`): mean squares, at keep ratio
+The errors are those by which calibration chooses (`pacevggt_patch.method.full_heads`): mean squares, at keep ratio
 0.3, of what a head adds to the tokens less what it would add, over the variance of the tokens. With `--alone`, each
 head is pruned by itself as well, and the outputs are compared with those of the model whose heads all see all tokens.
 """
@@ -12,20 +12,21 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from quality import add_clip_arguments, load, parse
+from quality import add_clip_arguments, header, load, parse
 from tqdm import tqdm
 
 from pacevggt_patch import PaceError, PaceWeights, accelerate, remove
-from pacevggt_patch.calibration.full_heads import KEEP_RATIO, LEAST_ERROR, find_matching_heads
+from pacevggt_patch.calibration.full_heads import find_full_heads
 from pacevggt_patch.cli.pictures import load_pyplot, save_figure
-from pacevggt_patch.evaluation import decode_pose_encoding
-from pacevggt_patch.evaluation.metrics import pairwise_pose_errors
+from pacevggt_patch.evaluation import decode_pose_encoding, pairwise_pose_errors
+from pacevggt_patch.method.full_heads import KEEP_RATIO, LEAST_ERROR, Heads
 from pacevggt_patch.mini import build_mini
-from pacevggt_patch.runtime.files import environment, write_json
+from pacevggt_patch.runtime.files import write_json
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,16 +35,14 @@ def main(argv: list[str] | None = None) -> int:
     clips = [
         clip.to(args.device).images for clip in tqdm(load(args), desc="clips", total=args.count, disable=None)
     ]
-    heads, errors = find_matching_heads(model, clips)
+    accelerate(model, weights=None, min_frames=1)
+    heads, errors = find_full_heads(model, (images[None] for images in clips))
+    remove(model)
     report: dict[str, Any] = {
-        "environment": environment(args.device),
-        "backbone": "vggt-mini",
-        "clips": Path(args.clips).name,
-        "count": len(clips),
-        "frames": args.frames,
+        **header(args, len(clips)),
         "keep_ratio": KEEP_RATIO,
         "least_error": LEAST_ERROR,
-        "matching_heads": [list(head) for head in heads],
+        "full_heads": [list(head) for head in heads],
         "errors": errors.tolist(),
     }
     if args.alone:
@@ -51,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{report['clips']}: {len(clips)} clips of {args.frames} frames, keep ratio {KEEP_RATIO:g}")
     for block, row in enumerate(errors.tolist()):
         print(f"block {block:2d}  " + "  ".join(f"{value:.4f}" for value in row))
-    print("matching heads (block, head): " + (", ".join(map(str, heads)) or "none"))
+    print("full-attention heads (block, head): " + (", ".join(map(str, heads)) or "none"))
     if args.json:
         write_json(args.json, report)
     if args.plot:
@@ -76,14 +75,17 @@ def alone(model: Any, clips: list[torch.Tensor], blocks: int, heads: int) -> lis
     `rotation_deg` and `translation_deg`: over frame pairs the mean and the median difference; `depth`: mean relative
     difference after one scale for the clip. Means over clips.
     """
-    everyone = [(block, head) for block in range(blocks) for head in range(heads)]
-    weights = PaceWeights.new(model, dense_frames=True)
-    weights.matching = tuple(everyone)
-    accelerate(model, KEEP_RATIO, weights=weights, dense_frames=True, min_frames=1)
+    everyone = tuple((block, head) for block in range(blocks) for head in range(heads))
+    untrained = PaceWeights.new(model)
+
+    def prune_all_but(heads: Heads) -> None:
+        accelerate(model, KEEP_RATIO, weights=replace(untrained, full_heads=heads), min_frames=1)
+
+    prune_all_but(everyone)
     wanted = [model(images) for images in clips]
     rows: list[list[dict[str, float]]] = [[] for _ in range(blocks)]
     for block, head in tqdm(everyone, unit="head", disable=None):
-        weights.matching = tuple(one for one in everyone if one != (block, head))
+        prune_all_but(tuple(one for one in everyone if one != (block, head)))
         found = [difference(model(images), truth) for images, truth in zip(clips, wanted, strict=True)]
         rows[block].append({name: sum(row[name] for row in found) / len(found) for name in found[0]})
     remove(model)
@@ -103,14 +105,14 @@ def difference(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, float
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Errors of all heads, blocks across and heads down; matching heads in frames."""
+    """Errors of all heads, blocks across and heads down; full-attention heads in frames."""
     pyplot = load_pyplot()
     errors = torch.tensor(report["errors"]).T  # [heads, blocks]
     figure, axis = pyplot.subplots(
         figsize=(1.5 + 0.6 * errors.shape[1], 1.5 + 0.4 * errors.shape[0]), layout="constrained"
     )
     image = axis.imshow(errors, cmap="magma_r", vmin=0)
-    for block, head in report["matching_heads"]:
+    for block, head in report["full_heads"]:
         box = pyplot.Rectangle((block - 0.5, head - 0.5), 1, 1, fill=False, edgecolor="tab:cyan", linewidth=2)
         axis.add_patch(box)
     axis.set(

@@ -81,7 +81,8 @@ def heads_of(backbone: BackboneSpec, text: str) -> Heads:
         if text == "published":
             heads = PUBLISHED_HEADS
         elif "/" in text:
-            heads = tuple(tuple(int(n) for n in pair.split("/")) for pair in text.split(","))
+            pairs = [[int(number) for number in pair.split("/")] for pair in text.split(",")]
+            heads = tuple((block, head) for block, head in pairs)
         else:
             count = int(text)
             blocks = min(count, depth)  # blocks that have some

@@ -20,9 +20,10 @@ from unittest import mock
 import torch
 from models import SEED, build, random_clip
 
-from pacevggt_patch import PaceError, accelerate
-from pacevggt_patch.cli.demo import usable_device
+from pacevggt_patch import PaceError, accelerate, summary
+from pacevggt_patch.config import GLOBAL, MODES, PRE_AA
 from pacevggt_patch.runtime import attention
+from pacevggt_patch.runtime.device import usable_device
 from pacevggt_patch.runtime.files import environment, write_json
 
 LAYER_SCALE = 0.3
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         if way == "float32":
             model, images = model.float(), images.float()
         for ratio in (1.0, *args.keep_ratios):
-            found[way, ratio] = outputs(model, images, ratio, way == "fast")
+            found[way, ratio] = outputs(model, images, ratio, args.mode, way == "fast")
     rows = [
         {"keep_ratio": ratio, "of": way, "from": other, **differences(found[way, ratio], found[other, ratio])}
         for ratio in (1.0, *args.keep_ratios)
@@ -53,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     report = {
         "environment": environment(device),
         "backbone": args.backbone,
+        "mode": args.mode,
         "frames": args.frames,
         "size": f"{args.size[0]}x{args.size[1]}",
         "seed": SEED,
@@ -76,6 +78,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--backbone", choices=("mini", "vggt-1b"), default="mini")
+    parser.add_argument("--mode", choices=MODES, default=GLOBAL)
     parser.add_argument("--device", help="cpu or cuda (cuda where there is one if not given)")
     parser.add_argument("--frames", type=int, default=8)
     parser.add_argument(
@@ -87,17 +90,23 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 @torch.inference_mode()
-def outputs(model: Any, images: torch.Tensor, ratio: float, fast: bool) -> dict[str, torch.Tensor]:
-    """Outputs of one pruned forward, of the heads under autocast where the weights are narrow."""
+def outputs(model: Any, images: torch.Tensor, ratio: float, mode: str, fast: bool) -> dict[str, torch.Tensor]:
+    """Outputs of one pruned forward, of the heads under autocast where the weights are narrow.
+
+    `tokens` are those of the last layer, of pre-AA pruning special and kept ones alone. `kept` are the tokens that were
+    kept, if any were dropped.
+    """
     library = attention.library if fast else lambda device: None
     with mock.patch.object(attention, "library", library):
-        accelerate(model, ratio, weights=None, min_frames=1, compile=fast)
+        accelerate(model, ratio, weights=None, mode=mode, min_frames=1, compile=fast)
         narrow = images.dtype == torch.bfloat16
         tokens, start = model.aggregator(images)
+        kept = summary(model).kept
+        last = tokens.compact[max(tokens.compact)] if mode == PRE_AA else tokens[-1]
         with torch.autocast(images.device.type, torch.bfloat16, enabled=narrow):
             return {
-                "kept": tokens.kept,
-                "tokens": tokens.compact[max(tokens.compact)],
+                **({} if kept is None else {"kept": kept}),
+                "tokens": last,
                 "pose_enc": model.camera_head(tokens)[-1],
                 "depth": model.depth_head(tokens, images, start)[0],
                 "points": model.point_head(tokens, images, start)[0],
@@ -111,6 +120,8 @@ def differences(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> dict[
         for name in a
         if name != "kept"
     }
+    if "kept" not in a:
+        return row | {"kept": 1.0}
     same = (a["kept"].unsqueeze(-1) == b["kept"].unsqueeze(-2)).any(-1)
     return row | {"kept": same.double().mean().item()}
 

@@ -16,16 +16,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from quality import METRICS, add_clip_arguments, known_values, load, parse
+from quality import METRICS, add_clip_arguments, header, known_values, load, measure, parse
 from tqdm import tqdm
 
-from pacevggt_patch import PaceError, accelerate
+from pacevggt_patch import PaceError, accelerate, remove
 from pacevggt_patch.cli.pictures import load_pyplot, save_figure
 from pacevggt_patch.clips import Clip
-from pacevggt_patch.evaluation import evaluate_predictions
+from pacevggt_patch.config import GLOBAL, MODES
 from pacevggt_patch.mini import build_mini
-from pacevggt_patch.runtime.files import environment, write_json
+from pacevggt_patch.runtime.files import write_json
 
 STAGES = {"calibrated": "calibrated", "distilled": "distilled", "refined": "pace"}  # and their files
 
@@ -35,32 +34,31 @@ def main(argv: list[str] | None = None) -> int:
     model = build_mini(args.checkpoint or True).to(args.device)
     clips = [clip.to(args.device) for clip in tqdm(load(args), desc="clips", total=args.count, disable=None)]
     report: dict[str, Any] = {
-        "environment": environment(args.device),
-        "backbone": "vggt-mini",
-        "clips": Path(args.clips).name,
-        "count": len(clips),
-        "frames": args.frames,
+        **header(args, len(clips)),
         "runs": [str(run) for run in args.runs],
-        "dense_frames": args.dense_frames,
+        "mode": args.mode,
         "rows": [],
     }
-    dense = args.dense_frames
-    unpruned = [mean_metrics(model, clips, 1.0, None, dense)]
+    unpruned = [mean_metrics(model, clips)]
     report["rows"].append(make_row("unpruned", 1.0, unpruned, unpruned, unpruned))
     jobs = 1 + len(STAGES) * len(args.runs)
     with tqdm(total=len(args.keep_ratios) * jobs, unit="setting", disable=None) as bar:
         for ratio in args.keep_ratios:
-            free = [mean_metrics(model, clips, ratio, None, dense)]
+            accelerate(model, ratio, weights=None, mode=args.mode, min_frames=1)
+            free = [mean_metrics(model, clips)]
             bar.update()
             report["rows"].append(make_row("training-free", ratio, free, unpruned, free))
             for stage, file in STAGES.items():
                 found = []
                 for run in args.runs:
-                    found.append(mean_metrics(model, clips, ratio, run / f"{file}.safetensors", dense))
+                    weights = run / f"{file}.safetensors"
+                    accelerate(model, ratio, weights=weights, mode=args.mode, min_frames=1)
+                    found.append(mean_metrics(model, clips))
                     bar.update()
                 report["rows"].append(make_row(stage, ratio, found, unpruned, free))
             if args.json:
                 write_json(args.json, report)
+    remove(model)
     print_table(report)
     if args.plot:
         plot(report, args.plot)
@@ -73,20 +71,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--runs", type=Path, nargs="+", required=True, metavar="DIR")
     add_clip_arguments(parser, rooms=24)
-    parser.add_argument(
-        "--dense-frames", action="store_true", help="the runs are of `pacevggt train --dense-frames`"
-    )
+    parser.add_argument("--mode", choices=MODES, default=GLOBAL, help="of the runs (global)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="a PNG")
     return parse(parser, argv)
 
 
-def mean_metrics(
-    model, clips: list[Clip], ratio: float, weights: Path | None, dense_frames: bool = False
-) -> dict[str, float | None]:
-    """Mean of each metric over the clips; None where the clips have no ground truth for it."""
-    accelerate(model, ratio, weights=weights, min_frames=1, dense_frames=dense_frames)
-    with torch.inference_mode():
-        results = [evaluate_predictions(model(clip.images), clip) for clip in clips]
+def mean_metrics(model: Any, clips: list[Clip]) -> dict[str, float | None]:
+    """Mean of each metric over the clips, of the model as it is; None where they have no ground truth for it."""
+    results = measure(model, clips)
     means: dict[str, float | None] = {}
     for key in METRICS:
         known = known_values(results, key)

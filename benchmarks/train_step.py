@@ -1,7 +1,8 @@
 """Seconds and memory of calibration and of a training step of pace weights, of both stages: does it fit this GPU?
 
     python benchmarks/train_step.py --backbone vggt-1b --views 8 24 --json FILE
-    python benchmarks/train_step.py --backbone vggt-1b --views 8 24 --dense-frames --matching-heads 60 --json FILE
+    python benchmarks/train_step.py --backbone vggt-1b --views 8 24 --mode pre-aa --json FILE
+    python benchmarks/train_step.py --backbone vggt-1b --views 8 24 --full-heads 60 --json FILE
 
 Random images (and for VGGT-1B random weights, unless --checkpoint is given): shapes decide time and memory.
 """
@@ -16,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import add_dense_arguments, build, parse, spread_heads
+from models import add_mode_arguments, build, heads_of
 from tqdm import tqdm
 
 from pacevggt_patch import PaceError, PaceWeights
-from pacevggt_patch.cli.demo import usable_device
+from pacevggt_patch.config import GLOBAL
 from pacevggt_patch.patching.summary import current_device, device_time
+from pacevggt_patch.runtime.device import usable_device
 from pacevggt_patch.runtime.files import environment, write_json
 from pacevggt_patch.training.fit import Fit, Settings
 from pacevggt_patch.training.guest import guest
@@ -53,15 +55,15 @@ def main(argv: list[str] | None = None) -> int:
     device = usable_device(args.device)
     model = build(args.backbone, device, args.checkpoint, "float32")
     large = model.aggregator.camera_token.shape[-1] >= LARGE
-    weights = PaceWeights.new(model, dense_frames=args.dense_frames)
-    matching = spread_heads(weights.backbone, args.matching_heads) if args.matching_heads else ()
+    weights = PaceWeights.new(model, mode=args.mode)
+    full_heads = heads_of(weights.backbone, args.full_heads) if args.mode == GLOBAL else ()
     report: dict[str, Any] = {
         "environment": environment(device),
         "backbone": args.backbone,
         "size": args.size,
-        "dense": args.dense,
-        "dense_frames": args.dense_frames,
-        "matching_heads": args.matching_heads,
+        "supervised": args.supervised,
+        "mode": args.mode,
+        "full_heads": len(full_heads),
         "checkpointing": large,
         "rows": [],
     }
@@ -78,12 +80,12 @@ def main(argv: list[str] | None = None) -> int:
                 distil=0.5,
                 clips=args.clips,
                 views=(views,),
-                dense=args.dense,
-                dense_frames=args.dense_frames,
+                supervised=args.supervised,
+                mode=args.mode,
             )
             fit = Fit(model, weights, RandomClips(args.size), settings, checkpointing=large)
             report["rows"].append(calibration(fit, views))
-            weights.matching = matching  # random weights have none, or any
+            weights.full_heads = full_heads  # random weights have none, or any
             report["rows"] += measure(fit, views)
             bar.update()
             if args.json:
@@ -106,12 +108,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", type=int, nargs=2, default=[392, 518], metavar=("H", "W"))
     parser.add_argument("--views", type=int, nargs="+", default=[8, 24], help="frames of a clip")
     parser.add_argument("--clips", type=int, default=1)
-    parser.add_argument("--dense", type=int, default=4, help="frames on which depth and points are compared")
-    add_dense_arguments(parser, "train for dense_frames=True")
+    parser.add_argument(
+        "--supervised-frames",
+        dest="supervised",
+        type=int,
+        default=4,
+        help="frames on which depth, points and tokens are compared",
+    )
+    add_mode_arguments(parser)
     parser.add_argument("--repeats", type=int, default=3, help="counted steps of each stage")
     parser.add_argument("--device", help="cpu or cuda (cuda where there is one if not given)")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    return parse(parser, argv)
+    return parser.parse_args(argv)
 
 
 def calibration(fit: Fit, views: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pacevggt_patch import PaceError, PaceWeights
+from pacevggt_patch import PaceConfig, PaceError, PaceWeights
 from pacevggt_patch.clips import save_clip
 from pacevggt_patch.mini import build_mini
 from pacevggt_patch.mini.scenes.rooms import render_room
@@ -100,11 +100,13 @@ def test_latency(tmp_path, monkeypatch, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_noise(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("mode", ["global", "pre-aa"])
+def test_noise(mode, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(BENCHMARKS)
     monkeypatch.setattr("pacevggt_patch.runtime.compiling.BACKEND", "eager")
     file = tmp_path / "noise.json"
     arguments = ["--device", "cpu", "--size", "28x42", "--frames", "2", "--keep-ratios", "0.4"]
+    arguments += ["--mode", mode]
     assert script("noise").main([*arguments, "--json", str(file)]) == 0
     rows = json.loads(file.read_text())["rows"]
     pairs = [("plain", "float32"), ("fast", "float32"), ("fast", "plain")]
@@ -113,6 +115,7 @@ def test_noise(tmp_path, monkeypatch, capsys):
     ]
     for row in rows[:3]:
         assert row["kept"] == 1 and all(0 < row[name] < 0.05 for name in ("tokens", "pose_enc", "depth"))
+    assert all(0 < row["kept"] <= 1 for row in rows[3:])
     assert "same tokens kept 100.0%" in capsys.readouterr().out
 
 
@@ -259,33 +262,63 @@ def test_models_whose_times_would_mislead_are_refused(monkeypatch):
         models.check_values(model, (28, 28), "float32", cpu)
 
 
-def test_quality_on_rooms(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        "pacevggt_patch.patching.install.pruning_pays", lambda *_: False
-    )  # as for so short clips on a GPU
+def test_quality_of_the_default(tmp_path, capsys):
     quality, file = script("quality"), tmp_path / "quality.json"
-    arguments = [
-        "--count",
-        "2",
-        "--frames",
-        "2",
-        "--keep-ratios",
-        "0.3",
-        "--merge-budget",
-        "0.5",
-        "--weights",
-        "none",
-        "--global-keys",
-        "0.6",
-    ]
+    arguments = ["--count", "2", "--frames", "2", "--seed", "7"]
     assert quality.main([*arguments, "--json", str(file)]) == 0
-    unpruned, pruned = json.loads(file.read_text())["rows"]
-    assert (unpruned["keep_ratio"], unpruned["merge_budget"], unpruned["global_keys"]) == (1.0, 0.0, 1.0)
-    assert pruned["global_keys"] == 0.6
-    assert (pruned["keep_ratio"], pruned["merge_budget"], pruned["count"]) == (0.3, 0.5, 2)
-    assert {"clips", "frames", "weights", *quality.METRICS} <= pruned.keys()
-    assert unpruned["absrel"] != pruned["absrel"] and pruned["absrel_std"] > 0
+    report = json.loads(file.read_text())
+    assert (report["clips"], report["count"], report["frames"], report["seeds"]) == ("rooms", 2, 2, [7, 8])
+    assert report["environment"]["torch"] == torch.__version__ and report["scale_weights"] == 0
+    unpruned, pruned = report["rows"]
+    default = PaceConfig()
+    assert unpruned["keep_ratio"] == 1 and unpruned["absrel_change"] == 0
+    assert (pruned["keep_ratio"], pruned["mode"], pruned["merge_budget"]) == (
+        default.keep_ratio,
+        "global",
+        None,
+    )
+    assert pruned["weights"].startswith("bundled pace-vggt-mini-global") and len(pruned["full_heads"]) == 5
+    clips = [clip["absrel"] for clip in pruned["per_clip"]]
+    before = [clip["absrel"] for clip in unpruned["per_clip"]]
+    assert clips[0] != before[0] and len(clips) == len(before) == 2
+    assert pruned["absrel"] == pytest.approx(sum(clips) / 2)
+    assert (pruned["absrel_min"], pruned["absrel_max"]) == (min(clips), max(clips))
+    assert pruned["absrel_std"] == pytest.approx((max(clips) - min(clips)) / 2**0.5)
+    assert pruned["absrel_change"] == pytest.approx(100 * (sum(clips) / sum(before) - 1))
+    apart = [one - other for one, other in zip(clips, before, strict=True)]
+    error = 100 * abs(apart[0] - apart[1]) / sum(before)  # of two: their distance, halved, over the mean
+    assert pruned["absrel_change_error"] == pytest.approx(error)
     assert "AUC@30" in capsys.readouterr().out
+
+
+def test_quality_of_weights_without_a_file(tmp_path, cache):
+    cache.mkdir()
+    (cache / "heads-of-another-run.safetensors").write_text("must not be read")
+    quality, file = script("quality"), tmp_path / "quality.json"
+    arguments = ["--count", "1", "--frames", "4", "--scale-weights", "1e-3", "--keep-ratios", "0.3,0.15"]
+    assert quality.main([*arguments, "--json", str(file)]) == 0
+    report = json.loads(file.read_text())
+    assert report["scale_weights"] == 1e-3
+    for row in report["rows"][1:]:
+        assert row["weights"].startswith("calibrated on the first clip")
+        assert row["calibrated_on"] == "4 frames of the first clip"
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_quality_with_settings(tmp_path, monkeypatch):
+    # As for so short clips on a GPU.
+    monkeypatch.setattr("pacevggt_patch.patching.state.pruning_pays", lambda *_: False)
+    quality, file = script("quality"), tmp_path / "quality.json"
+    arguments = ["--count", "1", "--frames", "2", "--keep-ratios", "0.3", "--merge-budget", "0.5"]
+    arguments += ["--mode", "pre-aa", "--weights", "none", "--head-dtype", "bfloat16"]
+    with pytest.raises(
+        PaceError, match="^a clip of 2 frames ran unpruned, as the faster one here: pass --min-"
+    ):
+        quality.main([*arguments, "--json", str(file)])
+    assert quality.main([*arguments, "--min-frames", "1", "--json", str(file)]) == 0
+    _, pruned = json.loads(file.read_text())["rows"]
+    found = [pruned[name] for name in ("mode", "merge_budget", "head_dtype", "weights", "full_heads")]
+    assert found == ["pre-aa", 0.5, "bfloat16", "none (training-free)", []]
 
 
 def test_quality_on_a_folder(tmp_path):
@@ -294,46 +327,45 @@ def test_quality_on_a_folder(tmp_path):
     file = tmp_path / "quality.json"
     arguments = ["--clips", str(tmp_path / "clip"), "--frames", "2", "--stride", "2", "--starts", "0,3"]
     assert quality.main([*arguments, "--keep-ratios", "1.0", "--json", str(file)]) == 0
-    (row,) = json.loads(file.read_text())["rows"]
-    assert (row["clips"], row["count"], row["frames"]) == ("clip", 2, 2)
+    report = json.loads(file.read_text())
+    assert (report["clips"], report["count"], report["frames"]) == ("clip", 2, 2)
+    assert (report["starts"], report["stride"], report["seeds"]) == ([0, 3], 2, None)
+    stock, same = report["rows"]  # of one that keeps all tokens
+    assert stock["per_clip"] == same["per_clip"]
     with pytest.raises(PaceError, match="has 6 frames"):
         quality.main([*arguments, "--starts", "0,5", "--json", str(file)])
 
 
-def test_a_metric_that_some_clips_lack_is_not_averaged(tmp_path):
+def test_a_metric_that_some_clips_lack_is_not_averaged():
     quality = script("quality")
-    args = quality.parse_arguments(["--frames", "2"])
-    from hosts import tiny_vggt
-
-    from pacevggt_patch import accelerate
-
-    model = accelerate(tiny_vggt(), weights=None)
-    some = [dict.fromkeys(quality.METRICS, 1.0), dict.fromkeys(quality.METRICS)]
+    every, none = dict.fromkeys(quality.METRICS, 1.0), dict.fromkeys(quality.METRICS)
     with pytest.raises(PaceError, match="auc5 is defined for 1 of 2 clips only: its mean would mislead"):
-        quality.make_row(args, model, some)
+        quality.make_row({}, [every, none], [every, every])
+    row = quality.make_row({}, [none, none], [none, none])
+    assert row["auc5"] is row["auc5_min"] is row["auc5_change"] is row["auc5_change_error"] is None
 
 
 def test_pace_quality(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(BENCHMARKS)
-    monkeypatch.setattr(
-        "pacevggt_patch.patching.install.pruning_pays", lambda *_: False
-    )  # as for so short clips on a GPU
+    # As for so short clips on a GPU.
+    monkeypatch.setattr("pacevggt_patch.patching.state.pruning_pays", lambda *_: False)
     pace_quality = script("pace_quality")
     model = build_mini()
     for run in range(2):
         folder = tmp_path / f"run-{run}"
         folder.mkdir()
         for number, name in enumerate(("calibrated", "distilled", "pace")):
-            weights = PaceWeights.new(model)
+            weights = PaceWeights.new(model, mode="pre-aa")
             with torch.no_grad():
                 generator = torch.Generator().manual_seed(run)
                 weights.merge.out.bias.normal_(std=0.3 * number, generator=generator)
             weights.save(folder / f"{name}.safetensors")
-    arguments = ["--count", "1", "--frames", "2", "--keep-ratios", "0.2"]
+    arguments = ["--count", "1", "--frames", "2", "--keep-ratios", "0.2", "--mode", "pre-aa"]
     arguments += ["--runs", str(tmp_path / "run-0"), str(tmp_path / "run-1")]
     file, picture = tmp_path / "table.json", tmp_path / "table.png"
     assert pace_quality.main([*arguments, "--json", str(file), "--plot", str(picture)]) == 0
     report = json.loads(file.read_text())
+    assert (report["mode"], report["seeds"]) == ("pre-aa", [1_000_000])
     rows = {row["stage"]: row for row in report["rows"]}
     assert list(rows) == ["unpruned", "training-free", "calibrated", "distilled", "refined"]
     assert [row["runs"] for row in rows.values()] == [1, 1, 2, 2, 2]
@@ -352,6 +384,25 @@ def test_pace_quality(tmp_path, monkeypatch, capsys):
     assert "refined" in capsys.readouterr().out
 
 
+def test_head_errors(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    head_errors, file, picture = script("head_errors"), tmp_path / "heads.json", tmp_path / "heads.png"
+    real = head_errors.alone
+    # Four of the heads: each takes a forward.
+    monkeypatch.setattr(head_errors, "alone", lambda model, clips, *_: real(model, clips, 1, 4))
+    arguments = ["--count", "1", "--frames", "2", "--alone", "--json", str(file), "--plot", str(picture)]
+    assert head_errors.main(arguments) == 0
+    report = json.loads(file.read_text())
+    errors = torch.tensor(report["errors"])
+    assert errors.shape == (8, 4) and (errors > 0).all()
+    for block, head in report["full_heads"]:
+        assert errors[block, head] >= report["least_error"]
+    assert [len(row) for row in report["alone"]] == [4]
+    assert all(found["depth"] > 0 for found in report["alone"][0])
+    assert "full-attention heads (block, head): (" in capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
 def test_the_tables_of_the_documentation_are_those_of_the_results(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     tables = script("write_tables")
@@ -362,26 +413,20 @@ def test_the_tables_of_the_documentation_are_those_of_the_results(monkeypatch):
             tables.filled(text.replace(f"<!-- /{name} -->", ""), name, table())
 
 
-@pytest.mark.parametrize("heads", [0, 5])
-def test_train_step(heads, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("mode", "heads"), [("global", 5), ("global", 0), ("pre-aa", 0)])
+def test_train_step(mode, heads, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     train_step, file = script("train_step"), tmp_path / "step.json"
     arguments = ["--backbone", "mini", "--device", "cpu", "--size", "28", "42", "--views", "2", "3"]
-    arguments += ["--clips", "2", "--dense", "1", "--repeats", "2", "--json", str(file)]
-    with pytest.raises(
-        PaceError, match="^--matching-heads needs --dense-frames: without them no head can see"
-    ):
-        train_step.main([*arguments, "--matching-heads", "5"])
+    arguments += ["--clips", "2", "--supervised-frames", "1", "--repeats", "2", "--json", str(file)]
     seen, real = [], train_step.Fit.step
-    step = lambda fit, drawn: (seen.append(len(fit.weights.matching)), real(fit, drawn))  # noqa: E731
+    step = lambda fit, drawn: (seen.append(len(fit.weights.full_heads)), real(fit, drawn))  # noqa: E731
     monkeypatch.setattr(train_step.Fit, "step", step)
-    if heads:
-        arguments += ["--dense-frames", "--matching-heads", f"{heads}"]
-    assert train_step.main(arguments) == 0
+    assert train_step.main([*arguments, "--mode", mode, "--full-heads", f"{heads}"]) == 0
     assert set(seen) == {heads}
     report = json.loads(file.read_text())
     assert report["size"] == [28, 42] and report["checkpointing"] is False
-    assert (report["dense_frames"], report["matching_heads"]) == (heads > 0, heads)
+    assert (report["mode"], report["full_heads"], report["supervised"]) == (mode, heads, 1)
     settings = [(row["stage"], row["views"]) for row in report["rows"]]
     stages = ("calibrate", "distil", "refine")
     assert settings == [(stage, views) for views in (2, 3) for stage in stages]

@@ -1,3 +1,5 @@
+"""Weights by their Hub id, with the real client against a Hub on the loopback interface."""
+
 import os
 import subprocess
 import sys
@@ -36,10 +38,12 @@ def repository(hub, model, tmp_path):
     return repository
 
 
-def refused(source, message, cause):
+def refused(source, cause, *words):
     with pytest.raises(WeightsError) as caught:
         PaceWeights.load(source)
-    assert str(caught.value) == message
+    for word in (source.split("@")[0], *words):
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
     assert type(caught.value.__cause__).__name__ == cause
 
 
@@ -92,112 +96,70 @@ def test_offline_mode(hub, repository, monkeypatch):
     huggingface_hub.close_session()
     hub.requests.clear()
     assert PaceWeights.load("user/repo").training == {"note": "second"}
-    refused(
-        "user/other@v2",
-        "user/other@v2 is not in the Hub cache and HF_HUB_OFFLINE is set: unset it once to download pace.safetensors",
-        "LocalEntryNotFoundError",
-    )
+    refused("user/other@v2", "LocalEntryNotFoundError", "@v2", "HF_HUB_OFFLINE")
     assert hub.requests == []
 
 
 def test_hub_gone_and_nothing_cached(hub):
     hub.stop()
-    refused(
-        "user/repo",
-        "user/repo is not in the Hub cache and the Hub can't be reached: check the network and HF_ENDPOINT, or pass "
-        "a path to the file",
-        "LocalEntryNotFoundError",
-    )
-
-
-MISSING = (
-    "user/none is not on the Hugging Face Hub, or it is private: check the id, or log in with `hf auth login` or set "
-    "HF_TOKEN"
-)
+    refused("user/repo", "LocalEntryNotFoundError", "network", "HF_ENDPOINT")
 
 
 def test_no_such_repository(hub, monkeypatch):
-    refused("user/none", MISSING, "RepositoryNotFoundError")  # 401
+    refused("user/none", "RepositoryNotFoundError", "hf auth login")  # 401
     monkeypatch.setenv("HF_TOKEN", hub.token)
-    refused("user/none", MISSING, "RepositoryNotFoundError")  # 404
+    refused("user/none", "RepositoryNotFoundError", "check the id")  # 404
 
 
 def test_private_repository(hub, repository, monkeypatch):
     repository.private = True
-    refused("user/repo", MISSING.replace("none", "repo"), "RepositoryNotFoundError")
+    refused("user/repo", "RepositoryNotFoundError", "private", "HF_TOKEN")
     monkeypatch.setenv("HF_TOKEN", hub.token)
     assert PaceWeights.load("user/repo").training == {"note": "second"}
 
 
 def test_gated_repository(hub, repository):
     repository.gated = True
-    refused(
-        "user/repo",
-        "user/repo is gated: ask for access on its page, then log in with `hf auth login` or set HF_TOKEN",
-        "GatedRepoError",
-    )
+    refused("user/repo", "GatedRepoError", "gated", "hf auth login")
 
 
 def test_no_such_revision(repository):
-    refused(
-        "user/repo@v9",
-        "user/repo has no revision v9: check the branch, tag or commit after the @",
-        "RevisionNotFoundError",
-    )
+    refused("user/repo@v9", "RevisionNotFoundError", "no revision v9")
 
 
 def test_repository_of_something_else(hub):
     hub.repository("user/model").commit({"model.safetensors": b"123"})
-    refused(
-        "user/model",
-        "user/model holds no pace.safetensors, so it is not a repository of pace weights: check the id",
-        "RemoteEntryNotFoundError",
-    )
+    refused("user/model", "RemoteEntryNotFoundError", f"no {FILE}")
 
 
 def test_wrong_file_under_the_right_name(hub, tmp_path):
     hub.repository("user/model").commit({FILE: b"<html>no</html>"})
-    with pytest.raises(WeightsError, match=f"{FILE} is not a safetensors file, or is damaged: "):
+    with pytest.raises(WeightsError, match=f"{FILE} is not a safetensors file"):
         PaceWeights.load("user/model")
 
 
 def test_weights_of_another_backbone(repository):
     model = tiny_vggt(seed=1)
-    with pytest.raises(
-        WeightsError, match="^pace weights user/repo@main were trained for another checkpoint"
-    ):
+    with pytest.raises(WeightsError, match="user/repo@main .* another checkpoint"):
         accelerate(model, weights="user/repo")
     assert not pacevggt_patch.is_accelerated(model)
 
 
 def test_invalid_id(hub):
-    refused(
-        "user/re--po",
-        "user/re--po is not a valid Hub id: Cannot have -- or .. in repo_id: 'user/re--po'.",
-        "HFValidationError",
-    )
+    refused("user/re--po", "HFValidationError", "not a valid Hub id")
     assert hub.requests == []
 
 
 @pytest.mark.parametrize("status", [400, 403, 500])
 def test_the_hub_fails(hub, status):
     hub.failure = (status, "not today")
-    refused(
-        "user/repo",
-        f"user/repo is not in the Hub cache and the Hub answers with HTTP status {status}: try again later, or pass a "
-        "path to the file",
-        "LocalEntryNotFoundError",
-    )
+    refused("user/repo", "LocalEntryNotFoundError", f"HTTP status {status}", "again later")
 
 
 def test_a_rejected_token(hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_old")
     hub.failure = (401, "Invalid credentials in Authorization header")
-    refused(
-        "user/repo",
-        "user/repo can't be downloaded: the Hub rejects your token, log in with `hf auth login` or fix HF_TOKEN",
-        "HfHubHTTPError",
-    )
+    refused("user/repo", "HfHubHTTPError", "token", "hf auth login")
 
 
 def test_a_download_that_breaks_off(hub, repository, monkeypatch):
@@ -205,19 +167,21 @@ def test_a_download_that_breaks_off(hub, repository, monkeypatch):
         raise TimeoutError("timed out\nafter 10 s")
 
     monkeypatch.setattr("huggingface_hub.file_download.http_get", stall)
-    refused("user/repo", "user/repo can't be downloaded: timed out", "TimeoutError")
+    refused("user/repo", "TimeoutError", "timed out")
 
 
-def test_upload_and_download(hub, model, tmp_path):
-    weights = PaceWeights.new(model, keep_ratios=[0.3], training={"steps": 1})
+@pytest.mark.parametrize("mode", ["global", "pre-aa"])
+def test_upload_and_download(hub, model, tmp_path, mode):
+    weights = PaceWeights.new(model, mode=mode, keep_ratios=[0.3], training={"steps": 1})
     weights.save(tmp_path / FILE)
     api = HfApi(endpoint=hub.url, token=hub.token)
     api.create_repo("me/mine", exist_ok=True)
     api.upload_file(path_or_fileobj=tmp_path / FILE, path_in_repo=FILE, repo_id="me/mine")
     loaded = PaceWeights.load("me/mine")
-    assert loaded.keep_ratios == (0.3,)
-    for name, tensor in weights.restoration.state_dict().items():
-        assert torch.equal(tensor, loaded.restoration.state_dict()[name])
+    assert loaded.keep_ratios == (0.3,) and loaded.mode == mode
+    found = loaded.modules().state_dict()
+    for name, tensor in weights.modules().state_dict().items():
+        assert torch.equal(tensor, found[name])
 
 
 def run_example(hub, tmp_path, **environment):

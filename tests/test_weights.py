@@ -1,26 +1,51 @@
+"""Pace weights: made, saved and loaded, matched with a model, and chosen by `accelerate`."""
+
 import json
 import os
-import re
-import warnings
 from dataclasses import replace
 
 import pytest
 import torch
-from hosts import random_images, tiny_vggt
+from hosts import random_images, run, tiny_vggt
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import pacevggt_patch
-from pacevggt_patch import PaceError, PaceWeights, UnsupportedModelError, WeightsError, accelerate
-from pacevggt_patch.hosts.vggt import find_host
-from pacevggt_patch.weights.pace import pace as weights_module
-from pacevggt_patch.weights.pace import resolve
-
-ACCEPTED = (
-    'weights must be "auto", None, a path to a .safetensors file, a Hugging Face Hub id "user/repo[@revision]", '
-    "or PaceWeights"
+from pacevggt_patch import (
+    PaceConfig,
+    PaceError,
+    PaceWeights,
+    UnsupportedModelError,
+    WeightsError,
+    accelerate,
+    is_accelerated,
+    remove,
+    summary,
 )
-SPEC = "C=32, 4+4 blocks, 2 heads, patch 14, 5 special tokens, cached layers 0/1/2/3"
+from pacevggt_patch.hosts.base import find_host
+from pacevggt_patch.weights import cache as kept
+from pacevggt_patch.weights import pace
+from pacevggt_patch.weights.resolve import resolve
+
+MODES = ["global", "pre-aa"]
+MODULES = {
+    "global": {"scorer", "block_deltas"},
+    "pre-aa": {"scorer", "merge", "restoration", "block_deltas"},
+}
+
+
+def trained(model, mode, **fields):
+    """Weights that change the outputs."""
+    weights = PaceWeights.new(
+        model, mode=mode, keep_ratios=(0.3, 0.5), training={"steps": 12, "loss": [0.5, 0.25]}
+    )
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in weights.modules().parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    if mode == "global":
+        weights.full_heads = ((1, 0), (2, 1))
+    return replace(weights, **fields)
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +54,13 @@ def model():
 
 
 @pytest.fixture
-def weights(model):
-    """Weights that change the outputs."""
-    weights = PaceWeights.new(model, keep_ratios=(0.3, 0.5), training={"steps": 12, "loss": [0.5, 0.25]})
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in weights.modules().parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return weights
+def host(model):
+    return find_host(model)
+
+
+@pytest.fixture(params=MODES)
+def weights(model, request):
+    return trained(model, request.param)
 
 
 @pytest.fixture
@@ -50,79 +74,93 @@ def tensors_of(weights):
     return weights.modules().state_dict()
 
 
-def rewrite(path, *, metadata=(), drop=(), tensors=()):
-    """Change a weight file: metadata and tensors are merged into what it holds."""
-    with safe_open(path, "pt") as opened:
-        old = opened.metadata()
-    new = {**old, **{name: json.dumps(value) for name, value in dict(metadata).items()}}
-    for name in drop:
-        del new[name]
-    save_file({**load_file(path), **dict(tensors)}, path, new)
+def same(first, second):
+    """Whether two objects hold the same, to the bit; where they came from is left aside."""
+    for name in ("backbone", "fingerprints", "mode", "full_heads", "keep_ratios", "training", "library_version"):
+        if getattr(first, name) != getattr(second, name):
+            return False
+    one, other = tensors_of(first), tensors_of(second)
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-def refused(path, message):
-    with pytest.raises(WeightsError) as caught:
-        PaceWeights.load(path)
-    assert str(caught.value) == message
+# ---- new
 
 
-# --- new
-
-
-def test_new_is_reproducible_and_leaves_the_random_state_alone(model):
+@pytest.mark.parametrize("mode", MODES)
+def test_new_is_reproducible_and_leaves_the_random_state_alone(model, mode):
     before = torch.get_rng_state()
-    first = PaceWeights.new(model)
+    first = PaceWeights.new(model, mode=mode)
+    assert torch.equal(torch.get_rng_state(), before)
     torch.rand(3)
-    second = PaceWeights.new(model)
-    torch.set_rng_state(before)
-    expected = torch.rand(5)
-    torch.set_rng_state(before)
-    PaceWeights.new(model)
-    assert torch.equal(torch.rand(5), expected)
-    for name, tensor in tensors_of(first).items():
-        assert torch.equal(tensor, tensors_of(second)[name]), name
+    assert same(first, PaceWeights.new(model, mode=mode))
+    assert set(first.modules()) == MODULES[mode] and first.mode == mode and first.full_heads == ()
 
 
-def test_new_weights_change_nothing(model):
-    images = random_images()
-    with torch.inference_mode():
-        free = accelerate(model, weights=None)(images)
-        untrained = accelerate(model, weights=PaceWeights.new(model))(images)
-    pacevggt_patch.remove(model)
+@pytest.mark.parametrize("mode", MODES)
+def test_new_weights_change_nothing(mode):
+    model, images = tiny_vggt(), random_images()
+    free = run(accelerate(model, weights=None, mode=mode, min_frames=1), images)
+    untrained = run(accelerate(model, weights=PaceWeights.new(model, mode=mode), min_frames=1), images)
+    assert summary(model).config.mode == mode
     torch.testing.assert_close(untrained["depth"], free["depth"])
     torch.testing.assert_close(untrained["pose_enc"], free["pose_enc"])
 
 
-def test_new_is_float32_in_evaluation_mode_on_a_narrow_model():
-    weights = PaceWeights.new(tiny_vggt().bfloat16())
+@pytest.mark.parametrize("mode", MODES)
+def test_new_is_float32_in_evaluation_mode_on_a_narrow_model(mode):
+    weights = PaceWeights.new(tiny_vggt().bfloat16(), mode=mode)
     assert set(weights.fingerprints) == {"bfloat16"}
-    assert not weights.scorer.training
-    assert not weights.restoration.training
-    assert {t.dtype for t in tensors_of(weights).values()} == {torch.float32}
+    assert not any(module.training for module in weights.modules().values())
+    assert {tensor.dtype for tensor in tensors_of(weights).values()} == {torch.float32}
 
 
-def test_new_refuses_what_is_no_vggt():
-    with pytest.raises(UnsupportedModelError, match="Linear has no submodule 'aggregator'"):
+def test_new_made_in_inference_mode_can_be_trained(model):
+    with torch.inference_mode():
+        weights = PaceWeights.new(model)
+    assert not any(p.is_inference() for p in weights.modules().parameters())
+
+
+def test_new_refuses_what_it_can_not_be_for(model):
+    with pytest.raises(UnsupportedModelError, match="Linear"):
         PaceWeights.new(torch.nn.Linear(2, 2))
+    with pytest.raises(WeightsError, match="'dense'"):
+        PaceWeights.new(model, mode="dense")
+    with pytest.raises(UnsupportedModelError, match="meta device"):
+        PaceWeights.new(tiny_vggt().to("meta"))
 
 
-# --- save and load
+# ---- save and load
 
 
 def test_round_trip(weights, file):
     loaded = PaceWeights.load(file)
-    assert (loaded.backbone, loaded.fingerprints) == (weights.backbone, weights.fingerprints)
-    assert loaded.keep_ratios == (0.3, 0.5)
-    assert loaded.training == {"steps": 12, "loss": [0.5, 0.25]}
-    assert loaded.library_version == pacevggt_patch.__version__
-    assert loaded.source == str(file)
-    assert not loaded.scorer.training
-    assert not loaded.restoration.training
-    assert tensors_of(loaded).keys() == tensors_of(weights).keys()
-    for name, tensor in tensors_of(loaded).items():
-        assert tensor.dtype == torch.float32
-        assert torch.equal(tensor, tensors_of(weights)[name]), name
-    assert all(p.requires_grad for p in loaded.scorer.parameters())
+    assert same(loaded, weights) and loaded.source == str(file)
+    assert not any(module.training for module in loaded.modules().values())
+    assert {tensor.dtype for tensor in tensors_of(loaded).values()} == {torch.float32}
+    assert all(p.requires_grad for p in loaded.modules().parameters())
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("without", [("scorer",), ("block_deltas",), ("scorer", "block_deltas")])
+def test_any_module_may_be_missing(model, mode, without, tmp_path):
+    weights = trained(model, mode, **dict.fromkeys(without))
+    weights.save(tmp_path / "some.safetensors")
+    loaded = PaceWeights.load(tmp_path / "some.safetensors")
+    assert same(loaded, weights) and set(loaded.modules()) == MODULES[mode] - set(without)
+    run(accelerate(tiny_vggt(), weights=loaded, min_frames=1), random_images())
+
+
+def test_a_file_of_heads_only(host, tmp_path):
+    weights = PaceWeights.of_heads(host, ((0, 1), (2, 0)), {"clips": "three"})
+    weights.save(tmp_path / "heads.safetensors")
+    loaded = PaceWeights.load(tmp_path / "heads.safetensors")
+    assert same(loaded, weights) and loaded.full_heads == ((0, 1), (2, 0)) and not loaded.modules()
+    assert (tmp_path / "heads.safetensors").stat().st_size < 4096
+    model = accelerate(tiny_vggt(), weights=loaded, min_frames=1)
+    plain = accelerate(tiny_vggt(), weights=None, min_frames=1)
+    images = random_images()
+    assert not torch.allclose(run(model, images)["depth"], run(plain, images)["depth"], rtol=1e-5)
+    assert "2 full-attention heads" in summary(model).weights and "calibrated" in summary(model).weights
 
 
 def test_loading_leaves_the_random_state_alone(file):
@@ -131,47 +169,54 @@ def test_loading_leaves_the_random_state_alone(file):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_loaded_weights_give_the_same_predictions(model, weights, file):
-    images = random_images()
+def test_loading_in_inference_mode_gives_weights_that_can_be_trained(file):
     with torch.inference_mode():
-        free = accelerate(model, weights=None)(images)
-        direct = accelerate(model, weights=weights)(images)
-        loaded = accelerate(model, weights=str(file))(images)
-    pacevggt_patch.remove(model)
+        loaded = PaceWeights.load(file)
+    assert not any(p.is_inference() for p in loaded.modules().parameters())
+
+
+def test_loaded_weights_give_the_same_predictions(weights, file):
+    model, images = tiny_vggt(), random_images()
+    free = run(accelerate(model, weights=None, mode=weights.mode, min_frames=1), images)
+    direct = run(accelerate(model, weights=weights, min_frames=1), images)
+    loaded = run(accelerate(model, weights=str(file), min_frames=1), images)
     assert torch.equal(direct["depth"], loaded["depth"])
     assert not torch.allclose(direct["depth"], free["depth"])
 
 
-def test_the_file_is_plain_safetensors_with_json_metadata(file):
+def test_the_file_is_plain_safetensors_with_json_metadata(weights, file):
     with safe_open(file, "pt") as opened:
         metadata = {name: json.loads(text) for name, text in opened.metadata().items()}
-    assert metadata["kind"] == "pace weights"
-    assert metadata["format"] == 5
-    assert metadata["dense_frames"] is False and metadata["full_strength"] == 0.15
-    assert metadata["distinctness"] == 0.15 and metadata["matching_heads"] == []
-    assert metadata["hidden_dims"]["adaptation"] == 16
-    assert metadata["adapted"]["global_blocks.3.attn.qkv.weight"] == [96, 32]
-    assert metadata["backbone"]["embed_dim"] == 32
-    assert metadata["backbone"]["cached_layers"] == [0, 1, 2, 3]
+    assert (metadata["kind"], metadata["format"], metadata["mode"]) == ("pace weights", 6, weights.mode)
+    assert metadata["full_heads"] == [list(head) for head in weights.full_heads]
+    assert set(metadata["modules"]) == MODULES[weights.mode]
+    assert metadata["modules"]["block_deltas"]["shapes"]["global_blocks.3.attn.qkv.weight"] == [96, 32]
+    assert metadata["modules"]["block_deltas"]["rank"] == 16
+    assert metadata["backbone"]["family"] == "vggt" and metadata["backbone"]["embed_dim"] == 32
     assert set(metadata["fingerprints"]) == {"float32", "bfloat16", "float16"}
+    assert len(metadata["digest"]) == 64
 
 
 def test_other_widths_load(model, tmp_path):
+    from pacevggt_patch.method.block_deltas import BlockDeltas
     from pacevggt_patch.method.merging import MergeAdapter
     from pacevggt_patch.method.restoration import FeatureGuidedRestoration
     from pacevggt_patch.method.scoring import TokenScorer
 
+    plain = PaceWeights.new(model, mode="pre-aa")
     wide = replace(
-        PaceWeights.new(model),
-        scorer=TokenScorer(32, 40),
+        plain,
+        scorer=TokenScorer(32, 40, 0.25),
         merge=MergeAdapter(32, 12),
         restoration=FeatureGuidedRestoration(32, (0, 1, 2, 3), 24),
+        block_deltas=BlockDeltas(plain.block_deltas.shapes(), 5, 0.4),
     )
     wide.save(tmp_path / "wide.safetensors")
     loaded = PaceWeights.load(tmp_path / "wide.safetensors")
-    assert loaded.scorer.hidden.out_features == 40
-    assert loaded.merge.mix.out_features == 12
+    assert same(loaded, wide)
+    assert (loaded.scorer.hidden.out_features, loaded.scorer.distinctness_weight) == (40, 0.25)
     assert loaded.restoration.hidden[0].out_features == 24
+    assert (loaded.block_deltas.rank, loaded.block_deltas.full_strength) == (5, 0.4)
 
 
 def test_saving_over_a_loaded_file_keeps_both(weights, file):
@@ -182,9 +227,8 @@ def test_saving_over_a_loaded_file_keeps_both(weights, file):
     weights.save(file)
     file_now = PaceWeights.load(file)
     file.unlink()
-    for name, tensor in tensors_of(loaded).items():
-        assert torch.equal(tensor, kept[name])
-    assert torch.equal(file_now.scorer.out.weight, weights.scorer.out.weight)
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in tensors_of(loaded).items())
+    assert same(file_now, weights)
 
 
 def test_a_failed_save_leaves_the_old_file_and_no_other(weights, file, monkeypatch):
@@ -194,30 +238,42 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(weights, file, monkeypat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(WeightsError) as caught:
+    with pytest.raises(WeightsError, match="No space left") as caught:
         weights.save(file)
-    assert str(caught.value) == f"can't save pace weights to {file}: [Errno 28] No space left on device"
-    assert isinstance(caught.value.__cause__, OSError)
-    assert file.read_bytes() == old
-    assert os.listdir(file.parent) == [file.name]
+    assert str(file) in str(caught.value) and isinstance(caught.value.__cause__, OSError)
+    assert file.read_bytes() == old and os.listdir(file.parent) == [file.name]
 
 
 def test_eight_bits_are_a_quarter_of_the_size_and_close(weights, file, tmp_path):
     small = tmp_path / "small.safetensors"
     weights.save(small, eight_bits=True)
-    with safe_open(file, "pt") as whole, safe_open(small, "pt") as rounded:
-        assert rounded.metadata() == whole.metadata()
-    assert sum(t.nbytes for t in load_file(small).values()) < 0.4 * sum(
-        t.nbytes for t in load_file(file).values()
-    )
-    found, wanted = tensors_of(PaceWeights.load(small)), tensors_of(PaceWeights.load(file))
+    size = {path: sum(t.nbytes for t in load_file(path).values()) for path in (file, small)}
+    assert size[small] < 0.4 * size[file]
+    loaded, wanted = PaceWeights.load(small), tensors_of(weights)
+    found = tensors_of(loaded)
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert (found[name] - tensor).abs().max() <= tensor.abs().max() / 200, name
-    with torch.no_grad():
-        weights.scorer.hidden.weight[0, 0] = torch.nan
-    with pytest.raises(WeightsError):
-        weights.save(small, eight_bits=True)
+    assert (loaded.full_heads, loaded.mode, loaded.training) == (weights.full_heads, weights.mode, weights.training)
+
+
+def test_a_file_of_lower_rank(weights, file, tmp_path):
+    small = tmp_path / "small.safetensors"
+    for wrong in (0, 17, True, 2.5, "8"):
+        with pytest.raises(WeightsError, match="from 1 to 16"):
+            weights.save(small, rank=wrong)
+    assert not small.exists()
+    weights.save(small, rank=3, eight_bits=True)
+    loaded, nearest = PaceWeights.load(small), weights.block_deltas.nearest(3)
+    assert loaded.block_deltas.rank == 3 and weights.block_deltas.rank == 16
+    assert small.stat().st_size < file.stat().st_size / 3
+    for name, up in nearest.up.items():
+        wanted = up @ nearest.down[name]
+        found = loaded.block_deltas.up[name] @ loaded.block_deltas.down[name]
+        torch.testing.assert_close(found, wanted, rtol=0.05, atol=0.02 * max(wanted.abs().max().item(), 1e-6))
+    without = replace(weights, block_deltas=None)
+    with pytest.raises(WeightsError, match="rank"):
+        without.save(small, rank=3)
 
 
 def test_the_saved_file_has_the_usual_permissions(file):
@@ -226,267 +282,78 @@ def test_the_saved_file_has_the_usual_permissions(file):
     assert file.stat().st_mode == plain.stat().st_mode
 
 
-def test_save_says_that_the_folder_is_missing(weights, tmp_path):
-    path = tmp_path / "none" / "pace.safetensors"
-    with pytest.raises(WeightsError) as caught:
-        weights.save(path)
-    assert str(caught.value) == (
-        f"can't save pace weights to {path}: the folder {path.parent} does not exist, create it first"
-    )
-
-
-def test_save_refuses_training_notes_that_are_not_json(weights, tmp_path):
-    weights.training["loss"] = torch.ones(1)
-    with pytest.raises(WeightsError, match="its metadata is not JSON: Object of type Tensor"):
-        weights.save(tmp_path / "pace.safetensors")
+def test_what_can_not_be_saved(model, tmp_path):
+    path = tmp_path / "pace.safetensors"
+    with pytest.raises(WeightsError, match="none does not exist"):
+        trained(model, "global").save(tmp_path / "none" / "pace.safetensors")
+    with pytest.raises(WeightsError, match="not JSON"):
+        trained(model, "global", training={"loss": torch.ones(1)}).save(path)
+    for eight_bits in (False, True):
+        broken = trained(model, "global")
+        with torch.no_grad():
+            broken.scorer.hidden.weight[0, 0] = torch.nan
+        with pytest.raises(WeightsError, match=r"scorer\.hidden\.weight"):
+            broken.save(path, eight_bits=eight_bits)
     assert os.listdir(tmp_path) == []
 
 
-def test_save_refuses_nan(weights, tmp_path):
-    with torch.no_grad():
-        weights.scorer.out.bias.fill_(torch.nan)
-    path = tmp_path / "pace.safetensors"
-    with pytest.raises(WeightsError) as caught:
-        weights.save(path)
-    assert str(caught.value) == f"{path}: NaN or infinity in scorer.out.bias"
+# ---- check
 
 
-# --- files that are refused
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_weights_fit_the_model_in_every_dtype(weights, dtype):
+    weights.check(find_host(tiny_vggt().to(dtype)))
 
 
-def test_missing_file(tmp_path):
-    refused(tmp_path / "none.safetensors", f"{tmp_path}/none.safetensors does not exist")
-
-
-def test_folder(tmp_path):
-    refused(tmp_path, f"{tmp_path} is a folder: pass the file with the pace weights in it")
-
-
-@pytest.mark.parametrize("content", [b"", b"hello", b"\x80\x04\x95" + b"\x00" * 100, b"\xff" * 4096])
-def test_not_safetensors(tmp_path, content):
-    path = tmp_path / "pace.safetensors"
-    path.write_bytes(content)
-    with pytest.raises(WeightsError, match=f"^{path} is not a safetensors file, or is damaged: "):
-        PaceWeights.load(path)
-
-
-@pytest.mark.parametrize("share", [0.01, 0.5, 0.999])
-def test_truncated(file, share):
-    content = file.read_bytes()
-    file.write_bytes(content[: int(share * len(content))])
-    with pytest.raises(WeightsError, match=f"^{file} is not a safetensors file, or is damaged: "):
-        PaceWeights.load(file)
-
-
-def test_without_metadata(file):
-    save_file(load_file(file), file)
-    refused(file, f"{file} does not hold pace weights: its metadata does not say so")
-
-
-def test_metadata_that_is_not_json(file):
-    save_file(load_file(file), file, {"kind": "pace weights", "format": "1"})
-    refused(file, f"{file} does not hold pace weights: its metadata does not say so")
-
-
-def test_other_kind(file):
-    rewrite(file, metadata={"kind": "a VGGT-mini checkpoint"})
-    refused(file, f"{file} does not hold pace weights: it says it holds a VGGT-mini checkpoint")
-
-
-@pytest.mark.parametrize("version", [2, 3, 4, 5])
-def test_the_strength_of_older_files(file, tmp_path, version):
-    """They were trained with block changes in full force up to 0.6; a newer one says itself."""
-    rewrite(file, metadata={"format": version, "full_strength": 0.3})
-    weights = PaceWeights.load(file)
-    assert weights.adaptation.full_strength == (0.3 if version > 3 else 0.6)
-    weights.save(tmp_path / "again.safetensors")
-    assert PaceWeights.load(tmp_path / "again.safetensors").adaptation.full_strength == (
-        weights.adaptation.full_strength
-    )
-
-
-@pytest.mark.parametrize("version", [4, 5])
-def test_distinctness_and_matching_heads_of_older_files(file, tmp_path, version):
-    """They were trained with other tokens, and for heads that all see few."""
-    rewrite(file, metadata={"format": version, "distinctness": 0.25, "matching_heads": [[1, 0]]})
-    weights = PaceWeights.load(file)
-    assert (weights.scorer.distinctness_weight, weights.matching) == (
-        (0.25, ((1, 0),)) if version == 5 else (0.0, ())
-    )
-    weights.save(tmp_path / "again.safetensors")
-    again = PaceWeights.load(tmp_path / "again.safetensors")
-    assert (again.scorer.distinctness_weight, again.matching) == (
-        weights.scorer.distinctness_weight,
-        weights.matching,
-    )
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("distinctness", v) for v in (None, -0.1, 2, "much")]
-    + [
-        ("matching_heads", v)
-        for v in (None, [1], [["a", 0]], [[1.0, 0]], [[True, 0]], [[-1, 0]], [[1, 0], [1, 0]])
-    ],
-)
-def test_other_fields_out_of_range(file, name, value):
-    rewrite(file, metadata={name: value})
-    with pytest.raises(WeightsError, match="has damaged metadata"):
-        PaceWeights.load(file)
-
-
-@pytest.mark.parametrize("value", [None, 2, 0, "much"])
-def test_a_strength_out_of_range(file, value):
-    rewrite(file, metadata={"full_strength": value})
-    with pytest.raises(WeightsError, match="has damaged metadata"):
-        PaceWeights.load(file)
-
-
-def test_a_file_of_lower_rank(file, tmp_path):
-    weights = PaceWeights.load(file)
-    for wrong in (0, 17, True, 2.5, "8"):
-        with pytest.raises(WeightsError) as error:
-            weights.save(tmp_path / "small.safetensors", rank=wrong)
-        assert str(error.value) == f"rank must be a whole number from 1 to 16, got {wrong!r}"
-    assert not (tmp_path / "small.safetensors").exists()
-    weights.save(tmp_path / "small.safetensors", rank=3, eight_bits=True)
-    small = PaceWeights.load(tmp_path / "small.safetensors")
-    assert small.adaptation.rank == 3 and weights.adaptation.rank == 16
-    assert (tmp_path / "small.safetensors").stat().st_size < file.stat().st_size / 3
-    for name, up in weights.adaptation.nearest(3).up.items():
-        wanted = up @ weights.adaptation.nearest(3).down[name]
-        found = small.adaptation.up[name] @ small.adaptation.down[name]
-        torch.testing.assert_close(found, wanted, rtol=0.05, atol=0.02 * max(wanted.abs().max().item(), 1e-6))
-
-
-def test_newer_format(file):
-    rewrite(file, metadata={"format": 6})
-    refused(
-        file,
-        f"{file} has format 6, this version of pacevggt-patch reads up to 5: "
-        "upgrade with `pip install -U pacevggt-patch`",
-    )
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["backbone", "hidden_dims", "adapted", "fingerprints", "keep_ratios", "training", "library_version"],
-)
-def test_missing_field(file, name):
-    rewrite(file, drop=[name])
-    refused(file, f"{file} has damaged metadata: KeyError: '{name}'")
-
-
-@pytest.mark.parametrize(
-    "metadata",
-    [
-        {"backbone": 3},
-        {"backbone": {"embed_dim": 32, "cached_layers": [0]}},
-        {"hidden_dims": {"scorer": "8", "merge": 16, "restoration": 16, "adaptation": 4}},
-        {"hidden_dims": {"scorer": -8, "merge": 16, "restoration": 16, "adaptation": 4}},
-        {"adapted": {"frame_blocks.0.attn.proj.weight": ["a", "b"]}},
-        {"adapted": {"a.b": [4, 0]}},
-        {"adapted": [1]},
-        {"keep_ratios": ["most"]},
-        {"fingerprints": [1]},
-        {"training": 7},
-    ],
-)
-def test_damaged_field(file, metadata):
-    rewrite(file, metadata=metadata)
-    with pytest.raises(WeightsError, match=f"^{file} has damaged metadata: "):
-        PaceWeights.load(file)
-
-
-def test_tensors_that_do_not_fit(file):
-    tensors = load_file(file)
-    tensors["scorer.out.weight"] = torch.zeros(1, 9)
-    tensors["extra"] = tensors.pop("scorer.out.bias")
-    with safe_open(file, "pt") as opened:
-        metadata = opened.metadata()
-    save_file(tensors, file, metadata)
-    refused(
-        file,
-        f"{file} has the wrong tensors: scorer.out.bias is missing, extra is unknown, "
-        "scorer.out.weight is [1, 9] instead of [1, 8]",
-    )
-
-
-def test_many_wrong_tensors_are_counted(file):
-    rewrite(file, metadata={"hidden_dims": {"scorer": 9, "merge": 16, "restoration": 17, "adaptation": 16}})
-    with pytest.raises(
-        WeightsError, match=r"scorer.hidden.weight is \[8, 32\] instead of \[9, 32\].* and \d+ more$"
-    ):
-        PaceWeights.load(file)
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_non_finite_tensor(file, value):
-    rewrite(file, tensors={"restoration.log_spread": torch.tensor(value)})
-    refused(file, f"{file}: NaN or infinity in restoration.log_spread")
-
-
-def test_huge_widths_in_damaged_metadata_allocate_nothing(file):
-    rewrite(
-        file,
-        metadata={
-            "hidden_dims": {"scorer": 2**40, "merge": 2**20, "restoration": 2**40, "adaptation": 2**40}
-        },
-    )
-    with pytest.raises(WeightsError, match="has the wrong tensors"):
-        PaceWeights.load(file)
-
-
-# --- check
-
-
-def test_fits_the_model_in_every_dtype(model, weights):
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        weights.check(find_host(tiny_vggt().to(dtype)))
-
-
-def test_weights_from_a_narrow_model_fit_the_same_model_in_float32():
+def test_weights_of_a_narrow_model_fit_the_same_model_in_float32():
     weights = PaceWeights.new(tiny_vggt().bfloat16())
     weights.check(find_host(tiny_vggt()))
     weights.check(find_host(tiny_vggt().bfloat16().float()))
 
 
-def test_weights_from_a_narrow_model_can_not_be_told_from_another_narrow_dtype():
+def test_weights_of_a_narrow_model_can_not_be_told_from_another_narrow_dtype():
     weights = PaceWeights.new(tiny_vggt().bfloat16())
-    with pytest.raises(WeightsError) as caught:
+    with pytest.raises(WeightsError, match="bfloat16 model, this model is float16"):
         weights.check(find_host(tiny_vggt().half()))
-    assert str(caught.value) == (
-        "pace weights new were trained on a bfloat16 model, this model is float16, so whether they belong together "
-        "can't be told: load the model in the first dtype"
-    )
 
 
-def test_another_checkpoint_is_refused(weights):
-    host = find_host(tiny_vggt(seed=1))
+def test_another_checkpoint_is_refused_by_both_fingerprints(weights):
+    other = PaceWeights.new(tiny_vggt(seed=1))
     with pytest.raises(WeightsError, match="another checkpoint") as caught:
-        weights.check(host)
-    mine = weights.fingerprints["bfloat16"][:12]
-    theirs = PaceWeights.new(tiny_vggt(seed=1)).fingerprints["bfloat16"][:12]
-    assert str(caught.value) == (
-        f"pace weights new were trained for another checkpoint (fingerprint {mine}) than this model's ({theirs}): "
-        "train weights for this one, or pass weights=None"
-    )
+        weights.check(find_host(tiny_vggt(seed=1)))
+    dtype = "bfloat16"
+    for print_ in (weights.fingerprints[dtype], other.fingerprints[dtype]):
+        assert print_[:12] in str(caught.value)
 
 
-@pytest.mark.parametrize("field", ["embed_dim", "depth", "num_heads", "patch_size", "special_tokens"])
-def test_other_dimensions_are_refused(model, weights, field):
-    other = replace(weights, backbone=replace(weights.backbone, **{field: 48}), source="other.safetensors")
-    with pytest.raises(WeightsError) as caught:
-        other.check(find_host(model))
-    assert str(caught.value) == (
-        f"pace weights other.safetensors are for a VGGT with {other.backbone}; this model has {SPEC}"
-    )
+@pytest.mark.parametrize("changed", ["family", "embed_dim", "depth", "num_heads", "patch_size", "special_tokens"])
+def test_other_dimensions_and_families_are_refused_by_name(host, weights, changed):
+    value = "pi3" if changed == "family" else 48
+    other = replace(weights, backbone=replace(weights.backbone, **{changed: value}), source="other.safetensors")
+    with pytest.raises(WeightsError, match=r"other\.safetensors") as caught:
+        other.check(host)
+    assert str(other.backbone) in str(caught.value) and str(host.spec()) in str(caught.value)
+    assert str(value) in str(caught.value)
 
 
-def test_layers_that_a_head_reads_must_be_known(model, weights):
+@pytest.mark.parametrize(("head", "named"), [((4, 0), "block 4"), ((0, 2), "head 2")])
+def test_heads_that_the_model_does_not_have_are_refused(host, head, named):
+    with pytest.raises(WeightsError, match=named):
+        PaceWeights.of_heads(host, (head,), {}).check(host)
+
+
+def test_deltas_of_other_parameters_are_refused(host, model):
+    from pacevggt_patch.method.block_deltas import BlockDeltas
+
+    deltas = BlockDeltas({"global_blocks.9.attn.qkv.weight": (96, 32)})
+    with pytest.raises(WeightsError, match=r"global_blocks\.9\.attn\.qkv\.weight"):
+        trained(model, "global", block_deltas=deltas).check(host)
+
+
+def test_layers_that_a_head_reads_must_be_known(host, weights):
     weights.backbone = replace(weights.backbone, cached_layers=(0, 1))
-    with pytest.raises(WeightsError, match="cached layers 0/1; this model has"):
-        weights.check(find_host(model))
+    with pytest.raises(WeightsError, match="cached layers 0/1"):
+        weights.check(host)
 
 
 def test_a_model_without_dense_heads_takes_any_layers(weights):
@@ -502,110 +369,157 @@ def test_a_host_that_does_not_tell_its_heads_is_judged_by_the_rest(weights):
     weights.check(find_host(model))
 
 
-def test_accelerate_leaves_the_model_alone_when_weights_do_not_fit(weights):
-    model = tiny_vggt(seed=1)
-    with pytest.raises(WeightsError):
-        accelerate(model, weights=weights)
-    assert not pacevggt_patch.is_accelerated(model)
+# ---- the user's object
 
 
-# --- to, str
+@pytest.mark.parametrize("inference", [False, True])
+def test_accelerate_leaves_the_users_object_alone(weights, inference):
+    parts = {name: module for name, module in weights.modules().items()}
+    values = {name: value.clone() for name, value in tensors_of(weights).items()}
+    for module in parts.values():
+        module.train()
+    model = tiny_vggt().double()
+    with torch.inference_mode(inference):
+        accelerate(model, weights=weights, min_frames=1)
+        model(random_images().double())
+        accelerate(model, 0.5, weights=weights)
+    assert weights.modules().keys() == parts.keys()
+    for name, module in parts.items():
+        assert getattr(weights, name) is module
+        assert all(part.training for part in module.modules())
+        assert all(p.requires_grad and not p.is_inference() for p in module.parameters())
+    assert all(torch.equal(value, values[name]) for name, value in tensors_of(weights).items())
+    shown = summary(model).weights
+    with torch.no_grad():
+        for parameter in weights.modules().parameters():
+            parameter.zero_()
+    weights.full_heads, weights.source = ((3, 1),), "changed"
+    assert summary(model).weights == shown
+    remove(model)
 
 
-def test_to_is_in_place_and_free_when_already_there(weights, monkeypatch):
+def test_to_is_in_place_and_free_when_already_there(weights):
     parameter = weights.scorer.out.weight
-    monkeypatch.setattr(weights.scorer, "to", lambda *_: pytest.fail("moved"))
-    assert weights.to("cpu") is weights
-    assert weights.scorer.out.weight is parameter
+    assert weights.to("cpu") is weights and weights.scorer.out.weight is parameter
 
 
 def test_to_in_inference_mode_keeps_the_weights_trainable(weights):
     with torch.inference_mode():
         weights.to("meta")
-    assert weights.scorer.out.weight.device.type == "meta"
-    assert weights.restoration.log_spread.device.type == "meta"
-    assert not weights.scorer.out.weight.is_inference()
+    for parameter in weights.modules().parameters():
+        assert parameter.device.type == "meta" and not parameter.is_inference()
 
 
-def test_str_is_one_line(model, weights, file):
-    count = sum(t.numel() for t in tensors_of(weights).values())
-    version = pacevggt_patch.__version__
-    assert str(PaceWeights.load(file)) == (
-        f"{file} (trained for keep ratios 0.3 to 0.5; {count:,d} parameters; pacevggt-patch {version})"
-    )
-    assert str(PaceWeights.new(model)) == (
-        f"new (no keep ratios recorded; {count:,d} parameters; pacevggt-patch {version})"
-    )
+def test_str_is_one_line_that_says_what_they_are(model, weights, file):
+    count = sum(tensor.numel() for tensor in tensors_of(weights).values())
+    text = str(PaceWeights.load(file))
+    assert text.startswith(f"{file} (") and "\n" not in text
+    for said in (f"{weights.mode} pruning", "trained for keep ratios 0.3 to 0.5", f"{count:,d} parameters"):
+        assert said in text
+    assert ("2 full-attention heads" in text) == (weights.mode == "global")
+    assert pacevggt_patch.__version__ in text
+    one = PaceWeights.of_heads(find_host(model), ((1, 0),), {})
+    assert "1 full-attention head;" in str(one) and "parameters" not in str(one)
 
 
-# --- resolve
+# ---- what accelerate takes
 
 
-def test_none_is_training_free_without_a_word(model):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert resolve(None, find_host(model)) is None
+def chosen(weights, host, **settings):
+    return resolve(weights, PaceConfig(**settings), host)
 
 
-def test_auto_without_bundled_weights_warns_once_at_the_call(monkeypatch):
-    monkeypatch.setattr(weights_module, "bundled_files", lambda _: [])
+@pytest.mark.parametrize(
+    ("settings", "mode"),
+    [({}, "global"), ({"mode": "pre-aa"}, "pre-aa"), ({"merge_budget": 0.2}, "pre-aa"), ({"mode": "global"}, "global")],
+)
+def test_without_weights_the_settings_choose_the_mode(host, settings, mode):
+    assert chosen(None, host, **settings) == (None, mode)
+    assert chosen("auto", host, **settings) == (None, mode)
+
+
+def test_weights_choose_the_mode_and_refuse_another(host, weights):
+    other = MODES[1 - MODES.index(weights.mode)]
+    assert chosen(weights, host) == (weights, weights.mode)
+    assert chosen(weights, host, mode=weights.mode) == (weights, weights.mode)
+    with pytest.raises(WeightsError, match=f"{weights.mode} pruning.*{other}"):
+        chosen(weights, host, mode=other)
+    if weights.mode == "global":
+        with pytest.raises(WeightsError, match=r"merge_budget=0\.2"):
+            chosen(weights, host, merge_budget=0.2)
+
+
+def test_auto_takes_the_bundled_weights_of_this_checkpoint_and_mode(host, tmp_path, monkeypatch):
     model = tiny_vggt()
-    with pytest.warns(UserWarning, match="training-free") as caught:
-        accelerate(model)
-    assert [str(w.message) for w in caught] == [
-        "no pace weights are bundled for this checkpoint, so it runs training-free: pass weights=PATH or "
-        'weights="user/repo" to use trained ones, or weights=None to choose training-free without this warning'
-    ]
-    assert caught[0].filename == __file__
-
-
-def test_auto_takes_the_bundled_weights_of_this_backbone(model, weights, tmp_path, monkeypatch):
+    files = {mode: trained(model, mode) for mode in MODES}
     PaceWeights.new(tiny_vggt(seed=1)).save(tmp_path / "pace-a.safetensors")
-    weights.save(tmp_path / "pace-b.safetensors")
-    monkeypatch.setattr(weights_module, "bundled_files", lambda pattern: sorted(tmp_path.glob(pattern)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        found = resolve("auto", find_host(model))
-        narrow = resolve("auto", find_host(tiny_vggt().half()))
-    assert found is not None
-    assert found.source == "bundled pace-b"
-    assert torch.equal(found.scorer.out.weight, weights.scorer.out.weight)
-    assert narrow is not None
-    with pytest.warns(UserWarning, match="training-free"):
-        assert resolve("auto", find_host(tiny_vggt(seed=2))) is None
+    for mode, weights in files.items():
+        weights.save(tmp_path / f"pace-tiny-{mode}.safetensors")
+    monkeypatch.setattr(pace, "bundled_files", lambda pattern: sorted(tmp_path.glob(pattern)))
+    for mode in MODES:
+        found, found_mode = chosen("auto", host, mode=mode)
+        assert same(found, files[mode]) and found_mode == mode
+        assert found.source == f"bundled pace-tiny-{mode}"
+    assert chosen("auto", host)[1] == "global"
+    assert chosen("auto", host, merge_budget=0.1)[0].mode == "pre-aa"
+    assert chosen("auto", find_host(tiny_vggt().half()))[0] is not None
+    assert chosen("auto", find_host(tiny_vggt(seed=2)))[0] is None
 
 
-def test_paths(model, weights, file, monkeypatch):
-    host = find_host(model)
-    assert resolve(weights, host) is weights
+def test_the_weights_of_vggt_mini_are_bundled_for_both_modes():
+    from pacevggt_patch.mini import build_mini
+
+    host = find_host(build_mini())
+    for mode in MODES:
+        found, _ = chosen("auto", host, mode=mode)
+        assert found.mode == mode and set(found.modules()) == MODULES[mode]
+        assert bool(found.full_heads) == (mode == "global")
+
+
+def test_auto_takes_a_calibration_that_is_kept_on_this_machine(host, cache):
+    weights = PaceWeights.of_heads(host, ((1, 1),), {}, "first")
+    path = kept.store(weights)
+    assert path.parent == cache
+    PaceWeights.of_heads(find_host(tiny_vggt(seed=1)), ((0, 0),), {}).save(cache / "heads-a.safetensors")
+    found, mode = chosen("auto", host)
+    assert same(found, weights) and mode == "global" and str(path) in found.source
+    assert chosen("auto", host, mode="pre-aa")[0] is None
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+    assert chosen("auto", host)[0] is None  # a damaged one is none
+
+
+def test_paths(host, weights, file, monkeypatch):
     for source in (file, str(file)):
-        assert resolve(source, host).source == str(file)
+        assert chosen(source, host)[0].source == str(file)
     monkeypatch.chdir(file.parent)
     monkeypatch.setenv("HOME", str(file.parent))
     for source in ("pace.safetensors", "./pace.safetensors", "~/pace.safetensors"):
-        assert resolve(source, host).source == source
+        assert chosen(source, host)[0].source == source
     file.rename(file.with_name("other"))
-    assert resolve("other", host).source == "other"
+    assert chosen("other", host)[0].source == "other"
 
 
 @pytest.mark.parametrize("source", ["./none", "~/none", "/none", "none.safetensors", "user/none.safetensors"])
-def test_paths_that_do_not_exist_are_not_hub_ids(source, model):
+def test_paths_that_do_not_exist_are_not_hub_ids(source, host):
     with pytest.raises(WeightsError, match=r"none(\.safetensors)? does not exist$"):
-        resolve(source, find_host(model))
+        chosen(source, host)
 
 
 @pytest.mark.parametrize(
     "source", ["Auto", "none", "", "a/b/c", "user/repo@", "user /repo", 0.3, True, b"auto", ["x"]]
 )
-def test_anything_else_is_refused(source, model):
+def test_anything_else_is_refused(source, host):
     with pytest.raises(WeightsError) as caught:
-        resolve(source, find_host(model))
-    assert str(caught.value) == f"{ACCEPTED}, got {source!r}"
+        chosen(source, host)
+    assert repr(source) in str(caught.value) and '"auto"' in str(caught.value)
     assert isinstance(caught.value, PaceError)
 
 
-def test_weights_of_another_model_are_refused_from_a_path(file):
-    with pytest.raises(
-        WeightsError, match=f"^pace weights {re.escape(str(file))} were trained for another checkpoint"
-    ):
-        resolve(file, find_host(tiny_vggt(seed=3)))
+def test_accelerate_leaves_the_model_alone_when_weights_do_not_fit(weights, file):
+    model = tiny_vggt(seed=1)
+    for source in (weights, file):
+        with pytest.raises(WeightsError):
+            accelerate(model, weights=source)
+        assert not is_accelerated(model)

@@ -38,8 +38,9 @@ def calibrate(
         clips: one clip or several, images [S, 3, H, W] or [B, S, 3, H, W] in [0, 1] on the model's device. One clip of
             a few dozen frames will do.
         mode: "global" or "pre-aa".
-        keep_ratios: keep ratios that the restoration is fitted for, together. Full-attention heads are the same for all.
-        run: how the model is called, given images [B, S, 3, H, W]; its aggregator alone if not given.
+        keep_ratios: of pre-AA pruning, keep ratios that the restoration is fitted for, together.
+        run: of global pruning, how the model is called, given images [B, S, 3, H, W]; its aggregator alone if not
+            given.
 
     Returns:
         New weights; `save` writes them.
@@ -51,13 +52,19 @@ def calibrate(
     if mode not in MODES:
         raise PaceError(f'mode must be "global" or "pre-aa", got {mode!r}')
     if is_accelerated(model):
-        raise PaceError("this model is accelerated already: call pacevggt_patch.remove(model) before calibrating it")
+        raise PaceError(
+            "this model is accelerated already: call pacevggt_patch.remove(model) before calibrating it"
+        )
     host = find_host(model)
     check_values(host)
     batches = as_batches(clips, host.reference.device)
     if mode == PRE_AA:
+        if not keep_ratios:
+            raise PaceError("keep_ratios is empty: give at least one keep ratio to fit the restoration for")
         weights = PaceWeights.new(model, mode=mode, keep_ratios=keep_ratios)
-        weights = replace(weights, scorer=None, merge=None, block_deltas=None)  # untrained, they change nothing
+        weights = replace(
+            weights, scorer=None, merge=None, block_deltas=None
+        )  # untrained, they change nothing
         fit_restoration(model, batches, weights, keep_ratios)
         return weights
     training = [(module, module.training) for module in model.modules()]

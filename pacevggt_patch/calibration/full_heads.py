@@ -58,11 +58,11 @@ def find_full_heads(
             (run or host.run_trunk)(images)
         if len(errors) != host.depth:
             raise PaceError(
-                f"{len(errors)} of {host.depth} global blocks ran, so what their heads lose can't be told: pass run= with "
-                "the call that you use"
+                f"{len(errors)} of {host.depth} global blocks ran, so what their heads lose can't be told: pass run= "
+                "with the call that you use"
             )
         found.append(torch.stack([errors[i] for i in range(host.depth)]))
     if not found:
         raise PaceError("calibration needs at least one clip, got none")
-    errors = torch.stack(found).mean(0)
-    return choose_full_heads(errors), errors
+    mean = torch.stack(found).mean(0)
+    return choose_full_heads(mean), mean

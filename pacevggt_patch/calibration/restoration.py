@@ -24,7 +24,10 @@ FRAMES = 8  # frames whose dense tokens exist at a time
 
 
 def fit_restoration(
-    model: nn.Module, clips: Iterable[Tensor], weights: PaceWeights, keep_ratios: Sequence[float] = KEEP_RATIOS
+    model: nn.Module,
+    clips: Iterable[Tensor],
+    weights: PaceWeights,
+    keep_ratios: Sequence[float] = KEEP_RATIOS,
 ) -> None:
     """`fit_linear` for a model that is not accelerated; it is left as it was."""
     training = [(module, module.training) for module in model.modules()]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
@@ -78,7 +80,10 @@ class BlockCall:
 
     def on(self, x: Tensor, positions: Tensor | None, args: Any = None, kwargs: Any = None) -> BlockCall:
         """The call with other tokens, and other arguments where they are given."""
-        more = {"args": self.args if args is None else args, "kwargs": self.kwargs if kwargs is None else kwargs}
+        more = {
+            "args": self.args if args is None else args,
+            "kwargs": self.kwargs if kwargs is None else kwargs,
+        }
         return replace(self, x=x, positions=positions, **more)
 
     def arguments(self) -> tuple[tuple, dict[str, Any]]:
@@ -158,6 +163,24 @@ class Host:
             PaceError: wrong shape, dtype, size, device, or NaN.
         """
 
+    def missing_stock_parts(self) -> list[str]:
+        """Parts without which the trunk's forward can't be rewritten, which pre-AA pruning does."""
+        return [f"the aggregator of a VGGT ({self.family} has another)"]
+
+    # What pre-AA pruning calls, of hosts that lack no stock parts.
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Patch tokens [B, S, P, C] of images [B, S, 3, H, W] in [0, 1]."""
+        raise NotImplementedError
+
+    def special(self, batch: int, frames: int) -> Tensor:
+        """Special tokens [B, S, n, C]."""
+        raise NotImplementedError
+
+    def patch_positions(self, grid: tuple[int, int], device: torch.device) -> Tensor | None:
+        """Positions [P, 2] of the patch tokens of a grid, or None."""
+        raise NotImplementedError
+
     def run_trunk(self, images: Tensor) -> Any:
         """The trunk's output for images [B, S, 3, H, W]."""
         return self.trunk(images)
@@ -192,7 +215,12 @@ class Host:
         """
         module = unwrapped(self.of_kind("global")[index])
         matrix = getattr(getattr(getattr(module, "attn", None), "proj", None), "weight", None)
-        if not isinstance(matrix, Tensor) or not matrix.is_floating_point() or matrix.ndim != 2 or matrix.is_meta:
+        if (
+            not isinstance(matrix, Tensor)
+            or not matrix.is_floating_point()
+            or matrix.ndim != 2
+            or matrix.is_meta
+        ):
             raise UnsupportedModelError(
                 f"global block {index} has no matrix attn.proj.weight in floating point on its device, so what its "
                 "heads add to the tokens can't be told: load the model whole and unquantised"
@@ -201,7 +229,7 @@ class Host:
         return matrix if scale is None else matrix * scale[:, None]
 
     def block_parameters(self, kind: str, index: int) -> dict[str, Tensor]:
-        """Matrices and vectors of a block by their names in the trunk, those that are quantised to integers left out."""
+        """Matrices and vectors of a block by their names in the trunk, without those quantised to integers."""
         name = self.block_name(kind, index)
         return {
             f"{name}.{own}".replace("_orig_mod.", ""): parameter
@@ -217,6 +245,14 @@ class Host:
             for index in range(self.depth)
             for name, parameter in self.block_parameters(kind, index).items()
         }
+
+
+def takes_images(forward: Any) -> bool:
+    """Whether a forward says that what it takes first is called images."""
+    try:
+        return next(iter(inspect.signature(forward).parameters), None) == "images"
+    except (TypeError, ValueError):
+        return False
 
 
 def unwrapped(module: Any) -> Any:

@@ -126,7 +126,7 @@ def run_block(
     sequences: int,
     dtype: torch.dtype,
     speed: Speed | None = None,
-    others: Mapping[str, Tensor] = {},  # noqa: B006
+    others: Mapping[str, Tensor] = {},
     rows: int = sys.maxsize,
     attend: Callable[[Project, Tensor, Rotation | None], Tensor] | None = None,
 ) -> Tensor:
@@ -170,7 +170,8 @@ def run_block(
 
 def attend_all(project: Project, x: Tensor, rotation: Rotation | None) -> Tensor:
     """Outputs of all heads where every token attends to all of its sequence."""
-    return attention(*project(x, rotation)).transpose(1, 2)
+    query, key, value = project(x, rotation)
+    return attention(query, key, value).transpose(1, 2)
 
 
 def parameter(module: Any, name: str, others: Mapping[str, Tensor]) -> Tensor | None:

@@ -1,8 +1,7 @@
-"""VGGT and its forks: an aggregator with frame and global blocks in turn, recognised by its parts and never by import."""
+"""VGGT and its forks: an aggregator with frame and global blocks in turn, recognised by its parts."""
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -60,7 +59,10 @@ class VGGT(Host):
         modules = {"frame": aggregator.frame_blocks, "global": aggregator.global_blocks}
         starts = range(0, len(aggregator.global_blocks), group)
         return tuple(
-            (kind, i, modules[kind][i]) for first in starts for kind in kinds for i in range(first, first + group)
+            (kind, i, modules[kind][i])
+            for first in starts
+            for kind in kinds
+            for i in range(first, first + group)
         )
 
     @property
@@ -72,17 +74,15 @@ class VGGT(Host):
         return super().features(output.get("x_norm_patchtokens") if isinstance(output, dict) else output)
 
     def block_call(self, args: tuple, kwargs: dict[str, Any]) -> BlockCall | None:
-        args, kwargs = list(args), dict(kwargs)
-        x = args.pop(0) if args else kwargs.pop("x", None)
+        kwargs = dict(kwargs)
+        x, rest = (args[0], args[1:]) if args else (kwargs.pop("x", None), ())
         if not isinstance(x, Tensor) or x.ndim != 3:
             return None
         if isinstance(kwargs.get("pos"), Tensor):
-            positions, at = kwargs.pop("pos"), "pos"
-        elif args and isinstance(args[0], Tensor) and args[0].shape == (*x.shape[:2], 2):
-            positions, at = args.pop(0), 0
-        else:
-            positions, at = None, None
-        return BlockCall(x, positions, tuple(args), kwargs, at)
+            return BlockCall(x, kwargs.pop("pos"), rest, kwargs, "pos")
+        if rest and isinstance(rest[0], Tensor) and rest[0].shape == (*x.shape[:2], 2):
+            return BlockCall(x, rest[0], rest[1:], kwargs, 0)
+        return BlockCall(x, None, rest, kwargs, None)
 
     def fingerprint_tensors(self) -> list[Tensor]:
         tokens = [getattr(self.trunk, name, None) for name in ("camera_token", "register_token")]
@@ -159,14 +159,6 @@ class VGGT(Host):
         return torch.cartesian_prod(rows, columns).view(-1, 2) + 1
 
 
-def takes_images(forward: Any) -> bool:
-    """Whether a forward says that what it takes first is called images."""
-    try:
-        return next(iter(inspect.signature(forward).parameters), None) == "images"
-    except (TypeError, ValueError):
-        return False
-
-
 @register_host("vggt")
 def find_vggt(model: nn.Module) -> VGGT | str | None:
     """The Host of a VGGT, or why it is none."""
@@ -178,9 +170,7 @@ def find_vggt(model: nn.Module) -> VGGT | str | None:
         return None
     missing = [name for name in PARTS if not hasattr(aggregator, name)]
     if missing:
-        return (
-            f"{kind}.aggregator lacks {', '.join(missing)}: only VGGT's alternating-attention aggregator is supported"
-        )
+        return f"{kind}.aggregator lacks {', '.join(missing)}: only VGGT's alternating attention is supported"
     order = getattr(aggregator, "aa_order", ["frame", "global"])
     if sorted(order) != ["frame", "global"]:
         return f"{kind}.aggregator.aa_order is {order}: expected one 'frame' and one 'global'"

@@ -40,7 +40,9 @@ def attend(
     """
     _, heads, tokens, width = query.shape
     length = tokens * plan.batch // len(plan.kept)
-    rows = plan.token_rows(length)[:, None, :, None].expand(-1, heads, -1, width)  # [B, heads, S * (n + K), d]
+    rows = plan.token_rows(length)[:, None, :, None].expand(
+        -1, heads, -1, width
+    )  # [B, heads, S * (n + K), d]
     few = [t.gather(2, rows) for t in (query, key, value)]
     whole = [pick(t, full) for t in (query, key, value)] if full else []
     return joined_heads(whole, few, value, full, plan, attention)

@@ -41,7 +41,9 @@ class Plan(NamedTuple):
         return Plan(self.kept.index_select(0, frames), Propagation(index, weights))
 
 
-def keep_best(features: Tensor, grid: tuple[int, int], keep: int, scorer: TokenScorer | None = None) -> Tensor:
+def keep_best(
+    features: Tensor, grid: tuple[int, int], keep: int, scorer: TokenScorer | None = None
+) -> Tensor:
     """Indices [N, K] of the `keep` best tokens of each frame by their scores, ascending.
 
     Args:

@@ -35,8 +35,8 @@ def calibrate_on(state: State, clip: Clip, call: BlockCall) -> None:
     problem = _problem(state, call, frames)
     if problem is not None:
         state.say_once(
-            f"this model is not calibrated yet, and {problem}: until then clips run without full-attention heads, which "
-            "costs quality; pass weights=pacevggt_patch.calibrate(model, clips)"
+            f"this model is not calibrated yet, and {problem}: until then clips run without full-attention heads, "
+            "which costs quality; pass weights=pacevggt_patch.calibrate(model, clips)"
         )
         return
     start = time.monotonic()
@@ -48,8 +48,8 @@ def calibrate_on(state: State, clip: Clip, call: BlockCall) -> None:
         state.pending = False
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         state.say_once(
-            f"calibration on the first clip failed ({reason}): clips run without full-attention heads; pass weights=None "
-            "to choose that without this warning"
+            f"calibration on the first clip failed ({reason}): clips run without full-attention heads; pass "
+            "weights=None to choose that without this warning"
         )
         return
     used = min(frames, MOST_FRAMES)

@@ -18,9 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from ..config import GLOBAL
 from ..errors import UnsupportedModelError
 from ..hosts import blocks
-from ..hosts.base import BlockCall
+from ..hosts.base import BlockCall, takes_images
 from ..hosts.rope import rotate, rotation
-from ..hosts.vggt import takes_images
 from ..method import pre_aa
 from ..method.full_heads import attend, joined_heads, pick
 from ..method.global_pruning import Plan, run_on_kept
@@ -178,7 +177,9 @@ def in_parts(embed: Callable[[Tensor], Any], images: Tensor, size: int) -> Any:
     def some(part: Tensor) -> tuple[Tensor, ...]:
         found = embed(part)
         whole.update(found if isinstance(found, dict) else {"": found})
-        return tuple(value for value in whole.values() if isinstance(value, Tensor) and len(value) == len(part))
+        return tuple(
+            value for value in whole.values() if isinstance(value, Tensor) and len(value) == len(part)
+        )
 
     if len(images) <= size or torch.compiler.is_compiling() or torch.is_grad_enabled():
         return embed(images)
@@ -186,7 +187,7 @@ def in_parts(embed: Callable[[Tensor], Any], images: Tensor, size: int) -> Any:
     parts = iter(tensors)
     last = next((len(v) for v in whole.values() if isinstance(v, Tensor)), 0)
     found = {k: next(parts) if isinstance(v, Tensor) and len(v) == last else v for k, v in whole.items()}
-    return found[""] if "" in found else found
+    return found.get("", found)
 
 
 class RopeForward(Forward):
@@ -274,11 +275,11 @@ class BlockForward(Forward):
     def in_frames(self, clip: Clip, call: BlockCall) -> Any:
         """A frame block on a part of the frames at a time, which bounds the memory of its hidden layer."""
         size = chunk_rows(call.x.shape[1] * call.x.shape[2], call.x.device)
-        if not call.plain or self.fits(call) and (self.state.config.compile or clip.deltas):
-            return self.run(call, clip)  # by functions that work on a part of the tokens anyway
-        if len(call.x) <= size:
+        if len(call.x) <= size or not call.plain:
             return self.run(call, clip)
-        return in_chunks(lambda x, where: (self.run(call.on(x, where), clip),), size, call.x, call.positions)[0]
+        return in_chunks(lambda x, where: (self.run(call.on(x, where), clip),), size, call.x, call.positions)[
+            0
+        ]
 
     def pruned(self, clip: Clip, call: BlockCall) -> Any:
         """A global block that special and kept tokens take part in, or all for its full-attention heads."""
@@ -324,7 +325,9 @@ class BlockForward(Forward):
         others = self.changed_parameters(clip)
         needs = state.config.compile or others or full is not None
         if needs and self.fits(call):
-            return self.run_open(call, clip, others, None if full is None else partial(self.attend_open, full))
+            return self.run_open(
+                call, clip, others, None if full is None else partial(self.attend_open, full)
+            )
         args, kwargs = call.arguments()
         if torch.compiler.is_compiling() and others:
             return run_with(self.module, others, self.own, args, kwargs)
@@ -361,7 +364,9 @@ class BlockForward(Forward):
             return (*(torch.stack([t[:, head] for head in full], 1) for t in (query, key)), value)
 
         query, key, value = project(x, rotation, keep)
-        return joined_heads([query, key, pick(value, full)], few, value, full, plan, attention).transpose(1, 2)
+        return joined_heads([query, key, pick(value, full)], few, value, full, plan, attention).transpose(
+            1, 2
+        )
 
     def check(self, options: dict[str, Any], query: Tensor, key: Tensor) -> None:
         """Raise UnsupportedModelError for attention that is not that of all tokens to all tokens, head by head."""
@@ -460,7 +465,13 @@ class Followed:
     def tensor(self, value: Tensor) -> Tensor:
         """Every dimension of as many as the tokens of a clip, but for a batch in front, reduced to those of `rows`."""
         # A cache of keys, [B, heads, ..., d], is no matter of the tokens at hand.
-        first = value.ndim - 2 if value.ndim > 3 else 0 if value.ndim < 3 and value.shape[:1] != self.rows.shape[:1] else 1
+        first = (
+            value.ndim - 2
+            if value.ndim > 3
+            else 0
+            if value.ndim < 3 and value.shape[:1] != self.rows.shape[:1]
+            else 1
+        )
         where = [d for d in range(first, value.ndim) if value.shape[d] == self.tokens]
         if not where or (value.ndim > 3 and len(where) < 2):
             return value
@@ -495,7 +506,7 @@ class DenseHeadForward(Forward):
         if state.paused:
             return self.own(*args, **kwargs)
         # A head inside another module, such as a track head, feeds that module: it stays on its device.
-        device = None if "." in self.name else state.config.output_device
+        device: Any = None if "." in self.name else state.config.output_device
         tokens = restored_argument(args, kwargs) or token_list(args, kwargs, state)
         with reduced_precision(self.module, state.config.head_dtype) as restored:
             if tokens is None:

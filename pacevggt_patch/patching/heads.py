@@ -65,7 +65,9 @@ class TokenList(Sequence):
 
     def special_tokens(self, layer: int) -> Tensor:
         """Camera and register tokens [B, S, n, 2C] of a layer that is not None."""
-        return self.list[layer][:, :, : self.special]
+        tokens = self.list[layer]
+        assert tokens is not None
+        return tokens[:, :, : self.special]
 
     def select(self, frames: Tensor) -> TokenList:
         """The tokens of some frames, given by their numbers [n] (int64, on the device of the tokens)."""
@@ -192,7 +194,9 @@ def chunk_frames(frame_bytes: int, device: torch.device) -> int:
     return max(1, (CPU_BYTES if device.type == "cpu" else GPU_BYTES) // frame_bytes)
 
 
-def _is_plain(arguments: dict, name: str, tokens: RestoredTokens | TokenList, images: Tensor, head: Any) -> bool:
+def _is_plain(
+    arguments: dict, name: str, tokens: RestoredTokens | TokenList, images: Tensor, head: Any
+) -> bool:
     """Whether a head's call is one that `dpt.dense_head` can stand for, on a pruned grid."""
     if not tokens.pruned or arguments.keys() != {name} | ARGUMENTS:
         return False
@@ -204,7 +208,10 @@ def _is_plain(arguments: dict, name: str, tokens: RestoredTokens | TokenList, im
 
 
 def _fast_run(
-    head: Any, tokens: RestoredTokens | TokenList, tables: dpt.DenseTables, speed: Callable[..., Callable] | None
+    head: Any,
+    tokens: RestoredTokens | TokenList,
+    tables: dpt.DenseTables,
+    speed: Callable[..., Callable] | None,
 ) -> Callable[[int, int], Any]:
     by_products = torch.is_grad_enabled()
     dense_head: Callable = dpt.dense_head

@@ -128,7 +128,9 @@ def install(
         UnsupportedModelError: the model does not fit. It is as it was.
     """
     before = state_of(model) if is_accelerated(model) else None
-    state = State(config, host, weights, auto=auto, pending=auto and weights is None and config.keep_ratio < 1)
+    state = State(
+        config, host, weights, auto=auto, pending=auto and weights is None and config.keep_ratio < 1
+    )
     if before is not None:
         state.threads, state.told = before.threads, before.told
     tried = trial.key(model, config.mode)
@@ -169,7 +171,11 @@ def place(state: State) -> None:
     if host.camera_head is not None and config.mode == PRE_AA:
         parts.append(("camera_head", host.camera_head, CameraHeadForward))
     made = [(module, make(module, state, name)) for name, module, make in parts]
-    if config.compile and not state.stock and not any(isinstance(f, DenseHeadForward) and f.fast for _, f in made):
+    if (
+        config.compile
+        and not state.stock
+        and not any(isinstance(f, DenseHeadForward) and f.fast for _, f in made)
+    ):
         raise UnsupportedModelError(
             f"compile=True, but no block and no dense head of this {type(host.model).__name__} is of the stock make, "
             "which is what can be compiled: pass compile=False"

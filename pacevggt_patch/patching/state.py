@@ -214,10 +214,13 @@ class State:
         if self.rope is not None and max(grid) >= ROPE_TABLE:
             raise UnsupportedModelError(f"images of {ROPE_TABLE} patches on a side or more are not supported")
         self.begin(clip, len(tokens) // (clip.batch or 1), patches)
-        features = tokens[:, self.host.special_tokens :]
-        plan = self.plan(features) if clip.prunes else None
-        clip.parts.append((features, plan))
+        # Detached: a gradient checkpoint that runs the block once more does not come here, and what holds the tokens of
+        # a block would never go, see `Recomputed`.
+        features = tokens.detach()[:, self.host.special_tokens :]
+        if clip.prunes or self.threads.observer is not None:
+            clip.parts.append((features, self.plan(features) if clip.prunes else None))
 
+    @torch.no_grad()
     def plan(self, features: Tensor, kept: Tensor | None = None) -> Plan:
         """Which tokens of features [n, P, C] are kept: those of `kept` [n, K], or the best ones."""
         patches = features.shape[1]

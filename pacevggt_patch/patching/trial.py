@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ..config import PRE_AA, PaceConfig
 from ..errors import UnsupportedModelError
 from ..hosts.base import Host, find_host
-from ..hosts.vggt import VGGT
 from ..runtime.bare_copy import bare_copy
 from ..runtime.compiling import outside_modes
 
@@ -39,7 +38,7 @@ def run(model: nn.Module, host: Host, config: PaceConfig) -> None:
         return  # nothing to try it on: it is offloaded, or will be loaded later
     kind = type(model).__name__
     if config.mode == PRE_AA:
-        missing = host.missing_stock_parts() if isinstance(host, VGGT) else ["VGGT's own aggregator"]
+        missing = host.missing_stock_parts()
         if missing:
             raise UnsupportedModelError(
                 f"{kind}.{host.trunk_name} lacks {', '.join(missing)}, which pre-AA pruning needs: use global pruning, "
@@ -49,8 +48,8 @@ def run(model: nn.Module, host: Host, config: PaceConfig) -> None:
         theirs = getattr(theirs, "previous", theirs)  # what ours stands in for
         if theirs is not None:
             raise UnsupportedModelError(
-                f"{host.trunk_name}.forward is replaced on this instance by {theirs!r}, which pre-AA pruning would leave "
-                "aside: undo that patch first"
+                f"{host.trunk_name}.forward is replaced on this instance by {theirs!r}, which pre-AA pruning would "
+                "leave aside: undo that patch first"
             )
     with torch.no_grad(), outside_modes():
         _try(kind, bare_copy(model), config)
@@ -69,7 +68,7 @@ def _try(kind: str, bare: Any, config: PaceConfig) -> None:
     whole = PaceConfig(1.0, mode=config.mode)
     state = State(whole, host, forced=True)
     place(state)
-    advice = "use `mode=\"global\"`" if config.mode == PRE_AA else "it can't be accelerated as it is"
+    advice = 'use `mode="global"`' if config.mode == PRE_AA else "it can't be accelerated as it is"
     try:
         same = list(tensors(_dense(host.run_trunk(images))))
         if not alike(stock, same, host.reference.dtype):
@@ -97,7 +96,10 @@ def _try(kind: str, bare: Any, config: PaceConfig) -> None:
             "their forwards first"
         )
     shapes = [[tuple(t.shape) for t in found] for found in (stock, pruned)]
-    finite = [all(bool(torch.isfinite(t).all()) for t in found if t.is_floating_point()) for found in (stock, pruned)]
+    finite = [
+        all(bool(torch.isfinite(t).all()) for t in found if t.is_floating_point())
+        for found in (stock, pruned)
+    ]
     if shapes[0] != shapes[1] or finite[0] > finite[1]:
         raise UnsupportedModelError(
             f"{kind} gives outputs of other shapes, or that are not finite, when some of its tokens are left out: "
@@ -145,5 +147,3 @@ def alike(stock: list[Tensor], found: list[Tensor], dtype: torch.dtype) -> bool:
         if float((a - b).norm()) > most * float(a.norm()):
             return False
     return True
-
-

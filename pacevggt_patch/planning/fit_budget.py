@@ -194,8 +194,7 @@ def fit_budget(
         settings, most = state.config, _largest_keep(state.config, patches)
         if settings.min_frames is not None and frames < settings.min_frames:
             raise PaceError(
-                f"clips of {frames} frames run unpruned with min_frames={settings.min_frames}, whatever the keep ratio: "
-                "plan with a smaller one"
+                f"clips of {frames} frames run unpruned with min_frames={settings.min_frames}: plan with a smaller one"
             )
         costs = measure_costs(model, frames, size, run=run, memory=memory_gib is not None)
 
@@ -222,9 +221,9 @@ def fit_budget(
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    own = {f.name: getattr(settings, f.name) for f in fields(PaceConfig)} | {"keep_ratio": low / patches}
+    own: dict[str, Any] = {f.name: getattr(settings, f.name) for f in fields(PaceConfig)}
     return BudgetPlan(
-        **own,
+        **own | {"keep_ratio": low / patches},
         seconds=costs.seconds(frames, low),
         memory_gib=costs.memory_gib(frames, low),
         frames=frames,

@@ -21,7 +21,7 @@ LIBRARIES = {
 HOPPER = 9  # the only compute capability (major) that FlashAttention-3 is written for
 LARGEST_HEAD = 256
 
-# Of the call itself, queries, keys and values [B, heads, L, d], and its other arguments by name; returns [B, heads, L, d].
+# Of the call itself, queries, keys and values [B, heads, L, d], and other arguments by name; gives [B, heads, L, d].
 Handler = Callable[[Callable[..., Tensor], Tensor, Tensor, Tensor, dict[str, Any]], Tensor]
 
 
@@ -49,9 +49,7 @@ class InterceptAttention(TorchFunctionMode):
         options = dict(zip(self.NAMES, args, strict=False)) | kwargs
         query, key, value = (options.pop(name) for name in self.NAMES[:3])
         self.calls += 1
-        return self.handler(
-            lambda *inputs: func(*inputs, **options), query, key, value, options
-        )
+        return self.handler(lambda *inputs: func(*inputs, **options), query, key, value, options)
 
 
 def is_plain(options: dict[str, Any]) -> bool:

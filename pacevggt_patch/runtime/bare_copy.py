@@ -13,7 +13,9 @@ from torch import Tensor, nn
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def bare_copy(module: Any, values: Callable[[Tensor], Tensor] | None = None, known: dict | None = None) -> Any:
+def bare_copy(
+    module: Any, values: Callable[[Tensor], Tensor] | None = None, known: dict | None = None
+) -> Any:
     """The module and all in it once more, without hooks, in evaluation mode; the module itself is left alone.
 
     In evaluation mode batch norms do not write, and dropout draws nothing from the user's random state. Lists and
@@ -42,7 +44,9 @@ def bare_copy(module: Any, values: Callable[[Tensor], Tensor] | None = None, kno
     def copied(tensor: Any) -> Any:
         if tensor is None or values is None:
             return tensor
-        return nn.Parameter(values(tensor), requires_grad=False) if isinstance(tensor, nn.Parameter) else tensor
+        return (
+            nn.Parameter(values(tensor), requires_grad=False) if isinstance(tensor, nn.Parameter) else tensor
+        )
 
     bare._parameters = {name: copied(p) for name, p in module._parameters.items()}
     bare._buffers = dict(module._buffers)

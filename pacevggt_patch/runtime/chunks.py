@@ -7,8 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# Hidden layers of MLPs stay below this. On the CPU because from 32 MiB on the C library asks the system for fresh memory
-# each time, whose pages are filled one by one.
+# Hidden layers of MLPs stay below this. From 32 MiB on the C library asks the system for fresh memory each time.
 HIDDEN_BYTES = {"cpu": 2**23, "gpu": 2**30}
 
 

@@ -29,7 +29,9 @@ class OtherParameters(TorchFunctionMode):
     @classmethod
     def of(cls, module: nn.Module, others: Mapping[str, Tensor]) -> OtherParameters:
         """Others for parameters of a module by their names, as they were before a compiler wrapped parts of it."""
-        return cls({id(p): others[n] for name, p in module.named_parameters() if (n := plain_name(name)) in others})
+        return cls(
+            {id(p): others[n] for name, p in module.named_parameters() if (n := plain_name(name)) in others}
+        )
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         def other(value):
@@ -56,7 +58,11 @@ class _Around(nn.Module):
 
 
 def run_with(
-    module: nn.Module, others: Mapping[str, Tensor], function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
+    module: nn.Module,
+    others: Mapping[str, Tensor],
+    function: Callable[..., Any],
+    args: tuple,
+    kwargs: dict[str, Any],
 ) -> Any:
     """A function around a module with other parameters, in a way that a compiler can trace."""
     named = {f"module.{name}": value for name, value in others.items()}

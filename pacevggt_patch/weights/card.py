@@ -68,7 +68,14 @@ def model_card(weights: PaceWeights, repo: str, revision: str | None = None) -> 
     """
     training = weights.training
     backbone = str(training.get("backbone", ""))
-    header = ["---", "library_name: pacevggt-patch", "tags:", "- vggt", "- token-pruning", "- 3d-reconstruction"]
+    header = [
+        "---",
+        "library_name: pacevggt-patch",
+        "tags:",
+        "- vggt",
+        "- token-pruning",
+        "- 3d-reconstruction",
+    ]
     if is_hub_id(backbone):
         header.append(f"base_model: {backbone}")
     prints = ", ".join(f"{dtype} `{value[:12]}`" for dtype, value in weights.fingerprints.items())
@@ -124,7 +131,11 @@ def snippet(backbone: str, source: str) -> list[str]:
         load = ["from vggt.models.vggt import VGGT", "", f'model = VGGT.from_pretrained("{backbone}").eval()']
     else:
         load = ["", "# model: your VGGT with the checkpoint below"]
-    return ["import pacevggt_patch", *load, f'pacevggt_patch.accelerate(model, keep_ratio=0.3, weights="{source}")']
+    return [
+        "import pacevggt_patch",
+        *load,
+        f'pacevggt_patch.accelerate(model, keep_ratio=0.3, weights="{source}")',
+    ]
 
 
 def contents(weights: PaceWeights) -> str:

@@ -265,7 +265,9 @@ class PaceWeights:
         how = "trained" if steps else "calibrated"
         if self.keep_ratios:
             # Gradient steps name the least and the largest one, a calibration all that it was fitted for.
-            how += " for keep ratios " + (" to " if steps else ", ").join(f"{ratio:g}" for ratio in self.keep_ratios)
+            how += " for keep ratios " + (" to " if steps else ", ").join(
+                f"{ratio:g}" for ratio in self.keep_ratios
+            )
         parts = [f"{self.mode} pruning, {how}"]
         if self.mode == GLOBAL:
             parts.append(f"{len(self.full_heads)} full-attention head{'s' * (len(self.full_heads) != 1)}")
@@ -312,7 +314,7 @@ def read(path: Path, source: str) -> PaceWeights:
             raise ValueError(f"mode {mode!r} with {', '.join(sizes) or 'nothing'}")
         # Nothing is allocated or initialised before the tensors of the file are known to fit.
         with torch.device("meta"):
-            modules = {name: _module(name, spec, dict(size)).eval() for name, size in sizes.items()}
+            modules: dict[str, Any] = {name: _module(name, spec, dict(size)).eval() for name, size in sizes.items()}
         weights = PaceWeights(
             spec,
             {str(dtype): str(value) for dtype, value in fields["fingerprints"].items()},

@@ -46,23 +46,23 @@ class FrameScenes:
         paint: `[F, T, 6]` gain and offset of red, green and blue.
     """
 
-    centre: torch.Tensor
-    rotation: torch.Tensor
-    half_size: torch.Tensor
+    centre: Tensor
+    rotation: Tensor
+    half_size: Tensor
     cubes: int
-    camera: torch.Tensor
-    orientation: torch.Tensor
-    focal: torch.Tensor
-    light: torch.Tensor
-    shade: torch.Tensor
-    texture: torch.Tensor
-    placing: torch.Tensor
-    paint: torch.Tensor
+    camera: Tensor
+    orientation: Tensor
+    focal: Tensor
+    light: Tensor
+    shade: Tensor
+    texture: Tensor
+    placing: Tensor
+    paint: Tensor
 
 
 def render_frames(
     scenes: FrameScenes, atlas: TextureAtlas, height: int, width: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Colours `[F, 3, H, W]` in [0, about 1] and z-depth `[F, H, W]` of the frames.
 
     Everything lies on the device of `scenes`; there is no randomness and no transfer to the host.
@@ -101,12 +101,12 @@ def faster(function: Callable[..., Any], on_gpu: bool) -> Callable[..., Any]:
     return compiled(function) if on_gpu else function
 
 
-def added(terms: Iterable[torch.Tensor]) -> torch.Tensor:
+def added(terms: Iterable[Tensor]) -> Tensor:
     """Sum of at least one tensor."""
     return functools.reduce(torch.add, terms)
 
 
-def solid_tables(linear: torch.Tensor, centre: torch.Tensor, origin: torch.Tensor) -> torch.Tensor:
+def solid_tables(linear: Tensor, centre: Tensor, origin: Tensor) -> Tensor:
     """`[F, K, 12]` for each frame and solid: where rays from `origin` `[F, 3]` start, seen from the solid whose
     half-size is 1, and the linear map `[3, 3]` that takes their directions there."""
     start = (linear @ (origin[:, None] - centre)[..., None])[..., 0]  # [F, K, 3]
@@ -114,14 +114,14 @@ def solid_tables(linear: torch.Tensor, centre: torch.Tensor, origin: torch.Tenso
 
 
 def nearest(
-    best: torch.Tensor,
-    which: torch.Tensor,
-    tables: torch.Tensor,
+    best: Tensor,
+    which: Tensor,
+    tables: Tensor,
     cubes: int,
-    rays: torch.Tensor,
+    rays: Tensor,
     nearest_cubes: Callable[..., Any],
     nearest_spheres: Callable[..., Any],
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Distance and number of the nearest solid after the room, if it is nearer than `best` `[F, H, W]`."""
     numbers = torch.arange(tables.shape[1], device=tables.device, dtype=torch.int32)
     groups = [(start, min(start + GROUP, cubes), nearest_cubes) for start in range(1, cubes, GROUP)]
@@ -134,7 +134,7 @@ def nearest(
     return best, which
 
 
-def world_rays(orientation: torch.Tensor, focal: torch.Tensor, height: int, width: int) -> torch.Tensor:
+def world_rays(orientation: Tensor, focal: Tensor, height: int, width: int) -> Tensor:
     """`[3, F, H, W]` world directions through the pixel centres, with z = 1 in the camera frame."""
     x = (torch.arange(width, device=focal.device) + 0.5) / width - 0.5
     y = (torch.arange(height, device=focal.device) + 0.5) / height - 0.5
@@ -144,7 +144,7 @@ def world_rays(orientation: torch.Tensor, focal: torch.Tensor, height: int, widt
     return torch.stack([axes[:, row, 0] * x + axes[:, row, 1] * y + axes[:, row, 2] for row in range(3)])
 
 
-def unit_rays(table: torch.Tensor, rays: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def unit_rays(table: Tensor, rays: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Start `[F, 1, 1]` and direction `[F, H, W]` along each axis of a unit solid, from its table `[12, F]`."""
     value = table[..., None, None]  # [12, F, 1, 1]
     return [
@@ -156,7 +156,7 @@ def unit_rays(table: torch.Tensor, rays: torch.Tensor) -> list[tuple[torch.Tenso
     ]
 
 
-def slabs(table: torch.Tensor, rays: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def slabs(table: Tensor, rays: Tensor) -> tuple[Tensor, Tensor]:
     """`[F, H, W]` distances at which rays enter and leave a unit cube (enter > leave: a miss)."""
     enters, leaves = [], []
     for start, direction in unit_rays(table, rays):
@@ -168,15 +168,15 @@ def slabs(table: torch.Tensor, rays: torch.Tensor) -> tuple[torch.Tensor, torch.
     return enters[0].maximum(enters[1]).maximum(enters[2]), leaves[0].minimum(leaves[1]).minimum(leaves[2])
 
 
-def leave_room(table: torch.Tensor, rays: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def leave_room(table: Tensor, rays: Tensor) -> tuple[Tensor, Tensor]:
     """Distance `[F, H, W]` to the walls from within, and the number 0 everywhere; `table` is `[F, 12]`."""
     leave = slabs(table.T, rays)[1]
     return leave, torch.zeros_like(leave, dtype=torch.int32)
 
 
 def nearest_cubes(
-    best: torch.Tensor, which: torch.Tensor, tables: torch.Tensor, numbers: torch.Tensor, rays: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+    best: Tensor, which: Tensor, tables: Tensor, numbers: Tensor, rays: Tensor
+) -> tuple[Tensor, Tensor]:
     """Bring G boxes, tables `[G, 12, F]` and numbers `[G]`, into the nearest distance and number `[F, H, W]`."""
     for table, number in zip(tables, numbers, strict=True):
         enter, leave = slabs(table, rays)
@@ -186,8 +186,8 @@ def nearest_cubes(
 
 
 def nearest_spheres(
-    best: torch.Tensor, which: torch.Tensor, tables: torch.Tensor, numbers: torch.Tensor, rays: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+    best: Tensor, which: Tensor, tables: Tensor, numbers: Tensor, rays: Tensor
+) -> tuple[Tensor, Tensor]:
     """Bring G ellipsoids into the nearest distance and number, as `nearest_cubes` does boxes."""
     for table, number in zip(tables, numbers, strict=True):
         axes = unit_rays(table, rays)
@@ -202,22 +202,22 @@ def nearest_spheres(
 
 
 def shade(
-    distance: torch.Tensor,  # [F, H, W]
-    which: torch.Tensor,  # [F, H, W] number of the solid
-    rays: torch.Tensor,  # [3, F, H, W]
-    lit: torch.Tensor,  # [F, H, W] 1 where the lamp is seen
-    tables: torch.Tensor,  # [F, K, 12]
-    half_size: torch.Tensor,  # [F, K, 3]
+    distance: Tensor,  # [F, H, W]
+    which: Tensor,  # [F, H, W] number of the solid
+    rays: Tensor,  # [3, F, H, W]
+    lit: Tensor,  # [F, H, W] 1 where the lamp is seen
+    tables: Tensor,  # [F, K, 12]
+    half_size: Tensor,  # [F, K, 3]
     cubes: int,
-    camera: torch.Tensor,
-    light: torch.Tensor,
-    light_shares: torch.Tensor,  # [F, 2]
-    focal: torch.Tensor,
-    texture: torch.Tensor,
-    placing: torch.Tensor,
-    paint: torch.Tensor,
+    camera: Tensor,
+    light: Tensor,
+    light_shares: Tensor,  # [F, 2]
+    focal: Tensor,
+    texture: Tensor,
+    placing: Tensor,
+    paint: Tensor,
     atlas: TextureAtlas,
-) -> torch.Tensor:
+) -> Tensor:
     """`[F, 3, H, W]` light that the visible points send back: diffuse reflection of one lamp and of all around."""
     frames, solids = tables.shape[:2]
     frame = torch.arange(frames, device=distance.device, dtype=torch.int32)[:, None, None]

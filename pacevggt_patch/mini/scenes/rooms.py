@@ -13,22 +13,30 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ...clips.clip import Clip
 from ...errors import ClipError
-
-FURNITURE = 8  # boxes that stand on the floor or float
-WALL_BOXES = 4  # flat boxes on the walls: pictures, cabinets
-ELLIPSOIDS = 4
-ROOM_FACES = 6
+from .geometry import (
+    ROOM_FACES,
+    WALL_CLEARANCE,
+    Axes,
+    clearance,
+    cross_cube,
+    enter_sphere,
+    look_at,
+    rotation_about_z,
+)
+from .sampling import ELLIPSOIDS, FURNITURE, WALL_BOXES, Sampler
+from .sampling import sample_furniture as sample_boxes
+from .sampling import sample_wall_boxes as sample_flat_boxes
 
 NOISE_PERIOD = 64  # lattice cells; the finest noise repeats after 7 m, the widest room
-CAMERA_CLEARANCE = 0.22  # metres between a camera and the nearest object
-WALL_CLEARANCE = 0.2
 CANDIDATES_PER_CAMERA = 8
 
 
@@ -36,12 +44,12 @@ CANDIDATES_PER_CAMERA = 8
 class Solids:
     """K boxes or ellipsoids: `x_world = rotation x_local + centre`, reaching out to `half_size`."""
 
-    centre: torch.Tensor  # [K, 3]
-    rotation: torch.Tensor  # [K, 3, 3]
-    half_size: torch.Tensor  # [K, 3]
+    centre: Tensor  # [K, 3]
+    rotation: Tensor  # [K, 3, 3]
+    half_size: Tensor  # [K, 3]
 
     @property
-    def unit_from_world(self) -> torch.Tensor:
+    def unit_from_world(self) -> Tensor:
         """`[K, 3, 3]` linear map that takes the solid to the cube, or the sphere, of half-size 1."""
         return self.rotation.transpose(1, 2) / self.half_size[:, :, None]
 
@@ -50,47 +58,47 @@ class Solids:
 class Textures:
     """Solid textures of T surfaces, as functions of the position in the object's own frame, in metres."""
 
-    colours: torch.Tensor  # [T, 3, 3] ground, noise and pattern colour, RGB
-    noise_origin: torch.Tensor  # [T, 3] where in the noise lattice the surface starts
-    noise_frequency: torch.Tensor  # [T, 2] coarse and fine, cells per metre
-    noise_weight: torch.Tensor  # [T, 2]
-    checker_frequency: torch.Tensor  # [T] fields per metre
-    checker_weight: torch.Tensor  # [T]
-    stripe_wave: torch.Tensor  # [T, 3] radians per metre
-    stripe_weight: torch.Tensor  # [T]
+    colours: Tensor  # [T, 3, 3] ground, noise and pattern colour, RGB
+    noise_origin: Tensor  # [T, 3] where in the noise lattice the surface starts
+    noise_frequency: Tensor  # [T, 2] coarse and fine, cells per metre
+    noise_weight: Tensor  # [T, 2]
+    checker_frequency: Tensor  # [T] fields per metre
+    checker_weight: Tensor  # [T]
+    stripe_wave: Tensor  # [T, 3] radians per metre
+    stripe_weight: Tensor  # [T]
 
 
 @dataclass(frozen=True)
 class Scene:
     """One furnished room. Surfaces are numbered: 6 room faces (-x, +x, -y, +y, -z, +z), boxes, ellipsoids."""
 
-    room: torch.Tensor  # [3] half extents
+    room: Tensor  # [3] half extents
     boxes: Solids
     ellipsoids: Solids
     textures: Textures
-    noise: torch.Tensor  # [P, P, P] noise lattice, uniform in [0, 1]
-    light: torch.Tensor  # [3] position
-    ambient: torch.Tensor  # [] share of the light that comes from everywhere
+    noise: Tensor  # [P, P, P] noise lattice, uniform in [0, 1]
+    light: Tensor  # [3] position
+    ambient: Tensor  # [] share of the light that comes from everywhere
 
 
 @dataclass(frozen=True)
 class Cameras:
     """S views by one camera."""
 
-    centre: torch.Tensor  # [S, 3]
-    rotation: torch.Tensor  # [S, 3, 3] camera to world
-    field_of_view: torch.Tensor  # [] horizontal, radians
-    exposure: torch.Tensor  # [S] factor on the light
+    centre: Tensor  # [S, 3]
+    rotation: Tensor  # [S, 3, 3] camera to world
+    field_of_view: Tensor  # [] horizontal, radians
+    exposure: Tensor  # [S] factor on the light
 
 
 @dataclass(frozen=True)
 class Hits:
     """What N rays meet first."""
 
-    distance: torch.Tensor  # [N] in lengths of the ray's direction
-    surface: torch.Tensor  # [N] number of the surface (see Scene)
-    point: torch.Tensor  # [3, N] in the frame of the object, metres
-    normal: torch.Tensor  # [3, N] world frame, unit length, towards the side the ray comes from
+    distance: Tensor  # [N] in lengths of the ray's direction
+    surface: Tensor  # [N] number of the surface (see Scene)
+    point: Tensor  # [3, N] in the frame of the object, metres
+    normal: Tensor  # [3, N] world frame, unit length, towards the side the ray comes from
 
 
 def render_room(
@@ -148,38 +156,28 @@ def render_room(
 
 def move(value: Any, device: torch.device | str) -> Any:
     """A dataclass of tensors (or of such dataclasses) with every tensor on `device`."""
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, Tensor):
         return value.to(device)
     return type(value)(**{field.name: move(getattr(value, field.name), device) for field in fields(value)})
 
 
-def uniform(generator: torch.Generator, *shape: int, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
-    """Uniform samples in [low, high)."""
-    return low + (high - low) * torch.rand(shape, generator=generator)
-
-
-def log_uniform(generator: torch.Generator, *shape: int, low: float, high: float) -> torch.Tensor:
-    """Samples in [low, high) whose logarithm is uniform."""
-    return low * (high / low) ** torch.rand(shape, generator=generator)
-
-
 def sample_scene(generator: torch.Generator) -> Scene:
     """One random room."""
-    room = torch.cat([uniform(generator, 2, low=1.5, high=3.5), uniform(generator, 1, low=1.2, high=1.7)])
+    s = Sampler(generator)
+    room = torch.cat([s.uniform(2, low=1.5, high=3.5), s.uniform(1, low=1.2, high=1.7)])
     # Some rooms are full and some are nearly bare.
-    presence = uniform(generator, low=0.4, high=1.0)
-    boxes = join(sample_wall_boxes(room, generator), sample_furniture(room, generator))
-    boxes = keep(boxes, uniform(generator, WALL_BOXES + FURNITURE) < presence)
-    ellipsoids = keep(sample_ellipsoids(room, generator), uniform(generator, ELLIPSOIDS) < presence)
-    surfaces = ROOM_FACES + len(boxes.centre) + len(ellipsoids.centre)
+    presence = s.uniform(low=0.4, high=1.0)
+    boxes = join(sample_wall_boxes(s, room), sample_furniture(s, room))
+    boxes = keep(boxes, s.chance(WALL_BOXES + FURNITURE, p=presence))
+    ellipsoids = keep(sample_ellipsoids(s, room), s.chance(ELLIPSOIDS, p=presence))
     return Scene(
         room=room,
         boxes=boxes,
         ellipsoids=ellipsoids,
-        textures=sample_textures(surfaces, generator),
-        noise=uniform(generator, NOISE_PERIOD, NOISE_PERIOD, NOISE_PERIOD),
-        light=uniform(generator, 3, low=-1.0) * room * torch.tensor([0.8, 0.8, 0.9]),
-        ambient=uniform(generator, low=0.35, high=0.75),
+        textures=sample_textures(s, ROOM_FACES + len(boxes.centre) + len(ellipsoids.centre)),
+        noise=s.uniform(NOISE_PERIOD, NOISE_PERIOD, NOISE_PERIOD),
+        light=s.uniform(3, low=-1.0) * room * torch.tensor([0.8, 0.8, 0.9]),
+        ambient=s.uniform(low=0.35, high=0.75),
     )
 
 
@@ -189,162 +187,100 @@ def join(first: Solids, second: Solids) -> Solids:
     return Solids(**{name: torch.cat([getattr(first, name), getattr(second, name)]) for name in names})
 
 
-def keep(solids: Solids, chosen: torch.Tensor) -> Solids:
+def keep(solids: Solids, chosen: Tensor) -> Solids:
     """The solids that `chosen` `[K]` marks."""
     return Solids(**{field.name: getattr(solids, field.name)[chosen] for field in fields(Solids)})
 
 
-def sample_furniture(room: torch.Tensor, generator: torch.Generator) -> Solids:
+def sample_furniture(s: Sampler, room: Tensor) -> Solids:
     """Boxes of 0.2 to 2 m, about two thirds of them upright on the floor, some of the others at any angle."""
-    half_size = torch.cat(
-        [
-            log_uniform(generator, FURNITURE, 2, low=0.1, high=0.6),
-            log_uniform(generator, FURNITURE, 1, low=0.1, high=0.7),
-        ],
-        dim=1,
-    )
-    large = uniform(generator, FURNITURE, 1) < 0.15
-    half_size = torch.where(large, 1.6 * half_size, half_size)
-    centre = uniform(generator, FURNITURE, 3, low=-1.0) * (room - 0.05)
-    on_floor = uniform(generator, FURNITURE) < 0.65
-    centre[:, 2] = torch.where(on_floor, half_size[:, 2] - room[2], centre[:, 2])
-    tilted = ~on_floor & (uniform(generator, FURNITURE) < 0.5)
-    upright = rotation_about_z(uniform(generator, FURNITURE, high=2 * math.pi))
-    rotation = torch.where(tilted[:, None, None], random_rotations(FURNITURE, generator), upright)
+    centre, half_size, _, tilted, yaw = (value[0] for value in sample_boxes(s, room[None], 0.65))
+    rotation = torch.where(tilted[:, None, None], s.rotations(FURNITURE), rotation_about_z(yaw))
     return Solids(centre, rotation, half_size)
 
 
-def sample_wall_boxes(room: torch.Tensor, generator: torch.Generator) -> Solids:
+def sample_wall_boxes(s: Sampler, room: Tensor) -> Solids:
     """Flat boxes with their back inside one of the four walls."""
-    wall_axis = F.one_hot((uniform(generator, WALL_BOXES) < 0.5).long(), 3).bool()  # [K, 3]
-    side = torch.where(uniform(generator, WALL_BOXES, 1) < 0.5, 1.0, -1.0)
-    thickness = uniform(generator, WALL_BOXES, 1, low=0.02, high=0.25)
-    half_size = torch.cat(
-        [
-            uniform(generator, WALL_BOXES, 2, low=0.15, high=0.9),
-            uniform(generator, WALL_BOXES, 1, low=0.15, high=0.8),
-        ],
-        dim=1,
-    )
-    half_size = torch.where(wall_axis, thickness, half_size)
-    reach = (room - half_size).clamp(min=0)
-    centre = torch.where(wall_axis, side, uniform(generator, WALL_BOXES, 3, low=-1.0)) * reach
-    return Solids(centre, torch.eye(3).expand(WALL_BOXES, 3, 3).clone(), half_size)
+    boxes = sample_flat_boxes(s, room[None], partial(s.uniform, low=0.02, high=0.25))
+    return Solids(*(value[0] for value in boxes))
 
 
-def sample_ellipsoids(room: torch.Tensor, generator: torch.Generator) -> Solids:
+def sample_ellipsoids(s: Sampler, room: Tensor) -> Solids:
     """Ellipsoids of 0.2 to 1.2 m anywhere in the room."""
-    radius = log_uniform(generator, ELLIPSOIDS, 1, low=0.12, high=0.48)
-    half_size = radius * uniform(generator, ELLIPSOIDS, 3, low=0.7, high=1.3)
-    centre = uniform(generator, ELLIPSOIDS, 3, low=-1.0) * (room - 0.1)
-    return Solids(centre, random_rotations(ELLIPSOIDS, generator), half_size)
+    radius = s.log_uniform(ELLIPSOIDS, 1, low=0.12, high=0.48)
+    half_size = radius * s.uniform(ELLIPSOIDS, 3, low=0.7, high=1.3)
+    centre = s.uniform(ELLIPSOIDS, 3, low=-1.0) * (room - 0.1)
+    return Solids(centre, s.rotations(ELLIPSOIDS), half_size)
 
 
-def sample_textures(surfaces: int, generator: torch.Generator) -> Textures:
+def sample_textures(s: Sampler, surfaces: int) -> Textures:
     """Colours of any saturation and contrast with value noise; some surfaces also checkered or striped."""
-    ground = uniform(generator, surfaces, 3, low=0.1, high=0.9)
-    ground = torch.lerp(ground.mean(1, keepdim=True), ground, uniform(generator, surfaces, 1))
-    contrast = log_uniform(generator, surfaces, 1, 1, low=0.08, high=0.96)
-    others = ground[:, None] + uniform(generator, surfaces, 2, 3, low=-1.0) * contrast
-    wave = F.normalize(torch.randn(surfaces, 3, generator=generator), dim=1)
+    ground = s.uniform(surfaces, 3, low=0.1, high=0.9)
+    ground = torch.lerp(ground.mean(1, keepdim=True), ground, s.uniform(surfaces, 1))
+    contrast = s.log_uniform(surfaces, 1, 1, low=0.08, high=0.96)
+    others = ground[:, None] + s.uniform(surfaces, 2, 3, low=-1.0) * contrast
+    wave = F.normalize(s.normal(surfaces, 3), dim=1)
     return Textures(
         colours=torch.cat([ground[:, None], others.clamp(0, 1)], dim=1),
-        noise_origin=uniform(generator, surfaces, 3, high=NOISE_PERIOD),
+        noise_origin=s.uniform(surfaces, 3, high=NOISE_PERIOD),
         noise_frequency=torch.cat(
-            [
-                log_uniform(generator, surfaces, 1, low=0.8, high=3.2),
-                log_uniform(generator, surfaces, 1, low=3.0, high=9.0),
-            ],
-            dim=1,
+            [s.log_uniform(surfaces, 1, low=0.8, high=3.2), s.log_uniform(surfaces, 1, low=3.0, high=9.0)], 1
         ),
         noise_weight=torch.cat(
-            [
-                uniform(generator, surfaces, 1, low=0.3, high=1.3),
-                uniform(generator, surfaces, 1, low=0.1, high=0.8),
-            ],
-            dim=1,
+            [s.uniform(surfaces, 1, low=0.3, high=1.3), s.uniform(surfaces, 1, low=0.1, high=0.8)], 1
         ),
-        checker_frequency=log_uniform(generator, surfaces, low=1.0, high=5.0),
-        checker_weight=sample_pattern_weight(surfaces, generator),
-        stripe_wave=wave * log_uniform(generator, surfaces, 1, low=6.0, high=24.0),
-        stripe_weight=sample_pattern_weight(surfaces, generator),
+        checker_frequency=s.log_uniform(surfaces, low=1.0, high=5.0),
+        checker_weight=sample_pattern_weight(s, surfaces),
+        stripe_wave=wave * s.log_uniform(surfaces, 1, low=6.0, high=24.0),
+        stripe_weight=sample_pattern_weight(s, surfaces),
     )
 
 
-def sample_pattern_weight(surfaces: int, generator: torch.Generator) -> torch.Tensor:
+def sample_pattern_weight(s: Sampler, surfaces: int) -> Tensor:
     """`[T]` weight of a pattern that three surfaces in ten have."""
-    present = uniform(generator, surfaces) < 0.3
-    return torch.where(present, uniform(generator, surfaces, low=0.3, high=0.9), 0.0)
-
-
-def rotation_about_z(angle: torch.Tensor) -> torch.Tensor:
-    """`[K, 3, 3]` rotations by `angle` `[K]` radians."""
-    cos, sin, zero, one = angle.cos(), angle.sin(), torch.zeros_like(angle), torch.ones_like(angle)
-    return torch.stack([cos, -sin, zero, sin, cos, zero, zero, zero, one], dim=-1).view(-1, 3, 3)
-
-
-def random_rotations(count: int, generator: torch.Generator) -> torch.Tensor:
-    """`[count, 3, 3]` rotations, all equally likely: orthogonalised random directions."""
-    first, second = torch.randn(2, count, 3, generator=generator)
-    first = F.normalize(first, dim=1)
-    second = F.normalize(second - (first * second).sum(1, keepdim=True) * first, dim=1)
-    return torch.stack([first, second, torch.linalg.cross(first, second)], dim=2)
+    return torch.where(s.chance(surfaces, p=0.3), s.uniform(surfaces, low=0.3, high=0.9), 0.0)
 
 
 def sample_cameras(scene: Scene, frames: int, generator: torch.Generator) -> Cameras:
     """Views from around one place towards one area, upright but for a little roll, clear of the furniture."""
+    s = Sampler(generator)
     lying = torch.tensor([1.0, 1.0, 0.6])  # people move less up and down than about
-    middle = uniform(generator, 3, low=-1.0) * (scene.room - 0.45).clamp(min=0.2) * lying
-    targets = uniform(generator, 4, 3, low=-0.9, high=0.9) * scene.room
+    middle = s.uniform(3, low=-1.0) * (scene.room - 0.45).clamp(min=0.2) * lying
+    targets = s.uniform(4, 3, low=-0.9, high=0.9) * scene.room
     # The farthest of a few candidates: views across the room show more of it.
     target = targets[(targets - middle).norm(dim=1).argmax()]
-    spread = uniform(generator, low=0.35, high=0.9) * torch.tensor([1.0, 1.0, 0.45])
-    candidates = middle + torch.randn(CANDIDATES_PER_CAMERA * frames, 3, generator=generator) * spread
+    spread = s.uniform(low=0.35, high=0.9) * torch.tensor([1.0, 1.0, 0.45])
+    candidates = middle + s.normal(CANDIDATES_PER_CAMERA * frames, 3) * spread
     limit = scene.room - WALL_CLEARANCE
     centre = clearest(scene, candidates.clamp(-limit, limit), frames)  # [S, 3]
     scatter = 0.28 * (target - middle).norm() * lying
-    looked_at = target + torch.randn(frames, 3, generator=generator) * scatter
+    looked_at = target + s.normal(frames, 3) * scatter
     return Cameras(
         centre=centre,
-        rotation=look_at(centre, looked_at)
-        @ rotation_about_z(0.09 * torch.randn(frames, generator=generator)),
-        field_of_view=uniform(generator, low=math.radians(45), high=math.radians(75)),
-        exposure=1 + 0.12 * torch.randn(frames, generator=generator).clamp(-2, 2),
+        rotation=look_at(centre, looked_at) @ rotation_about_z(0.09 * s.normal(frames)),
+        field_of_view=s.uniform(low=math.radians(45), high=math.radians(75)),
+        exposure=1 + 0.12 * s.normal(frames).clamp(-2, 2),
     )
 
 
-def clearest(scene: Scene, candidates: torch.Tensor, count: int) -> torch.Tensor:
+def clearest(scene: Scene, candidates: Tensor, count: int) -> Tensor:
     """The first `count` candidates `[M, 3]` clear of all objects; if there are too few, the clearest."""
     solids = join(scene.boxes, scene.ellipsoids)
     if len(solids.centre) == 0:
         return candidates[:count]
     offset = candidates[:, None] - solids.centre  # [M, K, 3]
     local = torch.einsum("mki,kij->mkj", offset, solids.rotation)
-    # Distance to the bounding box: exact for boxes, and on the safe side for ellipsoids.
-    beyond = local.abs() - solids.half_size
-    distance = beyond.clamp(min=0).norm(dim=2) + beyond.amax(dim=2).clamp(max=0)  # [M, K], negative inside
-    clearance = distance.amin(dim=1).clamp(max=CAMERA_CLEARANCE)
-    return candidates[clearance.argsort(descending=True, stable=True)[:count]]
+    order = clearance(local, solids.half_size).argsort(descending=True, stable=True)
+    return candidates[order[:count]]
 
 
-def look_at(centre: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """`[..., 3, 3]` camera-to-world rotations of level cameras at `centre` that look at `target`, both `[..., 3]`."""
-    forward = F.normalize(target - centre, dim=-1)
-    # Never straight up or down, where "level" has no meaning.
-    forward = torch.cat([forward[..., :2] + 1e-3, forward[..., 2:].clamp(-0.85, 0.85)], dim=-1)
-    forward = F.normalize(forward, dim=-1)
-    up = torch.tensor([0.0, 0.0, 1.0]).expand_as(forward)
-    right = F.normalize(torch.linalg.cross(forward, up), dim=-1)
-    return torch.stack([right, torch.linalg.cross(forward, right), forward], dim=-1)
-
-
-def world_to_camera(cameras: Cameras) -> torch.Tensor:
+def world_to_camera(cameras: Cameras) -> Tensor:
     """`[S, 3, 4]` extrinsics `[R | t]`."""
     rotation = cameras.rotation.transpose(1, 2)
     return torch.cat([rotation, -rotation @ cameras.centre[:, :, None]], dim=2)
 
 
-def pinhole_intrinsics(field_of_view: torch.Tensor, height: int, width: int) -> torch.Tensor:
+def pinhole_intrinsics(field_of_view: Tensor, height: int, width: int) -> Tensor:
     """`[3, 3]` intrinsics of square pixels with the given horizontal field of view, centred on the image."""
     focal = width / 2 / torch.tan(field_of_view / 2)
     intrinsics = torch.eye(3, device=field_of_view.device)
@@ -353,7 +289,7 @@ def pinhole_intrinsics(field_of_view: torch.Tensor, height: int, width: int) -> 
     return intrinsics
 
 
-def pixel_rays(intrinsics: torch.Tensor, height: int, width: int) -> torch.Tensor:
+def pixel_rays(intrinsics: Tensor, height: int, width: int) -> Tensor:
     """`[3, H*W]` directions through the pixel centres in the camera frame, with z = 1."""
     device = intrinsics.device
     rows, columns = torch.meshgrid(
@@ -364,12 +300,12 @@ def pixel_rays(intrinsics: torch.Tensor, height: int, width: int) -> torch.Tenso
     return torch.stack([x, y, torch.ones_like(x)]).view(3, -1)
 
 
-def cast_rays(scene: Scene, origin: torch.Tensor, directions: torch.Tensor) -> Hits:
+def cast_rays(scene: Scene, origin: Tensor, directions: Tensor) -> Hits:
     """What rays from `origin` `[3]`, inside the room, along `directions` `[3, N]` meet first."""
     walls = Solids(torch.zeros_like(scene.room)[None], torch.eye(3).to(scene.room)[None], scene.room[None])
-    wall_distance = leave_cubes(*unit_rays(walls, origin, directions))  # [1, N]
-    box_distance = enter_cubes(*unit_rays(scene.boxes, origin, directions))  # [B, N]
-    ellipsoid_distance = enter_spheres(*unit_rays(scene.ellipsoids, origin, directions))  # [E, N]
+    wall_distance = cross_cube(unit_rays(walls, origin, directions))[1]  # [1, N]
+    box_distance = enter_cubes(unit_rays(scene.boxes, origin, directions))  # [B, N]
+    ellipsoid_distance = enter_spheres(unit_rays(scene.ellipsoids, origin, directions))  # [E, N]
     distance, solid = torch.cat([wall_distance, box_distance, ellipsoid_distance]).min(dim=0)  # [N]
 
     solids = join(walls, join(scene.boxes, scene.ellipsoids))
@@ -388,54 +324,33 @@ def cast_rays(scene: Scene, origin: torch.Tensor, directions: torch.Tensor) -> H
     return Hits(distance, surface, point, torch.where(inside, -normal, normal))
 
 
-def unit_rays(
-    solids: Solids, origin: torch.Tensor, directions: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Origins `[K, 3, 1]` and directions `[K, 3, N]` in the frames where the solids have half-size 1."""
-    return (
-        solids.unit_from_world @ (origin - solids.centre)[:, :, None],
-        solids.unit_from_world @ directions,
-    )
+def unit_rays(solids: Solids, origin: Tensor, directions: Tensor) -> Axes:
+    """Starts `[K, 1]` and directions `[K, N]` of rays, along each axis of the solids of half-size 1."""
+    start = solids.unit_from_world @ (origin - solids.centre)[:, :, None]
+    direction = solids.unit_from_world @ directions
+    return list(zip(start.unbind(1), direction.unbind(1), strict=True))
 
 
-def slabs(origin: torch.Tensor, direction: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`[K, N]` distances at which rays enter and leave the cube of half-size 1 (enter > leave: a miss)."""
-    # A ray along a face divides by zero; a hair off it is inside or outside like its neighbours.
-    direction = torch.where(direction.abs() < 1e-9, 1e-9, direction)
-    inverse = 1 / direction
-    centre, half = -origin * inverse, inverse.abs()
-    return (centre - half).amax(dim=1), (centre + half).amin(dim=1)
-
-
-def leave_cubes(origin: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
-    """`[K, N]` distances at which rays from inside leave the cube of half-size 1."""
-    return slabs(origin, direction)[1]
-
-
-def enter_cubes(origin: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
-    """`[K, N]` distances at which rays enter the cube of half-size 1; inf where they miss or start in it."""
-    enter, leave = slabs(origin, direction)
+def enter_cubes(axes: Axes) -> Tensor:
+    """`[K, N]` distances at which rays enter unit cubes; inf where they miss or start in it."""
+    enter, leave = cross_cube(axes)
     return torch.where((enter < leave) & (enter > 0), enter, math.inf)
 
 
-def enter_spheres(origin: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
-    """`[K, N]` distances at which rays enter the sphere of radius 1; inf where they miss or start in it."""
-    a = direction.square().sum(dim=1)
-    b = (origin * direction).sum(dim=1)
-    c = origin.square().sum(dim=1) - 1
-    discriminant = b.square() - a * c
-    enter = (-b - discriminant.clamp(min=0).sqrt()) / a
-    return torch.where((discriminant > 0) & (enter > 0), enter, math.inf)
+def enter_spheres(axes: Axes) -> Tensor:
+    """`[K, N]` distances at which rays enter unit spheres; inf where they miss or start in it."""
+    enter, meets = enter_sphere(axes)
+    return torch.where(meets & (enter > 0), enter, math.inf)
 
 
-def shade(scene: Scene, hits: Hits, world: torch.Tensor) -> torch.Tensor:
+def shade(scene: Scene, hits: Hits, world: Tensor) -> Tensor:
     """`[3, N]` light that the hit points `world` `[3, N]` send back: diffuse reflection, without shadows."""
     to_light = F.normalize(scene.light[:, None] - world, dim=0)
     facing = (hits.normal * to_light).sum(dim=0).clamp(min=0)
     return surface_colour(scene, hits) * torch.lerp(facing, torch.ones_like(facing), scene.ambient)
 
 
-def surface_colour(scene: Scene, hits: Hits) -> torch.Tensor:
+def surface_colour(scene: Scene, hits: Hits) -> Tensor:
     """`[3, N]` RGB of the textures at the hit points."""
     textures, surface, point = scene.textures, hits.surface, hits.point
     origin = textures.noise_origin[surface].T  # [3, N]
@@ -456,7 +371,7 @@ def surface_colour(scene: Scene, hits: Hits) -> torch.Tensor:
     return torch.lerp(colour, patterned, pattern.clamp(0, 1).expand_as(ground))
 
 
-def value_noise(lattice: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+def value_noise(lattice: Tensor, points: Tensor) -> Tensor:
     """`[N]` value noise at `points` `[3, N]`, in lattice cells: smoothstep interpolation, periodic."""
     cell = points.floor()
     within = points - cell

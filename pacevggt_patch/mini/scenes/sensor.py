@@ -57,15 +57,15 @@ class SensorEffects:
         seed: `[F]` whole numbers below 2^24, of the noise.
     """
 
-    gain: torch.Tensor
-    vignetting: torch.Tensor
-    defocus: torch.Tensor
-    motion: torch.Tensor
-    softness: torch.Tensor
-    noise: torch.Tensor
-    tone: torch.Tensor
-    jpeg: torch.Tensor
-    seed: torch.Tensor
+    gain: Tensor
+    vignetting: Tensor
+    defocus: Tensor
+    motion: Tensor
+    softness: Tensor
+    noise: Tensor
+    tone: Tensor
+    jpeg: Tensor
+    seed: Tensor
 
     @classmethod
     def none(cls, frames: int, device: torch.device | str = "cpu") -> SensorEffects:
@@ -74,13 +74,13 @@ class SensorEffects:
         return cls(ones, zeros, zeros, zeros[:, None].expand(-1, 2), zeros, zeros[:, None].expand(-1, 2), ones,
                    zeros + 101, zeros)  # fmt: skip
 
-    def packed(self) -> torch.Tensor:
+    def packed(self) -> Tensor:
         """`[F, 15]` all parameters of a frame in a row; see `unpack`."""
         values = [getattr(self, field.name) for field in fields(self)]
         return torch.cat([value if value.ndim == 2 else value[:, None] for value in values], 1)
 
     @classmethod
-    def unpack(cls, rows: torch.Tensor) -> SensorEffects:
+    def unpack(cls, rows: Tensor) -> SensorEffects:
         """The effects whose `packed` rows `[F, 15]` these are."""
         gain, vignetting, defocus, motion, softness, noise, tone, jpeg, seed = rows.split(
             [3, 1, 1, 2, 1, 2, 3, 1, 1], 1
@@ -90,7 +90,7 @@ class SensorEffects:
         )
 
 
-def apply_sensor(images: torch.Tensor, effects: SensorEffects) -> torch.Tensor:
+def apply_sensor(images: Tensor, effects: SensorEffects) -> Tensor:
     """Images `[F, 3, H, W]` as the camera delivers them, in [0, 1]; H and W must be even.
 
     The order is the light's: lens (blur, vignetting), exposure, noise, then the camera's processing.
@@ -105,7 +105,7 @@ def apply_sensor(images: torch.Tensor, effects: SensorEffects) -> torch.Tensor:
     return jpeg(images, effects.jpeg, faster(quantise, on_gpu)).clamp(0, 1)
 
 
-def defocus_blur(images: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+def defocus_blur(images: Tensor, sigma: Tensor) -> Tensor:
     """Gaussian blur with a standard deviation for each frame, `[F]` pixels; the border goes on beyond the image."""
     offsets = torch.arange(-BLUR_REACH, BLUR_REACH + 1, device=images.device)
     weights = torch.exp(-0.5 * (offsets / sigma.clamp(min=1e-2)[:, None]).square())  # [F, n]
@@ -119,7 +119,7 @@ def defocus_blur(images: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     return added(weights[:, i] * shifted[i] for i in taps)
 
 
-def motion_blur(images: torch.Tensor, motion: torch.Tensor) -> torch.Tensor:
+def motion_blur(images: Tensor, motion: Tensor) -> Tensor:
     """Mean over the way `motion` `[F, 2]` (pixels right and down), centred, in steps to the nearest pixel."""
     frames, _, height, width = images.shape
     rows = torch.arange(height, device=images.device)[None, :, None]
@@ -135,7 +135,7 @@ def motion_blur(images: torch.Tensor, motion: torch.Tensor) -> torch.Tensor:
     return (total / MOTION_TAPS).view(frames, 3, height, width)
 
 
-def hashed(number: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
+def hashed(number: Tensor, seed: Tensor) -> Tensor:
     """Numbers in [0, 2^24) that look random, of int32 numbers and seeds (which broadcast)."""
     mixed = number * 1597334677 ^ (seed + 1) * 1431374979
     for factor in (1274126177, 668265263):
@@ -143,7 +143,7 @@ def hashed(number: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
     return ((mixed ^ ((mixed >> 13) & 0x7FFFF)) >> 7) & 0xFFFFFF
 
 
-def normal_noise(seed: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
+def normal_noise(seed: Tensor, shape: tuple[int, int, int]) -> Tensor:
     """`[F, *shape]` standard normal noise for seeds `[F]`, by Box and Muller."""
     count = shape[0] * shape[1] * shape[2]
     number = torch.arange(count, device=seed.device, dtype=torch.int32)
@@ -154,13 +154,13 @@ def normal_noise(seed: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tenso
 
 
 def expose(
-    images: torch.Tensor,
-    gain: torch.Tensor,
-    vignetting: torch.Tensor,
-    noise: torch.Tensor,
-    tone: torch.Tensor,
-    seed: torch.Tensor,
-) -> torch.Tensor:
+    images: Tensor,
+    gain: Tensor,
+    vignetting: Tensor,
+    noise: Tensor,
+    tone: Tensor,
+    seed: Tensor,
+) -> Tensor:
     """Vignetting, exposure, white balance, noise and tone, clipped to [0, 1]; the arguments are the effects' own."""
     height, width = images.shape[2:]
     y = ((torch.arange(height, device=images.device) + 0.5) / height * 2 - 1)[:, None]
@@ -180,7 +180,7 @@ def expose(
     return (0.5 + contrast * (light - 0.5)).clamp(0, 1)
 
 
-def soften(images: torch.Tensor, amount: torch.Tensor) -> torch.Tensor:
+def soften(images: Tensor, amount: Tensor) -> Tensor:
     """Blend in the image halved in size and enlarged again, by `amount` `[F]` in [0, 1]."""
     small = F.avg_pool2d(images, 2)
     soft = F.interpolate(small, scale_factor=2, mode="bilinear", align_corners=False)
@@ -188,7 +188,7 @@ def soften(images: torch.Tensor, amount: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def cosine_transform(device: torch.device | str = "cpu") -> torch.Tensor:
+def cosine_transform(device: torch.device | str = "cpu") -> Tensor:
     """`[8, 8]` orthonormal discrete cosine transform (type II): frequencies by places."""
     place, frequency = torch.arange(JPEG_BLOCK, device=device) + 0.5, torch.arange(JPEG_BLOCK, device=device)
     matrix = torch.cos(math.pi / JPEG_BLOCK * frequency[:, None] * place) * math.sqrt(2 / JPEG_BLOCK)
@@ -196,20 +196,20 @@ def cosine_transform(device: torch.device | str = "cpu") -> torch.Tensor:
 
 
 @functools.cache
-def on_device(luminance: bool, device: torch.device) -> torch.Tensor:
+def on_device(luminance: bool, device: torch.device) -> Tensor:
     """The table of luminance or of chrominance, copied once: a CUDA graph can record no copy from the host."""
     return (LUMINANCE_STEPS if luminance else CHROMINANCE_STEPS).to(device)
 
 
-def quantise(blocks: torch.Tensor, steps: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+def quantise(blocks: Tensor, steps: Tensor, matrix: Tensor) -> Tensor:
     """Blocks `[F, n, 8, 8]` with their cosine coefficients rounded to multiples of `steps` `[F, 1, 8, 8]`."""
     coefficients = matrix @ blocks @ matrix.T
     return matrix.T @ ((coefficients / steps).round() * steps) @ matrix
 
 
 def quantise_channel(
-    channel: torch.Tensor, steps: torch.Tensor, quality: torch.Tensor, function: Callable[..., Any]
-) -> torch.Tensor:
+    channel: Tensor, steps: Tensor, quality: Tensor, function: Callable[..., Any]
+) -> Tensor:
     """A channel `[F, H, W]` around 0, in units of 1/255, after the loss of JPEG at `quality` `[F]`."""
     frames, height, width = channel.shape
     # As libjpeg scales the tables.
@@ -229,8 +229,8 @@ def quantise_channel(
 
 
 def jpeg(
-    images: torch.Tensor, quality: torch.Tensor, function: Callable[..., Any] = quantise
-) -> torch.Tensor:
+    images: Tensor, quality: Tensor, function: Callable[..., Any] = quantise
+) -> Tensor:
     """Images `[F, 3, H, W]` after JPEG compression at `quality` `[F]`, colour at half the resolution (4:2:0)."""
     red, green, blue = (images * 255 - 128).unbind(1)
     grey = 0.299 * red + 0.587 * green + 0.114 * blue
@@ -246,7 +246,7 @@ def jpeg(
     return torch.where((quality > 100)[:, None, None, None], images, lossy)
 
 
-def sample_effects(plain: torch.Tensor, views: int, generator: torch.Generator) -> SensorEffects:
+def sample_effects(plain: Tensor, views: int, generator: torch.Generator) -> SensorEffects:
     """Effects of B cameras on their S views, `[B * S]` frames, on the CPU.
 
     Args:
@@ -260,7 +260,7 @@ def sample_effects(plain: torch.Tensor, views: int, generator: torch.Generator) 
     plain_column = plain[:, None]
     shape = (count, views)
 
-    def some(p: float, value: torch.Tensor) -> torch.Tensor:
+    def some(p: float, value: Tensor) -> Tensor:
         """The value in a share p of the clips, else 0; never from a perfect camera."""
         return torch.where(s.chance(count, 1, p=p) & ~perfect, value, 0.0)
 

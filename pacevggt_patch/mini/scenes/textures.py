@@ -31,7 +31,7 @@ class TextureAtlas:
         photographs: how many of the N, the first ones, are photographs; the others are procedural.
     """
 
-    texels: torch.Tensor
+    texels: Tensor
     side: int
     photographs: int
 
@@ -54,14 +54,14 @@ class TextureAtlas:
         return TextureAtlas(self.texels.to(device), self.side, self.photographs)
 
 
-def level_offset(level: torch.Tensor, side: int) -> torch.Tensor:
+def level_offset(level: Tensor, side: int) -> Tensor:
     """Where integer `level` starts within a texture: the pixels of all finer levels."""
     # side^2 (1 + 1/4 + ... ) as a geometric sum in whole numbers.
     whole = 4 * side * side
     return (whole - torch.bitwise_right_shift(torch.full_like(level, whole), 2 * level)) // 3
 
 
-def build_atlas(squares: torch.Tensor, photographs: int) -> TextureAtlas:
+def build_atlas(squares: Tensor, photographs: int) -> TextureAtlas:
     """An atlas of squares `[N, 3, side, side]` in [0, 1], the first `photographs` of which are photographs.
 
     Raises:
@@ -82,13 +82,13 @@ def build_atlas(squares: torch.Tensor, photographs: int) -> TextureAtlas:
     return TextureAtlas(torch.cat(parts).flatten(), side, photographs)
 
 
-def pack_colours(images: torch.Tensor) -> torch.Tensor:
+def pack_colours(images: Tensor) -> Tensor:
     """`[..., H, W]` int32 of RGB `[..., 3, H, W]` in [0, 1]."""
     red, green, blue = (images.clamp(0, 1) * 255).round().to(torch.int32).unbind(-3)
     return (red << 16) | (green << 8) | blue
 
 
-def load_photographs(path: str | Path, side: int = 256, limit: int | None = None) -> torch.Tensor:
+def load_photographs(path: str | Path, side: int = 256, limit: int | None = None) -> Tensor:
     """`[N, 3, side, side]` uint8 squares of the images in a zip file or a folder, in the order of their names.
 
     Args:
@@ -119,7 +119,7 @@ def load_photographs(path: str | Path, side: int = 256, limit: int | None = None
     if limit is not None and limit < len(names):
         names = [names[i * len(names) // limit] for i in range(limit)]
 
-    def decode(name: str) -> torch.Tensor:
+    def decode(name: str) -> Tensor:
         try:
             image = Image.open(io.BytesIO(files[name])).convert("RGB")
         except (OSError, ValueError, SyntaxError) as error:
@@ -137,12 +137,12 @@ def load_photographs(path: str | Path, side: int = 256, limit: int | None = None
 
 def procedural_squares(
     count: int, side: int = 256, seed: int = 0, device: torch.device | str = "cpu"
-) -> torch.Tensor:
+) -> Tensor:
     """`[count, 3, side, side]` uint8 slices, `PROCEDURAL_SPAN` wide, through the solid textures of synthetic rooms."""
     generator = torch.Generator().manual_seed(seed)
     centres = (torch.arange(side, device=device) + 0.5) * (PROCEDURAL_SPAN / side) - PROCEDURAL_SPAN / 2
     vertical, horizontal = torch.meshgrid(centres, centres, indexing="ij")
-    squares: list[torch.Tensor] = []
+    squares: list[Tensor] = []
     while len(squares) < count:
         scene: Scene = move(sample_scene(generator), device)
         for surface in range(min(len(scene.textures.colours), count - len(squares))):
@@ -154,7 +154,7 @@ def procedural_squares(
 
 
 def texture_atlas(
-    photographs: torch.Tensor | None,
+    photographs: Tensor | None,
     procedural: int = 512,
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -174,15 +174,15 @@ def texture_atlas(
     )
 
 
-def brightened(squares: torch.Tensor) -> torch.Tensor:
+def brightened(squares: Tensor) -> Tensor:
     """Squares `[N, 3, side, side]` whose mean came most of the way up to middle grey, if it was darker."""
     mean = squares.mean((1, 2, 3), keepdim=True).clamp(min=0.02)
     return (squares * (0.42 / mean).clamp(1, 16) ** 0.6).clamp(0, 1)
 
 
 def sample_texture(
-    atlas: TextureAtlas, texture: torch.Tensor, u: torch.Tensor, v: torch.Tensor, level: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    atlas: TextureAtlas, texture: Tensor, u: Tensor, v: Tensor, level: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Trilinear look-up: red, green and blue in [0, 1], each shaped as `u`.
 
     Args:
@@ -202,14 +202,14 @@ def sample_texture(
     return red, green, blue
 
 
-def mirrored(position: torch.Tensor) -> torch.Tensor:
+def mirrored(position: Tensor) -> Tensor:
     """Position in [0, 1] within a texture that repeats mirrored."""
     return 1 - (position - 2 * (position / 2).floor() - 1).abs()
 
 
 def bilinear(
-    atlas: TextureAtlas, start: torch.Tensor, u: torch.Tensor, v: torch.Tensor, level: torch.Tensor
-) -> list[torch.Tensor]:
+    atlas: TextureAtlas, start: Tensor, u: Tensor, v: Tensor, level: Tensor
+) -> list[Tensor]:
     """Bilinear look-up in one level of the texture that begins at `start`; colours in [0, 255]."""
     size = torch.bitwise_right_shift(torch.full_like(level, atlas.side), level)
     # Pixel centres lie on halves; beyond the outer ones the border pixel goes on.
@@ -228,6 +228,6 @@ def bilinear(
     ]
 
 
-def colours(packed: torch.Tensor) -> list[torch.Tensor]:
+def colours(packed: Tensor) -> list[Tensor]:
     """Red, green and blue in [0, 255] of packed texels."""
     return [((packed >> shift) & 255).float() for shift in (16, 8, 0)]

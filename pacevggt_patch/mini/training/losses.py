@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...evaluation.metrics import rotation_matrix
-from ..scenes.raycast import added, faster
+from ..scenes.raycast import faster
 from ..scenes.training_scenes import SceneBatch
 
 GAMMA = 0.6  # weight of a camera iteration over that of the next
@@ -52,33 +51,6 @@ class Targets:
     patch_points: Tensor
 
 
-def quaternions(rotation: Tensor) -> Tensor:
-    """`[..., 4]` unit quaternions, scalar last and not negative, of rotations `[..., 3, 3]`.
-
-    Of the four ways to compute one, each row of a symmetric matrix, the one with the largest divisor is taken.
-    """
-    xx, xy, xz, yx, yy, yz, zx, zy, zz = rotation.flatten(-2).unbind(-1)
-    rows = torch.stack(
-        [
-            torch.stack([1 + xx - yy - zz, xy + yx, xz + zx, zy - yz], -1),
-            torch.stack([xy + yx, 1 - xx + yy - zz, yz + zy, xz - zx], -1),
-            torch.stack([xz + zx, yz + zy, 1 - xx - yy + zz, yx - xy], -1),
-            torch.stack([zy - yz, xz - zx, yx - xy, 1 + xx + yy + zz], -1),
-        ],
-        -2,
-    )  # [..., 4, 4], each row a multiple of the quaternion
-    best = rows.diagonal(dim1=-2, dim2=-1).argmax(-1)[..., None, None].expand(*rotation.shape[:-2], 1, 4)
-    quaternion = F.normalize(rows.gather(-2, best)[..., 0, :], dim=-1)
-    return torch.where(quaternion[..., 3:] < 0, -quaternion, quaternion)
-
-
-def from_first_camera(world_to_camera: Tensor) -> Tensor:
-    """Extrinsics `[B, S, 3, 4]` of each clip's first camera to camera, of those of world to camera."""
-    first = world_to_camera[:, :1]
-    rotation = world_to_camera[..., :3] @ first[..., :3].mT
-    return torch.cat([rotation, world_to_camera[..., 3:] - rotation @ first[..., 3:]], 3)
-
-
 def first_camera_points(depth: Tensor, extrinsics: Tensor, focal: Tensor, step: int, first: int) -> Tensor:
     """`[B, S, h, w, 3]` points of every `step`-th pixel from pixel `first` on, in the frame of the first camera."""
     height, width = depth.shape[2:]
@@ -106,51 +78,6 @@ def make_targets(scenes: SceneBatch, depth: Tensor, patch: int) -> Targets:
     pose = torch.cat([extrinsics[..., 3], quaternions(rotation), view], 2)
     points = first_camera_points(depth, extrinsics, scenes.focal, patch, patch // 2).flatten(2, 3)
     return Targets(pose, extrinsics, scenes.focal, depth, points)
-
-
-def camera_losses(predictions: list[Tensor], truth: Tensor) -> dict[str, Tensor]:
-    """Mean absolute errors of pose encodings, over the iterations of the camera head weighted to the last."""
-    count = len(predictions)
-    weights = [GAMMA ** (count - 1 - i) for i in range(count)]
-    errors = [w * (p.float() - truth).abs() for w, p in zip(weights, predictions, strict=True)]
-    error = added(errors) / sum(weights)
-    return {
-        "translation": error[..., :3].mean(),
-        "rotation": error[..., 3:7].mean(),
-        "field_of_view": error[..., 7:].mean(),
-    }
-
-
-def pair_losses(prediction: Tensor, truth: Tensor) -> dict[str, Tensor]:
-    """Errors between the frames of each pair, for the metrics look at pairs: pose encodings `[B, S, 9]`.
-
-    A pair's translation counts by its error over its length, and the less the farther off it is already, as it does in
-    an AUC; its rotation by the Frobenius norm of the difference of the matrices.
-    """
-    views = truth.shape[1]
-    rotation, translation = relative_motion(prediction.float())
-    true_rotation, true_translation = relative_motion(truth)
-    error = length(translation - true_translation)
-    relative = error / (length(true_translation) + PAIR_FLOOR)  # [B, S, S]
-    turned = length((rotation - true_rotation).flatten(3))
-    others = 1 - torch.eye(views, device=truth.device)
-    count = len(truth) * max(views * (views - 1), 1)
-    return {
-        "pair_translation": (relative / (relative + PAIR_HALF) * others).sum() / count,
-        "pair_rotation": (turned * others).sum() / count,
-    }
-
-
-def relative_motion(poses: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotations `[B, S, S, 3, 3]` and translations `[B, S, S, 3]` from the i-th camera of a clip to the j-th."""
-    rotation, translation = rotation_matrix(poses[..., 3:7]), poses[..., :3]
-    relative = rotation[:, None] @ rotation[:, :, None].mT  # [B, i, j, 3, 3]
-    return relative, translation[:, None] - (relative @ translation[:, :, None, :, None])[..., 0]
-
-
-def length(x: Tensor) -> Tensor:
-    """Length of vectors `[..., n]`, with a gradient at 0."""
-    return (x.square().sum(-1) + 1e-8).sqrt()
 
 
 def confidence_loss(error: Tensor, confidence: Tensor) -> Tensor:
