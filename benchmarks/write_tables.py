@@ -1,4 +1,4 @@
-"""Write the quality tables of README.md and weights/README.md from the files in results/, between their markers.
+"""Write the quality tables of docs/quality.md and weights/README.md from the files in results/, between their markers.
 
 python benchmarks/write_tables.py
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +15,27 @@ from pacevggt_patch.runtime.files import whole_file
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-# Result file -> what its clips are called.
-PRUNED = {
-    "rooms-8": "24 rooms, 8 frames",
-    "rooms-24": "12 rooms, 24 frames",
-    "redkitchen": "redkitchen, 3 x 8 photographs",
-    "herzjesu": "herzjesu, 8 photographs",
+# Setting, as in the names of result files -> what it is called, and the call.
+SETTINGS = {
+    "default": ("global pruning, bundled weights", "`accelerate(model)`"),
+    "calibrated": ("global pruning, calibrated on the first clip", "`accelerate(model)`, no file that fits"),
+    "training-free": ("global pruning, training-free", "`weights=None`"),
+    "pre-aa": ("pre-AA pruning, bundled weights", '`mode="pre-aa"`'),
+    "pre-aa-training-free": ("pre-AA pruning, training-free", '`mode="pre-aa", weights=None`'),
 }
-ALL_STAGES = ("training-free", "calibrated", "distilled", "refined")
-STAGES = {
-    "rooms-8": "24 rooms, 8 frames",
-    "rooms-24": "12 rooms, 24 frames",
+# Clips, as in the names of result files -> what they are called.
+CLIPS = {
+    "rooms-8": "24 rooms, 8 views",
+    "rooms-24": "12 rooms, 24 views",
     "redkitchen": "redkitchen, 3 x 8 photographs",
 }
+CHANGES = {
+    "default": "default",
+    "calibrated": "calibrated",
+    "pre-aa": "pace",
+}  # settings, and in names of files
+RATIOS = (0.3, 0.15)
+STAGES = ("training-free", "calibrated", "distilled", "refined")
 UNPRUNED = {
     "rooms-8": "24 rooms, 8 views",
     "rooms-24": "12 rooms, 24 views",
@@ -38,105 +45,113 @@ UNPRUNED = {
 }
 
 
-def rows(name: str) -> list[dict[str, Any]]:
-    """The rows of a file that `quality.py` wrote."""
-    return json.loads((RESULTS / f"quality-mini-{name}.json").read_text())["rows"]
+def report(name: str) -> dict[str, Any]:
+    """A file that `quality.py` wrote."""
+    return json.loads((RESULTS / f"quality-mini-{name}.json").read_text())
 
 
-def spread(row: dict[str, Any], key: str, digits: int) -> str:
-    """Mean and standard deviation over clips; "-" where there is no ground truth, one clip has no spread."""
-    if row[key] is None:
-        return "-"
-    text = f"{row[key]:.{digits}f}"
-    return text if row["count"] == 1 else f"{text} ± {row[f'{key}_std']:.{digits}f}"
+def row_of(name: str, ratio: float) -> dict[str, Any]:
+    """The row of a keep ratio of such a file."""
+    (row,) = (row for row in report(name)["rows"] if row["keep_ratio"] == ratio)
+    return row
 
 
-def number(value: float | None, digits: int, unit: str = "") -> str:
-    return "-" if value is None else f"{value:.{digits}f}{unit}"
+def number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
-def pruning_table() -> str:
-    """What pruning costs, training-free and with the bundled weights."""
-    lines = [
-        "| clips | keep ratio | weights | AUC@30 | AUC@15 | rotation | AbsRel | delta < 1.25 |",
-        "|---|---|---|---|---|---|---|---|",
+def table(head: list[str], lines: list[list[str]]) -> str:
+    """Markdown."""
+    rows = ["| " + " | ".join(cells) + " |" for cells in (head, *lines)]
+    return "\n".join([rows[0], "|" + "---|" * len(head), *rows[1:]])
+
+
+def settings_table() -> str:
+    """What each setting costs on rooms of 8 views, and on what it was measured."""
+    head = [
+        "setting",
+        "call",
+        "keep ratio",
+        "AUC@30",
+        "least, most",
+        "change",
+        "AbsRel",
+        "least, most",
+        "change",
     ]
-    for name, title in PRUNED.items():
-        free, bundled = rows(name), rows(f"{name}-pace")
-        for row, trained in zip(free, bundled, strict=True):
-            if row["keep_ratio"] != trained["keep_ratio"]:
-                raise PaceError(f"quality-mini-{name}.json and its -pace.json have other keep ratios")
-            pairs = [("none", row), ("bundled", trained)]
-            for weights, found in [("", row)] if row["keep_ratio"] == 1 else pairs:
-                ratio = "unpruned" if found["keep_ratio"] == 1 else f"{found['keep_ratio']:g}"
-                cells = [title, ratio, weights, spread(found, "auc30", 1), number(found["auc15"], 1)]
-                cells += [number(found["rotation_deg"], 1, "°"), spread(found, "absrel", 4)]
-                cells += [number(found["delta125"], 1, " %")]
-                lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    lines = [["unpruned", "", "", *of_metrics(row_of("rooms-8-default", 1.0), changes=False)]]
+    for ratio in RATIOS:
+        for setting, (title, call) in SETTINGS.items():
+            lines.append([title, call, f"{ratio:g}", *of_metrics(row_of(f"rooms-8-{setting}", ratio))])
+    return f"{measured_on('rooms-8-default')}\n\n{table(head, lines)}"
 
 
-def unpruned_table() -> str:
-    """How good the bundled VGGT-mini is."""
-    lines = [
-        "| clips | AUC@5 | AUC@15 | AUC@30 | rotation | translation | AbsRel | delta < 1.25 (%) |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name, title in UNPRUNED.items():
-        row = rows(name)[0]
-        cells = [number(row[key], 1) for key in ("auc5", "auc15", "auc30", "rotation_deg", "translation_deg")]
-        cells += [number(row["absrel"], 4), number(row["delta125"], 1)]
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def of_metrics(row: dict[str, Any], changes: bool = True) -> list[str]:
+    """Cells of AUC@30 and AbsRel: mean and standard deviation, range, change and its standard error."""
+    cells = []
+    for key, digits in (("auc30", 1), ("absrel", 4)):
+        cells.append(f"{row[key]:.{digits}f} ± {row[f'{key}_std']:.{digits}f}")
+        cells.append(f"{row[f'{key}_min']:.{digits}f}, {row[f'{key}_max']:.{digits}f}")
+        change, error = row[f"{key}_change"], row[f"{key}_change_error"]
+        cells.append(f"{change:+.1f} % (± {error:.1f})" if changes else "")
+    return cells
 
 
-def stages_table(prefix: str = "") -> str:
-    """What each stage of training pace weights is worth: AUC@30 and AbsRel, with the spread over seeds.
-
-    Args:
-        prefix: of the clips in the names of the files of `pace_quality.py`.
-    """
-    lines = [
-        "| clips | keep ratio | unpruned | " + " | ".join(ALL_STAGES) + " |",
-        "|---|---|" + "---|" * (1 + len(ALL_STAGES)),
-    ]
-    for name, title in STAGES.items():
-        by_setting = stage_rows(prefix + name)
-        for ratio in sorted({ratio for stage, ratio in by_setting if stage != "unpruned"}, reverse=True):
-            cells = [by_setting["unpruned", 1.0], *(by_setting[stage, ratio] for stage in ALL_STAGES)]
-            lines.append(f"| {title} | {ratio:g} | " + " | ".join(map(both_metrics, cells)) + " |")
-    return "\n".join(lines)
+def measured_on(name: str) -> str:
+    """Where a file comes from, in words."""
+    found = report(name)
+    where, seeds, threads = found["environment"], found["seeds"], found["environment"]["threads"]
+    return (
+        f"{found['count']} rooms (seeds {seeds[0]:,d} to {seeds[-1]:,d}) of {found['frames']} views, float32, "
+        f"{where['device']}, {threads} thread{'s' * (threads != 1)}, torch {where['torch']}."
+    )
 
 
-def stage_rows(name: str) -> dict[tuple[str, float], dict[str, Any]]:
-    """Stage and keep ratio -> row of a file that `pace_quality.py` wrote."""
-    found = json.loads((RESULTS / f"pace-mini-{name}.json").read_text())["rows"]
-    return {(row["stage"], row["keep_ratio"]): row for row in found}
+def changes_table() -> str:
+    """Changes of AUC@30 and AbsRel from the unpruned model, in percent, on all clips."""
+    lines = []
+    for ratio in RATIOS:
+        for setting, file in CHANGES.items():
+            cells = [SETTINGS[setting][0], f"{ratio:g}"]
+            for name in CLIPS:
+                before, after = (row_of(f"{name}-{file}", keep) for keep in (1.0, ratio))
+                cells.append(
+                    " / ".join(f"{100 * (after[k] / before[k] - 1):+.1f}" for k in ("auc30", "absrel"))
+                )
+            lines.append(cells)
+    return table(["setting", "keep ratio", *CLIPS.values()], lines)
 
 
-def losses_table() -> str:
-    """What is lost of the unpruned model's AUC@30 and AbsRel, in percent."""
-    lines = [
-        "| keep ratio | | " + " | ".join(STAGES.values()) + " |",
-        "|---|---|" + "---|" * len(STAGES),
-    ]
-    plain, dense = ({name: stage_rows(prefix + name) for name in STAGES} for prefix in ("", "dense-"))
-    for ratio in (0.3, 0.15):
-        kinds = [(f"dense frames, {stage}", dense, stage) for stage in ALL_STAGES if stage != "distilled"]
-        for title, found, stage in [("both pruned, refined", plain, "refined"), *kinds]:
-            changes = [found[name][stage, ratio] for name in STAGES]
-            cells = [f"{-row['auc30_change']:.1f} / {row['absrel_change']:.1f}" for row in changes]
-            lines.append(f"| {ratio:g} | {title} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def stages_table() -> str:
+    """What each stage of training weights of global pruning is worth, with the spread over seeds."""
+    lines = []
+    for name, title in CLIPS.items():
+        rows = json.loads((RESULTS / f"pace-mini-dense-{name}.json").read_text())["rows"]
+        found = {(row["stage"], row["keep_ratio"]): row for row in rows}
+        for ratio in sorted({ratio for stage, ratio in found if stage != "unpruned"}, reverse=True):
+            cells = [found["unpruned", 1.0], *(found[stage, ratio] for stage in STAGES)]
+            lines.append([title, f"{ratio:g}", *map(both_metrics, cells)])
+    return table(["clips", "keep ratio", "unpruned", *STAGES], lines)
 
 
 def both_metrics(row: dict[str, Any]) -> str:
     """AUC@30 and AbsRel of a row of `pace_quality.py`; with the spread over seeds where they differ."""
     cells = []
     for key, digits in (("auc30", 1), ("absrel", 4)):
-        spread_of_runs = f" ± {row[f'{key}_std']:.{digits}f}" if row[f"{key}_std"] else ""
-        cells.append(f"{row[key]:.{digits}f}{spread_of_runs}")
+        spread = f" ± {row[f'{key}_std']:.{digits}f}" if row[f"{key}_std"] else ""
+        cells.append(f"{row[key]:.{digits}f}{spread}")
     return " / ".join(cells)
+
+
+def unpruned_table() -> str:
+    """How good the bundled VGGT-mini is."""
+    head = ["clips", "AUC@5", "AUC@15", "AUC@30", "rotation", "translation", "AbsRel", "delta < 1.25 (%)"]
+    lines = []
+    for name, title in UNPRUNED.items():
+        row = report(name)["rows"][0]
+        cells = [number(row[key], 1) for key in ("auc5", "auc15", "auc30", "rotation_deg", "translation_deg")]
+        lines.append([title, *cells, number(row["absrel"], 4), number(row["delta125"], 1)])
+    return table(head, lines)
 
 
 def filled(text: str, name: str, table: str) -> str:
@@ -153,10 +168,9 @@ def filled(text: str, name: str, table: str) -> str:
 
 
 TABLES = [
-    (ROOT / "README.md", "pruning", pruning_table),
-    (ROOT / "README.md", "stages", stages_table),
-    (ROOT / "README.md", "dense", partial(stages_table, "dense-")),
-    (ROOT / "README.md", "losses", losses_table),
+    (ROOT / "docs" / "quality.md", "settings", settings_table),
+    (ROOT / "docs" / "quality.md", "changes", changes_table),
+    (ROOT / "docs" / "quality.md", "stages", stages_table),
     (ROOT / "weights" / "README.md", "unpruned", unpruned_table),
 ]
 

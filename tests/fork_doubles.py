@@ -517,7 +517,8 @@ class StreamBlock(Block):
 
 class StreamTrunk(Trunk):
     def special(self, batch: int, frames: int) -> Tensor:
-        return super().special(batch, self.past + frames)[-batch * frames :]
+        every = super().special(batch, self.past + frames)
+        return every.unflatten(0, (batch, -1))[:, self.past :].flatten(0, 1)
 
     def global_step(self, layer: int, tokens: Tensor, positions: Tensor, frames: int) -> Tensor:
         block = self.global_blocks[layer]

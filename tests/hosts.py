@@ -115,6 +115,18 @@ def random_images(
     return torch.rand(batch, frames, 3, height, width, generator=torch.Generator().manual_seed(seed))
 
 
+def write_images(folder: Path, count: int, size: tuple[int, int] = (56, 42), seed: int = 0) -> Path:
+    """Write pictures of noise to a folder."""
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    for i in range(count):
+        pixels = torch.randint(256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / f"{i:03d}.png")
+    return folder
+
+
 def assert_equal(first, second) -> None:
     """Predictions are the same, to the bit."""
     assert first.keys() == second.keys()

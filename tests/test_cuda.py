@@ -232,9 +232,9 @@ def test_training_runs_on_the_device(tmp_path):
     """Rendered on the device, bfloat16 autocast, both stages, with and without computing blocks twice."""
     from pacevggt_patch import PaceWeights
     from pacevggt_patch.mini.scenes.textures import texture_atlas
+    from pacevggt_patch.mini.sources import RenderedScenes
     from pacevggt_patch.training.fit import Fit, Settings
     from pacevggt_patch.training.guest import guest
-    from pacevggt_patch.training.sources import RenderedScenes
 
     model = tiny_vggt().cuda()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -278,9 +278,9 @@ def test_recorded_calls_are_replayed_with_new_inputs():
 def test_recorded_and_compiled_steps_train_as_others_do(dense_frames, compile, monkeypatch):
     from pacevggt_patch.hosts import vggt as backbone
     from pacevggt_patch.mini.scenes.textures import texture_atlas
+    from pacevggt_patch.mini.sources import RenderedScenes
     from pacevggt_patch.training.fit import Fit, Settings
     from pacevggt_patch.training.guest import guest
-    from pacevggt_patch.training.sources import RenderedScenes
 
     ran, real = [], backbone.run_fast_block
     monkeypatch.setattr(backbone, "run_fast_block", lambda *args: ran.append(True) or real(*args))

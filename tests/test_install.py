@@ -204,7 +204,8 @@ def test_modes_follow_one_another(model):
 
 
 @pytest.mark.parametrize(
-    "bad", [dict(keep_ratio=2), dict(weights="no/such/file.safetensors"), dict(merge_budget=0.9), dict(mode="x")]
+    "bad",
+    [dict(keep_ratio=2), dict(weights="no/such/file.safetensors"), dict(merge_budget=0.9), dict(mode="x")],
 )
 def test_a_failed_accelerate_changes_nothing(model, bad):
     images = random_images()

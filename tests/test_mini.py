@@ -15,6 +15,7 @@ import pacevggt_patch
 from pacevggt_patch import PaceError, PaceWeights, WeightsError
 from pacevggt_patch.mini import MiniConfig, build_mini, save_mini
 from pacevggt_patch.mini import model as mini_module
+from pacevggt_patch.weights import tensorfile
 from pacevggt_patch.weights.bundled import bundled_files
 
 SMALL = MiniConfig(
@@ -130,6 +131,7 @@ def test_a_scale_without_its_tensor(tmp_path):
         metadata = file.metadata()
     tensors = load_file(path)
     del tensors["camera_head.embed_pose.weight"]
+    metadata[tensorfile.DIGEST] = json.dumps(tensorfile.digest(metadata, tensors))
     save_file(tensors, path, metadata)
     with pytest.raises(WeightsError) as caught:
         build_mini(path)
@@ -165,7 +167,7 @@ def test_it_can_be_accelerated_and_pickled(mini):
 
 
 def test_pace_weights_of_the_bundled_checkpoint_fit_it_loaded_again(mini):
-    from pacevggt_patch.hosts.vggt import find_host
+    from pacevggt_patch.hosts.base import find_host
 
     PaceWeights.new(mini).check(find_host(build_mini().bfloat16()))
 

@@ -1,11 +1,15 @@
 """Nothing in the pruned forward reads a value back: on a GPU each look would make the host wait for the device."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
-from hosts import random_images, tiny_vggt
+from hosts import random_deltas, random_images, tiny_vggt
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pacevggt_patch import PaceWeights, accelerate
+from pacevggt_patch.hosts.vggt import VGGT
+from pacevggt_patch.patching.install import state_of
 
 aten = torch.ops.aten
 LOOKS = {
@@ -33,12 +37,20 @@ class Looks(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.fixture(autouse=True)
-def no_lists(monkeypatch):
+@contextmanager
+def no_lists():
     def refuse(tensor):
         raise AssertionError("tolist reads values")
 
-    monkeypatch.setattr(torch.Tensor, "tolist", refuse)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "tolist", refuse)
+        yield
+
+
+@pytest.fixture
+def no_checks(monkeypatch):
+    """A CPU gets a look at the values of its images, a GPU does not."""
+    monkeypatch.setattr(VGGT, "check_images", lambda *_: None)
 
 
 @pytest.mark.parametrize(
@@ -53,23 +65,66 @@ def no_lists(monkeypatch):
     ],
 )
 def test_the_mode_sees_every_look(look):
-    with pytest.raises(AssertionError, match="reads"), torch.no_grad(), Looks():
+    with pytest.raises(AssertionError, match="reads"), torch.no_grad(), no_lists(), Looks():
         look(torch.ones(3))
 
 
-@pytest.mark.parametrize("learned", [False, True])
-@pytest.mark.parametrize(("merge_budget", "global_keys"), [(None, 1.0), (0.0, 1.0), (0.4, 0.5)])
-def test_the_pruned_forward_never_looks(learned, merge_budget, global_keys):
-    """Aggregator, camera head and dense heads, the depth head's track-style sibling included."""
+def all_of_it(model, images):
+    """Aggregator, camera head and dense heads, that of the track head included."""
+    tokens, start = model.aggregator(images)
+    model.camera_head(tokens)
+    model.depth_head(tokens, images, start)
+    model.point_head(tokens, images, start)
+    model.track_head.feature_extractor(tokens, images, start)
+
+
+def weights_for(model, mode: str, what: str):
+    if what == "none":
+        return None
+    weights = PaceWeights.new(model, mode=mode) if what == "heads" else random_deltas(model, mode=mode)
+    if mode == "global":
+        weights.full_heads = ((1, 0), (2, 0), (2, 1))
+    return weights
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("what", ["none", "heads", "deltas"])
+@pytest.mark.parametrize(("mode", "merge_budget"), [("global", None), ("pre-aa", None), ("pre-aa", 0.0)])
+def test_the_pruned_forward_never_looks(mode, merge_budget, what, compile, no_checks, monkeypatch):
+    # What is compiled is the same code; the compiler itself looks at what it likes.
+    monkeypatch.setattr("pacevggt_patch.patching.forwards.compiled", lambda function, *_: function)
     model, images = tiny_vggt(track=True), random_images(9, batch=2)
-    weights = PaceWeights.new(model) if learned else None
-    accelerate(model, 0.3, merge_budget, weights=weights, check_finite=False, global_keys=global_keys)
-    with torch.no_grad(), Looks():
-        tokens, start = model.aggregator(images)
-        model.camera_head(tokens)
-        model.depth_head(tokens, images, start)
-        model.point_head(tokens, images, start)
-        model.track_head.feature_extractor(tokens, images, start)
+    weights = weights_for(model, mode, what)
+    accelerate(model, 0.3, merge_budget, weights=weights, mode=mode, compile=compile)
+    with torch.no_grad(), no_lists(), Looks():
+        all_of_it(model, images)
+
+
+@pytest.mark.parametrize("mode", ["global", "pre-aa"])
+def test_the_pruned_forward_never_looks_under_autocast(mode, no_checks):
+    model, images = tiny_vggt(track=True), random_images(5, batch=2)
+    accelerate(model, 0.3, weights=weights_for(model, mode, "deltas"))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), no_lists(), Looks():
+        all_of_it(model, images)
+
+
+@pytest.mark.parametrize("keep_ratio", [0.3, 1.0])
+def test_waiting_for_a_longer_clip_takes_no_look(keep_ratio, no_checks):
+    model, images = tiny_vggt(track=True), random_images(3)
+    accelerate(model, keep_ratio)
+    assert state_of(model).pending == (keep_ratio < 1)
+    with torch.no_grad(), no_lists(), Looks():
+        if keep_ratio < 1:
+            with pytest.warns(UserWarning, match="too short"):
+                all_of_it(model, images)
+        all_of_it(model, images)
+
+
+def test_clips_below_min_frames_take_no_look(no_checks):
+    model, images = tiny_vggt(track=True), random_images(3)
+    accelerate(model, 0.3, weights=None, min_frames=4)
+    with torch.no_grad(), no_lists(), Looks():
+        all_of_it(model, images)
 
 
 def test_the_stock_rope_does_look():
@@ -77,3 +132,43 @@ def test_the_stock_rope_does_look():
     model, images = tiny_vggt(), random_images(2)
     with pytest.raises(AssertionError, match="reads"), torch.no_grad(), Looks():
         model.aggregator(images)
+
+
+# On a GPU these make the host wait, too: what goes there from the CPU's own memory, and what comes back.
+COPIES = {aten._to_copy, aten.copy_}
+
+
+class Copies(TorchDispatchMode):
+    """Counts copies between the CPU and the meta device, which stands in for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.overloadpacket in COPIES:
+            tensors = [a for a in args if isinstance(a, torch.Tensor)]
+            devices = {t.device.type for t in tensors} | {torch.device(kwargs.get("device") or "meta").type}
+            self.count += func.overloadpacket is aten._to_copy and len(devices) > 1
+            self.count += func.overloadpacket is aten.copy_ and len({t.device.type for t in tensors}) > 1
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("what", ["none", "heads", "deltas"])
+@pytest.mark.parametrize("mode", ["global", "pre-aa"])
+def test_nothing_travels_between_devices(mode, what, no_checks):
+    """But for the zeros that the stock aggregator itself makes on the CPU."""
+    model, images = tiny_vggt(track=True), random_images(3)
+    weights = weights_for(model, mode, what)
+    accelerate(model, 0.3, weights=weights, mode=mode, min_frames=1)
+    state = state_of(model)
+    with torch.no_grad():
+        model.to("meta")
+        images = images.to("meta")
+        if state.weights is not None:
+            state.weights.to("meta")
+        with Copies() as copies:
+            all_of_it(model, images)
+    assert copies.count == (mode == "global")
+    assert state.kept.is_meta

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from pacevggt_patch.errors import ClipError
-from pacevggt_patch.mini.scenes import rooms, training_scenes
+from pacevggt_patch.mini.scenes import layout, rooms, training_scenes
+from pacevggt_patch.mini.scenes.layout import FACADE, FURNISHED, PLAIN, SOLIDS
 from pacevggt_patch.mini.scenes.raycast import FrameScenes, render_frames
 from pacevggt_patch.mini.scenes.textures import (
     TextureAtlas,
@@ -20,14 +21,7 @@ from pacevggt_patch.mini.scenes.textures import (
     sample_texture,
     texture_atlas,
 )
-from pacevggt_patch.mini.scenes.training_scenes import (
-    FACADE,
-    FURNISHED,
-    PLAIN,
-    SOLIDS,
-    SceneBatch,
-    sample_scenes,
-)
+from pacevggt_patch.mini.scenes.training_scenes import SceneBatch, sample_scenes
 
 torch.set_num_threads(1)
 
@@ -305,7 +299,7 @@ def furnished_scenes(monkeypatch, scanned: float, gathered: float) -> SceneBatch
     """Furnished rooms only, with the given shares of scans and groups."""
     monkeypatch.setattr(training_scenes, "KIND_SHARES", (0.0, 1.0, 0.0))
     monkeypatch.setattr(training_scenes, "SCANNED", scanned)
-    monkeypatch.setattr(training_scenes, "GATHERED", gathered)
+    monkeypatch.setattr(layout, "GATHERED", gathered)
     return sample_scenes(300, 4, torch.Generator().manual_seed(1), 20, 12)
 
 
@@ -315,7 +309,7 @@ def test_who_scans_a_room_looks_down_on_it_from_near(monkeypatch):
         scenes = furnished_scenes(monkeypatch, share, 0.5)
         ahead = scenes.cameras[..., 3:].unflatten(2, (3, 3))[..., 2]  # [B, S, 3] what cameras look along
         down[share] = (ahead[..., 2] < 0).float().mean()
-        things = scenes.solids[:, None, 1 : training_scenes.BOXES, :3]
+        things = scenes.solids[:, None, 1 : layout.BOXES, :3]
         reach[share] = (things - scenes.cameras[:, :, None, :3]).norm(dim=-1).amin(-1).median()
     assert down[1.0] > 0.85 and down[0.0] < 0.65
     assert reach[1.0] < reach[0.0]
@@ -325,8 +319,8 @@ def test_gathered_furniture_stands_together(monkeypatch):
     apart = []
     for share in (0.0, 1.0):
         solids = furnished_scenes(monkeypatch, 0.5, share).solids
-        start = 1 + training_scenes.WALL_BOXES + training_scenes.FURNITURE
-        tables = solids[:, [start, start + training_scenes.PARTS], :2]  # a part of each of the two pieces
+        start = 1 + layout.WALL_BOXES + layout.FURNITURE
+        tables = solids[:, [start, start + layout.PARTS], :2]  # a part of each of the two pieces
         here = (tables.abs() < training_scenes.FAR_AWAY / 2).all(-1).all(-1)
         apart.append((tables[here, 0] - tables[here, 1]).norm(dim=-1).median())
     assert apart[1] < 0.75 * apart[0]

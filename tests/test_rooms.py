@@ -15,11 +15,11 @@ import pacevggt_patch
 from pacevggt_patch.clips import load_clip
 from pacevggt_patch.errors import ClipError
 from pacevggt_patch.evaluation import unproject
+from pacevggt_patch.mini.scenes.geometry import cross_cube
 from pacevggt_patch.mini.scenes.rooms import (
     Scene,
     Solids,
     cast_rays,
-    leave_cubes,
     render_room,
     sample_cameras,
     sample_scene,
@@ -264,9 +264,10 @@ def test_size_below_one_is_refused():
 
 
 def test_rays_along_a_face_are_finite():
-    origin = torch.tensor([[0.0], [0.0], [1.0]])[None]
-    direction = torch.tensor([[1.0, 0.0], [0.0, -1.0], [0.0, 0.0]])[None]
-    assert leave_cubes(origin, direction).isfinite().all()
+    starts = torch.tensor([0.0, 0.0, 1.0])
+    directions = torch.tensor([[1.0, 0.0], [0.0, -1.0], [0.0, 0.0]])
+    leave = cross_cube(list(zip(starts, directions, strict=True)))[1]
+    assert leave.isfinite().all()
 
 
 def test_value_noise_passes_through_the_lattice_and_repeats():

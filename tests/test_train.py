@@ -17,17 +17,14 @@ from torch import nn
 from vggt.utils.rotation import quat_to_mat
 
 from pacevggt_patch import PaceError
-from pacevggt_patch.evaluation.metrics import decode_pose_encoding
+from pacevggt_patch.evaluation.geometry import decode_pose_encoding, quaternions
 from pacevggt_patch.mini import MiniConfig, build_mini
 from pacevggt_patch.mini.scenes import fetch_textures as fetch
 from pacevggt_patch.mini.scenes.textures import texture_atlas
 from pacevggt_patch.mini.scenes.training_scenes import sample_scenes
 from pacevggt_patch.mini.training.forward import FastForward, layer_list
 from pacevggt_patch.mini.training.losses import (
-    PAIR_FLOOR,
-    PAIR_HALF,
     AuxiliaryHeads,
-    camera_losses,
     confidence_loss,
     correspondence_loss,
     depth_losses,
@@ -35,13 +32,13 @@ from pacevggt_patch.mini.training.losses import (
     gradient_loss,
     make_targets,
     next_view_patches,
-    pair_losses,
     point_loss,
-    quaternions,
 )
 from pacevggt_patch.mini.training.optim import FlatOptimizer, learning_rate, orthogonalise
 from pacevggt_patch.mini.training.train import Plan, architecture, main
-from pacevggt_patch.mini.training.trainer import Settings, Trainer, mixed_seed, sample_inputs, step_views
+from pacevggt_patch.mini.training.trainer import Settings, Trainer, sample_inputs, step_views
+from pacevggt_patch.runtime.seeds import mixed_seed
+from pacevggt_patch.training.losses import PAIR_FLOOR, PAIR_HALF, camera_losses, pair_losses
 
 torch.set_num_threads(1)
 
@@ -428,7 +425,7 @@ rank = dist.get_rank()
 trainer = make_trainer(texture_atlas(None, 3), rank, 2)
 for step in range(2):
     trainer.step(trainer.sample(step), 1.0)
-torch.save((trainer.optimizer.values, trainer.logs[-1]), f"{sys.argv[1]}/{rank}.pt")
+torch.save((trainer.optimizer.values, trainer.latest[1]), f"{sys.argv[1]}/{rank}.pt")
 dist.destroy_process_group()
 """
     tests = os.path.dirname(__file__)
@@ -450,13 +447,13 @@ dist.destroy_process_group()
         for trainer in together:
             trainer.optimizer.gradients.copy_(sum(gradients) / 2)
             trainer.rates.copy_(torch.tensor([SETTINGS.muon_rate, SETTINGS.adam_rate, step + 1]))
-            trainer.update()
+            (norm,) = trainer.update()
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     assert torch.equal(results[0][0], results[1][0])
     torch.testing.assert_close(results[0][0], together[0].optimizer.values, rtol=1e-5, atol=1e-6)
     # The optimisers hardly see a factor on the gradient; its norm does.
-    torch.testing.assert_close(results[0][1], together[0].logs[-1], rtol=1e-4, atol=0)
+    torch.testing.assert_close(results[0][1], norm, rtol=1e-4, atol=0)
 
 
 def test_training_brings_the_loss_down(atlas):

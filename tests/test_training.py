@@ -28,6 +28,7 @@ from pacevggt_patch.method.block_deltas import BlockAdaptation
 from pacevggt_patch.mini.scenes.rooms import render_room
 from pacevggt_patch.mini.scenes.sweeps import Sweeps, render_sweeps
 from pacevggt_patch.mini.scenes.textures import brightened, texture_atlas
+from pacevggt_patch.mini.sources import PlainRooms, RenderedScenes
 from pacevggt_patch.patching import install as patch
 from pacevggt_patch.runtime import compiling
 from pacevggt_patch.training import run as command
@@ -44,7 +45,7 @@ from pacevggt_patch.training.losses import (
     truth_target,
 )
 from pacevggt_patch.training.passes import Outputs, run
-from pacevggt_patch.training.sources import FolderSource, PlainRooms, RenderedScenes, Truth
+from pacevggt_patch.training.sources import FolderSource, Truth
 
 CPU = torch.device("cpu")
 
@@ -209,7 +210,7 @@ def test_rendered_rooms_agree_with_their_cameras(make):
 def test_training_rooms_are_not_the_held_out_ones(monkeypatch):
     seeds = []
     monkeypatch.setattr(
-        "pacevggt_patch.training.sources.render_room", lambda seed, *_: seeds.append(seed) or seed
+        "pacevggt_patch.mini.sources.render_room", lambda seed, *_: seeds.append(seed) or seed
     )
     for number in range(300):
         PlainRooms(28).draw(number, 2, 3)

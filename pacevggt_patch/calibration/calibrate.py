@@ -59,6 +59,7 @@ def calibrate(
     check_values(host)
     batches = as_batches(clips, host.reference.device)
     if mode == PRE_AA:
+        keep_ratios = tuple(PaceConfig(ratio).keep_ratio for ratio in keep_ratios)
         if not keep_ratios:
             raise PaceError("keep_ratios is empty: give at least one keep ratio to fit the restoration for")
         weights = PaceWeights.new(model, mode=mode, keep_ratios=keep_ratios)

@@ -14,6 +14,7 @@ from ..hosts.base import find_host
 from ..method.regression import solve_ridge
 from ..method.restoration import reading
 from ..method.restored_tokens import RestoredTokens
+from ..patching.heads import TokenList, tokens_of
 from ..patching.install import install, remove, retune, state_of
 from ..runtime.attention import half_precision
 from ..weights.pace import PaceWeights
@@ -80,14 +81,16 @@ def fit_linear(
         linear[weights.restoration.layers.index(layer)].weight.copy_(solution.T)
 
 
-def _tokens(model: nn.Module, images: Tensor, keep_ratio: float) -> RestoredTokens:
+def _tokens(model: nn.Module, images: Tensor, keep_ratio: float) -> RestoredTokens | TokenList:
     retune(model, keep_ratio)
+    host = state_of(model).host
+    grid = images.shape[-2] // host.patch_size, images.shape[-1] // host.patch_size
     with half_precision(images):
-        return state_of(model).host.run_trunk(images)[0]
+        return tokens_of(host.run_trunk(images)[0], grid, host.special_tokens)
 
 
 def accumulate(
-    sums: dict[int, tuple[Tensor, Tensor]], student: RestoredTokens, teacher: RestoredTokens, frames: range
+    sums: dict[int, tuple[Tensor, Tensor]], student: Any, teacher: Any, frames: range
 ) -> None:
     """Add d d^T [C, C] and d (t - r)^T [C, 2C] (float64) over the dropped tokens of some frames, layer by layer.
 

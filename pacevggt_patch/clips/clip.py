@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
+from torch import Tensor
 
 from ..errors import ClipError
 
@@ -41,11 +42,11 @@ class Clip:
     """
 
     name: str
-    images: torch.Tensor
-    intrinsics: torch.Tensor | None = None
-    world_to_camera: torch.Tensor | None = None
-    depth: torch.Tensor | None = None
-    valid: torch.Tensor | None = None
+    images: Tensor
+    intrinsics: Tensor | None = None
+    world_to_camera: Tensor | None = None
+    depth: Tensor | None = None
+    valid: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.images.ndim != 4 or self.images.shape[1] != 3 or 0 in self.images.shape:
@@ -117,6 +118,6 @@ class Clip:
         """The clip with every tensor on `device`."""
         return replace(self, **{field: value.to(device) for field, value in self._tensors().items()})
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
+    def _tensors(self) -> dict[str, Tensor]:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {field: value for field, value in values.items() if isinstance(value, torch.Tensor)}
+        return {field: value for field, value in values.items() if isinstance(value, Tensor)}

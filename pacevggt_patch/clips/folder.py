@@ -18,8 +18,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 
 from ..errors import ClipError
+from ..runtime.files import write_json
 from .clip import Clip
 
 PATCH_SIZE = 14
@@ -59,7 +61,7 @@ class Framing:
         rows = top + nearest_source(self.resized[1], bottom - top, scale_y)[self.band[0] : self.band[1]]
         return depth[rows[:, None], columns[None, :]]
 
-    def intrinsics(self, fx: float, fy: float, cx: float, cy: float) -> torch.Tensor:
+    def intrinsics(self, fx: float, fy: float, cx: float, cy: float) -> Tensor:
         """`[3, 3]` float32 intrinsics of the frame; all in continuous coordinates (see `Clip`)."""
         (left, top, _, _), (scale_x, scale_y) = self.box, self.scale
         return torch.tensor(
@@ -200,9 +202,7 @@ def choose(items: list[Any], source: Path, frames: int | None, start: int, strid
     return chosen
 
 
-def load_images(
-    files: list[Path], width: int, mode: str, one_size: bool
-) -> tuple[torch.Tensor, tuple[int, int]]:
+def load_images(files: list[Path], width: int, mode: str, one_size: bool) -> tuple[Tensor, tuple[int, int]]:
     """`[S, 3, H, W]` float32 frames in [0, 1], and the width and height of the first source image.
 
     Raises `ClipError` if `one_size` and the source images differ in size.
@@ -343,7 +343,7 @@ def is_rigid(value: Any) -> bool:
     return np.allclose(rotation @ rotation.T, np.eye(3), atol=1e-2) and bool(np.linalg.det(rotation) > 0)
 
 
-def invert_pose(camera_to_world: list[list[float]]) -> torch.Tensor:
+def invert_pose(camera_to_world: list[list[float]]) -> Tensor:
     """`[3, 4]` float32 world-to-camera of a 4x4 camera-to-world."""
     pose = torch.tensor(camera_to_world, dtype=torch.float64)
     return torch.linalg.inv(pose)[:3].float()
@@ -394,7 +394,7 @@ def save_clip(clip: Clip, path: str | Path, *, quality: int = 92) -> None:
         if clip.world_to_camera is not None:
             entry["cam_to_world"] = describe_pose(clip.world_to_camera[index])
         description["frames"].append(entry)
-    (folder / "clip.json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / "clip.json", description)
 
 
 def describe_intrinsics(clip: Clip) -> dict[str, float] | None:
@@ -410,13 +410,13 @@ def describe_intrinsics(clip: Clip) -> dict[str, float] | None:
     return {"fx": matrix[0, 0].item(), "fy": matrix[1, 1].item(), **centre}
 
 
-def describe_pose(world_to_camera: torch.Tensor) -> list[list[float]]:
+def describe_pose(world_to_camera: Tensor) -> list[list[float]]:
     """4x4 camera-to-world of a `[3, 4]` world-to-camera."""
     last_row = torch.tensor([[0.0, 0.0, 0.0, 1.0]], dtype=torch.float64)
     return torch.linalg.inv(torch.cat([world_to_camera.double().cpu(), last_row])).tolist()
 
 
-def millimetres(depth: torch.Tensor, valid: torch.Tensor, frame: str) -> np.ndarray:
+def millimetres(depth: Tensor, valid: Tensor, frame: str) -> np.ndarray:
     """`[H, W]` uint16 depth of one frame in millimetres, 0 where not valid."""
     values = torch.where(valid, depth, 0).double() * MILLIMETRES_PER_METRE
     if values.max() > np.iinfo(np.uint16).max:

@@ -6,19 +6,18 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
 class Similarity(NamedTuple):
     """`y = scale * rotation @ x + translation`."""
 
-    scale: torch.Tensor  # []
-    rotation: torch.Tensor  # [3, 3]
-    translation: torch.Tensor  # [3]
+    scale: Tensor  # []
+    rotation: Tensor  # [3, 3]
+    translation: Tensor  # [3]
 
 
-def decode_pose_encoding(
-    pose_encoding: torch.Tensor, height: int, width: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def decode_pose_encoding(pose_encoding: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     """Cameras of VGGT's pose encoding "absT_quaR_FoV".
 
     Args:
@@ -42,7 +41,7 @@ def decode_pose_encoding(
     return world_to_camera, intrinsics
 
 
-def rotation_matrix(quaternion: torch.Tensor) -> torch.Tensor:
+def rotation_matrix(quaternion: Tensor) -> Tensor:
     """`[..., 3, 3]` rotations of quaternions `[..., 4]`, scalar last."""
     quaternion = F.normalize(quaternion, dim=-1)
     vector, scalar = quaternion[..., :3], quaternion[..., 3, None, None]
@@ -54,7 +53,7 @@ def rotation_matrix(quaternion: torch.Tensor) -> torch.Tensor:
     return one + 2 * scalar * cross + 2 * cross @ cross
 
 
-def quaternions(rotation: torch.Tensor) -> torch.Tensor:
+def quaternions(rotation: Tensor) -> Tensor:
     """`[..., 4]` unit quaternions, scalar last and not negative, of rotations `[..., 3, 3]`.
 
     Of the four ways to compute one, each row of a symmetric matrix, the one with the largest divisor is taken.
@@ -74,20 +73,20 @@ def quaternions(rotation: torch.Tensor) -> torch.Tensor:
     return torch.where(quaternion[..., 3:] < 0, -quaternion, quaternion)
 
 
-def camera_centres(world_to_camera: torch.Tensor) -> torch.Tensor:
+def camera_centres(world_to_camera: Tensor) -> Tensor:
     """`[..., 3]` camera centres `-R^T t` of world-to-camera `[..., 3, 4]`."""
     rotation, translation = world_to_camera[..., :3], world_to_camera[..., 3:]
     return -(rotation.transpose(-1, -2) @ translation)[..., 0]
 
 
-def from_first_camera(world_to_camera: torch.Tensor) -> torch.Tensor:
+def from_first_camera(world_to_camera: Tensor) -> Tensor:
     """Extrinsics `[B, S, 3, 4]` of each clip's first camera to camera, of those of world to camera."""
     first = world_to_camera[:, :1]
     rotation = world_to_camera[..., :3] @ first[..., :3].mT
     return torch.cat([rotation, world_to_camera[..., 3:] - rotation @ first[..., 3:]], 3)
 
 
-def camera_to_world(world_to_camera: torch.Tensor) -> torch.Tensor:
+def camera_to_world(world_to_camera: Tensor) -> Tensor:
     """`[S, 4, 4]` float64 camera-to-world of world-to-camera `[S, 3, 4]`."""
     poses = world_to_camera.cpu().double()
     inverse = torch.eye(4, dtype=torch.float64).repeat(len(poses), 1, 1)
@@ -96,7 +95,7 @@ def camera_to_world(world_to_camera: torch.Tensor) -> torch.Tensor:
     return inverse
 
 
-def unproject(depth: torch.Tensor, intrinsics: torch.Tensor, world_to_camera: torch.Tensor) -> torch.Tensor:
+def unproject(depth: Tensor, intrinsics: Tensor, world_to_camera: Tensor) -> Tensor:
     """`[S, H, W, 3]` world points of the pixel centres, which lie at (j + 0.5, i + 0.5) (see `Clip`).
 
     Args:
@@ -116,7 +115,7 @@ def unproject(depth: torch.Tensor, intrinsics: torch.Tensor, world_to_camera: to
     return (camera - world_to_camera[:, None, None, :, 3]) @ world_to_camera[:, None, :, :3]
 
 
-def similarity_alignment(source: torch.Tensor, target: torch.Tensor) -> Similarity:
+def similarity_alignment(source: Tensor, target: Tensor) -> Similarity:
     """The similarity that takes `source` to `target`, both `[N, 3]`, with the least squared error.
 
     Umeyama, "Least-squares estimation of transformation parameters between two point patterns", PAMI 1991. A

@@ -11,9 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..clips.clip import Clip
 from ..errors import PaceError
+from .geometry import camera_centres, camera_to_world, decode_pose_encoding, similarity_alignment, unproject
 
 AUC_THRESHOLDS = (5, 15, 30)
 MAX_POINTS = 200_000
@@ -22,8 +24,8 @@ MAX_POINTS = 200_000
 class PairErrors(NamedTuple):
     """Errors of the relative poses of all frame pairs i < j, in degrees: `[S * (S - 1) / 2]` float64 each."""
 
-    rotation: torch.Tensor
-    translation: torch.Tensor
+    rotation: Tensor
+    translation: Tensor
 
 
 class DepthErrors(NamedTuple):
@@ -33,7 +35,7 @@ class DepthErrors(NamedTuple):
     delta125: float
 
 
-def pairwise_pose_errors(predicted: torch.Tensor, truth: torch.Tensor) -> PairErrors:
+def pairwise_pose_errors(predicted: Tensor, truth: Tensor) -> PairErrors:
     """Errors of the relative poses between all pairs of frames, as VGGT's camera evaluation defines them.
 
     Of each pair i < j the pose of camera j relative to camera i, `T_i T_j^-1`, is compared: the angle between
@@ -58,22 +60,20 @@ def pairwise_pose_errors(predicted: torch.Tensor, truth: torch.Tensor) -> PairEr
     )
 
 
-def check_poses(predicted: torch.Tensor, truth: torch.Tensor) -> None:
+def check_poses(predicted: Tensor, truth: Tensor) -> None:
     """Raise `ValueError` unless both are `[S, 3, 4]`."""
     if predicted.shape != truth.shape or truth.shape[1:] != (3, 4):
         raise ValueError(f"poses must be [S, 3, 4] both, got {list(predicted.shape)} and {list(truth.shape)}")
 
 
-def relative_poses(
-    world_to_camera: torch.Tensor, first: torch.Tensor, second: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def relative_poses(world_to_camera: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """Rotations `[N, 3, 3]` and translations `[N, 3]` from the cameras `second` to the cameras `first`."""
     rotation, translation = world_to_camera[:, :, :3], world_to_camera[:, :, 3]
     relative = rotation[first] @ rotation[second].transpose(1, 2)
     return relative, translation[first] - (relative @ translation[second, :, None])[:, :, 0]
 
 
-def rotation_angle(rotation: torch.Tensor) -> torch.Tensor:
+def rotation_angle(rotation: Tensor) -> Tensor:
     """`[N]` angles of rotations `[N, 3, 3]`, in degrees."""
     # The arc tangent of sine and cosine: the arc cosine alone loses half the digits near 0 and 180 degrees.
     twice_sine_axis = torch.stack(
@@ -88,14 +88,14 @@ def rotation_angle(rotation: torch.Tensor) -> torch.Tensor:
     return torch.rad2deg(torch.atan2(twice_sine_axis.norm(dim=1), twice_cosine))
 
 
-def line_angle(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+def line_angle(first: Tensor, second: Tensor) -> Tensor:
     """`[N]` angles between the lines along vectors `[N, 3]`, 0 to 90 degrees; 90 where a vector is zero."""
     sine, cosine = torch.linalg.cross(first, second).norm(dim=1), (first * second).sum(dim=1).abs()
     angle = torch.rad2deg(torch.atan2(sine, cosine))
     return torch.where((first.norm(dim=1) > 0) & (second.norm(dim=1) > 0), angle, 90.0)
 
 
-def pose_auc(errors: torch.Tensor, threshold: int) -> float | None:
+def pose_auc(errors: Tensor, threshold: int) -> float | None:
     """Area under the curve of accuracy over error threshold, in percent (AUC@threshold).
 
     As VGGT reports it: errors are counted in bins of one degree up to the threshold, the last one closed, and
@@ -115,12 +115,12 @@ def pose_auc(errors: torch.Tensor, threshold: int) -> float | None:
     return float(histogram.cumsum().mean() / errors.numel() * 100)
 
 
-def median(values: torch.Tensor) -> float | None:
+def median(values: Tensor) -> float | None:
     """Median of all values (the mean of the middle two of an even number); None if there are none."""
     return float(np.median(values.detach().cpu().double().numpy())) if values.numel() else None
 
 
-def depth_errors(predicted: torch.Tensor, truth: torch.Tensor, valid: torch.Tensor) -> DepthErrors | None:
+def depth_errors(predicted: Tensor, truth: Tensor, valid: Tensor) -> DepthErrors | None:
     """Depth error after one scale for the whole clip: the median over the valid pixels of truth / prediction.
 
     Args:
@@ -142,7 +142,7 @@ def depth_errors(predicted: torch.Tensor, truth: torch.Tensor, valid: torch.Tens
     return DepthErrors((ratio - 1).abs().mean().item(), within.double().mean().item() * 100)
 
 
-def absolute_trajectory_error(predicted: torch.Tensor, truth: torch.Tensor) -> float | None:
+def absolute_trajectory_error(predicted: Tensor, truth: Tensor) -> float | None:
     """Root mean square distance between camera centres after Sim(3) alignment, with `evo`.
 
     Args:
@@ -181,13 +181,13 @@ def absolute_trajectory_error(predicted: torch.Tensor, truth: torch.Tensor) -> f
     return float(np.sqrt(np.mean(np.square(error.error))))
 
 
-def spans_plane(centred: torch.Tensor) -> bool:
+def spans_plane(centred: Tensor) -> bool:
     """Whether points `[N, 3]` about their mean lie on more than one line."""
     extent = torch.linalg.svdvals(centred)
     return bool(extent[1] > 1e-6 * extent[0])
 
 
-def point_error(predicted: torch.Tensor, truth: torch.Tensor) -> float | None:
+def point_error(predicted: Tensor, truth: Tensor) -> float | None:
     """Mean distance between corresponding points after one Sim(3) alignment in the least-squares sense.
 
     Args:
@@ -205,7 +205,7 @@ def point_error(predicted: torch.Tensor, truth: torch.Tensor) -> float | None:
     return (scale * predicted @ rotation.T + translation - truth).norm(dim=1).mean().item()
 
 
-def evaluate_predictions(predictions: Mapping[str, torch.Tensor], clip: Clip) -> dict[str, float | None]:
+def evaluate_predictions(predictions: Mapping[str, Tensor], clip: Clip) -> dict[str, float | None]:
     """Compare what a VGGT predicts for a clip with the clip's ground truth.
 
     Args:
@@ -246,9 +246,7 @@ def evaluate_predictions(predictions: Mapping[str, torch.Tensor], clip: Clip) ->
     return result
 
 
-def prediction(
-    predictions: Mapping[str, torch.Tensor], key: str, shape: tuple[int, ...]
-) -> torch.Tensor | None:
+def prediction(predictions: Mapping[str, Tensor], key: str, shape: tuple[int, ...]) -> Tensor | None:
     """The prediction, checked; None if there is none."""
     value = predictions.get(key)
     if value is None:
@@ -260,7 +258,7 @@ def prediction(
     return value.detach()
 
 
-def pose_results(predicted: torch.Tensor, truth: torch.Tensor) -> dict[str, float | None]:
+def pose_results(predicted: Tensor, truth: Tensor) -> dict[str, float | None]:
     """The camera entries of `evaluate_predictions`."""
     errors = pairwise_pose_errors(predicted, truth)
     larger = torch.maximum(errors.rotation, errors.translation)
@@ -268,9 +266,7 @@ def pose_results(predicted: torch.Tensor, truth: torch.Tensor) -> dict[str, floa
     return result | {"rotation_deg": median(errors.rotation), "translation_deg": median(errors.translation)}
 
 
-def clip_point_error(
-    depth: torch.Tensor, intrinsics: torch.Tensor, world_to_camera: torch.Tensor, clip: Clip
-) -> float | None:
+def clip_point_error(depth: Tensor, intrinsics: Tensor, world_to_camera: Tensor, clip: Clip) -> float | None:
     """`point_error` of unprojected depth `[S, H, W]` with the given cameras; None if the clip cannot tell."""
     if clip.depth is None or clip.valid is None or clip.intrinsics is None or clip.world_to_camera is None:
         return None

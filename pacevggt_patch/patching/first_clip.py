@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from typing import Any
 
 import torch
@@ -31,7 +32,8 @@ def calibrate_on(state: State, clip: Clip, call: BlockCall) -> None:
     """
     frames = sum(len(features) for features, _ in clip.parts) // len(call.x)
     if torch.compiler.is_compiling():
-        return  # what is compiled can't calibrate; a call outside of the compiled code will
+        _say_while_compiling()
+        return
     problem = _problem(state, call, frames)
     if problem is not None:
         state.say_once(
@@ -64,6 +66,18 @@ def calibrate_on(state: State, clip: Clip, call: BlockCall) -> None:
         f"pacevggt-patch calibrated this model on {used} frames in {seconds:.1f} s: {len(heads)} of "
         f"{errors.numel()} heads of global attention see all tokens ({names}){kept}"
     )
+
+
+@torch.compiler.assume_constant_result
+def _say_while_compiling() -> bool:
+    """Warn from inside of code that is traced, when it is traced."""
+    warnings.warn(
+        "this model is not calibrated yet, and compiled code can't do it: run the model once on a clip before "
+        "torch.compile, or pass weights=pacevggt_patch.calibrate(model, clips)",
+        UserWarning,
+        stacklevel=2,
+    )
+    return True
 
 
 def _problem(state: State, call: BlockCall, frames: int) -> str | None:

@@ -101,7 +101,7 @@ class PreAATrunkForward(TrunkForward):
         clip = threads.clip = Clip(len(images))
         try:
             state.begin(clip, images.shape[1], threads.grid[0] * threads.grid[1])
-            if clip.prunes or state.config.keep_ratio == 1:
+            if clip.prunes:
                 return self.pruned(images, threads.grid, clip)
             tokens = images.shape[1] * (threads.grid[0] * threads.grid[1] + state.host.special_tokens)
             with state.timer.stage(UNPRUNED, tokens, tokens):
@@ -244,7 +244,7 @@ class BlockForward(Forward):
         if clip is None or (self.first and clip.plan is not None):
             clip = threads.clip = Clip()
             clip.loose = True
-        if self.first and state.config.mode == GLOBAL:
+        if self.first and (state.config.mode == GLOBAL or threads.observer is not None):
             tokens = call.x
             if self.kind == "global":
                 grid = threads.grid or (0, 0)
@@ -464,16 +464,14 @@ class Followed:
 
     def tensor(self, value: Tensor) -> Tensor:
         """Every dimension of as many as the tokens of a clip, but for a batch in front, reduced to those of `rows`."""
-        # A cache of keys, [B, heads, ..., d], is no matter of the tokens at hand.
-        first = (
-            value.ndim - 2
-            if value.ndim > 3
-            else 0
-            if value.ndim < 3 and value.shape[:1] != self.rows.shape[:1]
-            else 1
-        )
-        where = [d for d in range(first, value.ndim) if value.shape[d] == self.tokens]
-        if not where or (value.ndim > 3 and len(where) < 2):
+        n, batched = self.tokens, value.shape[:1] == self.rows.shape[:1]
+        if value.ndim > 3:  # [B, heads, queries, keys] of a mask; a cache of keys is no matter of the tokens at hand
+            masks = value.shape[-1] == n and value.shape[-2] in (1, n)
+            where = [d for d in range(value.ndim - 2, value.ndim) if masks and value.shape[d] == n]
+        else:
+            first = 1 if value.ndim == 3 or batched else 0
+            where = [d for d in range(first, value.ndim) if value.shape[d] == n]
+        if not where:
             return value
         self.masked |= len(where) > 1
         return self.clip.once(value, lambda: self.reduced(value, where))

@@ -85,6 +85,11 @@ class TokenList(Sequence):
         return {i: t[:, :, self.special :].flatten(0, 1) for i, t in some if t is not None}
 
 
+def tokens_of(found: Any, grid: tuple[int, int], special: int) -> RestoredTokens | TokenList:
+    """What a trunk gave, with what is known of it: restored tokens, or a list of dense ones."""
+    return found if isinstance(found, RestoredTokens) else TokenList(found, grid, special)
+
+
 def token_list(args: tuple, kwargs: dict, state: Any) -> TokenList | None:
     """The list of tokens among the arguments of a head's call, if a pruned model gave it; else None."""
     host, values = state.host, (*args, *kwargs.values())

@@ -63,9 +63,10 @@ class Clip:
 
     def once(self, tensor: Tensor, make: Callable[[], Tensor]) -> Tensor:
         """What `make` gives of a tensor that many blocks are given, made once."""
-        if torch.compiler.is_compiling():
+        # A fake tensor lies nowhere.
+        if torch.compiler.is_compiling() or type(tensor) is not Tensor:
             return make()
-        key = (tensor.data_ptr(), tensor.shape, tensor.dtype)
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if key not in self.gathered:
             self.gathered[key] = tensor, make()  # the entry holds the tensor: its address stays its own
         return self.gathered[key][1]

@@ -60,11 +60,9 @@ def _try(kind: str, bare: Any, config: PaceConfig) -> None:
     from .state import State
 
     host = find_host(bare)
-    images = _images(host)
-    try:
-        stock = list(tensors(host.run_trunk(images)))
-    except Exception:  # it wants more than images: what it is called with later will show
-        return
+    images, stock = _stock(kind, host)
+    if images is None:
+        return  # it is called with more than images, or by another entrance: its calls will show
     whole = PaceConfig(1.0, mode=config.mode)
     state = State(whole, host, forced=True)
     place(state)
@@ -83,9 +81,8 @@ def _try(kind: str, bare: Any, config: PaceConfig) -> None:
     except UnsupportedModelError:
         raise
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UnsupportedModelError(
-            f"{kind} fails when its global blocks are given some of the tokens ({type(error).__name__}: {reason}): "
+            f"{kind} fails when its blocks are given some of the tokens ({type(error).__name__}: {first_line(error)}): "
             "turn off what in it merges or reshapes tokens of the whole grid, or accelerate the model without that"
         ) from error
     finally:
@@ -107,11 +104,40 @@ def _try(kind: str, bare: Any, config: PaceConfig) -> None:
         )
 
 
-def _images(host: Host) -> Tensor:
-    """A tiny clip [1, FRAMES, 3, H, W] for a host, always the same."""
+def _stock(kind: str, host: Host) -> tuple[Tensor | None, list[Tensor]]:
+    """A clip that the trunk takes, and what it gives; None where it does not take images alone.
+
+    Raises:
+        UnsupportedModelError: it takes none of the sizes that are tried.
+    """
+    grids = [(ROWS, COLUMNS)]
+    # Some merge tokens of a grid that they are told beforehand.
+    told = ((getattr(m, "patch_height", None), getattr(m, "patch_width", None)) for m in host.trunk.modules())
+    grids += [(rows, columns) for rows, columns in told if isinstance(rows, int) and isinstance(columns, int)][:1]
+    for grid in grids:
+        images = _images(host, grid)
+        try:
+            return images, list(tensors(host.run_trunk(images)))
+        except (TypeError, NotImplementedError):
+            return None, []
+        except Exception as error:
+            reason = f"{type(error).__name__}: {first_line(error)}"
+    raise UnsupportedModelError(
+        f"{kind}.{host.trunk_name} fails by itself on a tiny clip ({reason}), so pruning can't be tried: if it is set to "
+        "one size of images, or merges tokens of one grid, turn that off"
+    )
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in short."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _images(host: Host, grid: tuple[int, int]) -> Tensor:
+    """A clip [1, FRAMES, 3, H, W] for a host, always the same."""
     size, reference = host.patch_size, host.reference
     generator = torch.Generator("cpu").manual_seed(0)
-    shape = (1, FRAMES, 3, ROWS * size, COLUMNS * size)
+    shape = (1, FRAMES, 3, grid[0] * size, grid[1] * size)
     images = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
     return images.to(reference.device, reference.dtype)
 

@@ -28,9 +28,9 @@ from ..hosts.base import find_host
 from ..method.block_deltas import FULL_STRENGTH
 from ..method.propagation import RIDGE as RIDGE_OF_SLOPES
 from ..method.scoring import DISTINCTNESS_WEIGHT
-from ..mini.training.trainer import mixed_seed
 from ..runtime.attention import half_precision
 from ..runtime.cuda_graphs import Recorder
+from ..runtime.seeds import mixed_seed
 from ..weights.pace import PaceWeights
 from .attention_target import attention_target
 from .losses import distillation_loss, token_losses, total_loss, truth_target

@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..evaluation.metrics import unproject
-from ..mini.scenes.raycast import added
-from ..mini.training.losses import camera_losses, from_first_camera, pair_losses, quaternions
+from ..evaluation.geometry import from_first_camera, quaternions, rotation_matrix, unproject
+from ..runtime.tensors import total
 from .passes import Outputs
 from .sources import Truth
 
@@ -28,6 +27,9 @@ WEIGHTS = {
     "dense": 0.5,
 }
 NEAREST = 1e-4
+GAMMA = 0.6  # weight of a camera iteration over that of the next
+PAIR_FLOOR = 0.03  # added to the length of a pair's translation, in units of the mean distance
+PAIR_HALF = 0.5  # error over length at which a pair counts half
 # The saliency that is taught is the attention received to this power: coverage and importance must work together, and
 # with the attention itself the picks crowd together. AUC@30 on 24 rooms at keep ratio 0.15 and 0.3: 41.2 and 50.3
 # without a scorer, 41.7 and 51.5 with power 0.5, 43.0 and 51.9 with 0.25; power 1 was worse than 0.5 on eight rooms.
@@ -114,7 +116,7 @@ def output_losses(student: Outputs, target: Target) -> dict[str, Tensor]:
 
     Cameras: mean absolute error of translation, quaternion and field of view, weighted by POSE_WEIGHTS, over the
     iterations of the head, weighted to the last. Pairs: errors of the relative motion of two frames, as in
-    `mini.losses.pair_losses`, weighted by PAIR_WEIGHTS. Depth: mean absolute error of the logarithm. Points: mean
+    `pair_losses`, weighted by PAIR_WEIGHTS. Depth: mean absolute error of the logarithm. Points: mean
     distance over the target's distance from the first camera, or over the clip's mean distance, if that is larger.
     """
     losses = {}
@@ -122,17 +124,17 @@ def output_losses(student: Outputs, target: Target) -> dict[str, Tensor]:
     if target.depth is not None and student.depth is not None:
         values, weight = target.depth
         error = student.depth[0].clamp(min=NEAREST).log() - values.clamp(min=NEAREST).log()  # [B, n, H, W]
-        total = weight.sum((1, 2, 3), keepdim=True).clamp(min=NEAREST)
-        shift = (error * weight).sum((1, 2, 3), keepdim=True) / total  # [B, 1, 1, 1]
+        weights = weight.sum((1, 2, 3), keepdim=True).clamp(min=NEAREST)
+        shift = (error * weight).sum((1, 2, 3), keepdim=True) / weights  # [B, 1, 1, 1]
         losses["depth"] = ((error - shift).abs() * weight).mean()
         losses["scale"] = shift.abs().mean()
         # No part of the camera and point losses is to be had by a change of scale.
         scale = shift.detach().exp()
     if target.pose is not None:
         parts = camera_losses([rescaled(pose, scale) for pose in student.poses], target.pose)
-        losses["camera"] = added(POSE_WEIGHTS[name] * part for name, part in parts.items())
+        losses["camera"] = total(POSE_WEIGHTS[name] * part for name, part in parts.items())
         pairs = pair_losses(rescaled(student.poses[-1], scale), target.pose)
-        losses["pairs"] = added(PAIR_WEIGHTS[name] * part for name, part in pairs.items())
+        losses["pairs"] = total(PAIR_WEIGHTS[name] * part for name, part in pairs.items())
     if target.points is not None and student.points is not None:
         values, weight = target.points
         reach = values.norm(dim=-1)  # [B, n, H, W]
@@ -140,6 +142,51 @@ def output_losses(student: Outputs, target: Target) -> dict[str, Tensor]:
         found = student.points[0] / (scale.unsqueeze(-1) if isinstance(scale, Tensor) else scale)
         losses["points"] = ((found - values).norm(dim=-1) / reach * weight).mean()
     return losses
+
+
+def camera_losses(predictions: list[Tensor], truth: Tensor) -> dict[str, Tensor]:
+    """Mean absolute errors of pose encodings, over the iterations of the camera head weighted to the last."""
+    count = len(predictions)
+    weights = [GAMMA ** (count - 1 - i) for i in range(count)]
+    errors = [w * (p.float() - truth).abs() for w, p in zip(weights, predictions, strict=True)]
+    error = total(errors) / sum(weights)
+    return {
+        "translation": error[..., :3].mean(),
+        "rotation": error[..., 3:7].mean(),
+        "field_of_view": error[..., 7:].mean(),
+    }
+
+
+def pair_losses(prediction: Tensor, truth: Tensor) -> dict[str, Tensor]:
+    """Errors between the frames of each pair, for the metrics look at pairs: pose encodings `[B, S, 9]`.
+
+    A pair's translation counts by its error over its length, and the less the farther off it is already, as it does in
+    an AUC; its rotation by the Frobenius norm of the difference of the matrices.
+    """
+    views = truth.shape[1]
+    rotation, translation = relative_motion(prediction.float())
+    true_rotation, true_translation = relative_motion(truth)
+    error = length(translation - true_translation)
+    relative = error / (length(true_translation) + PAIR_FLOOR)  # [B, S, S]
+    turned = length((rotation - true_rotation).flatten(3))
+    others = 1 - torch.eye(views, device=truth.device)
+    count = len(truth) * max(views * (views - 1), 1)
+    return {
+        "pair_translation": (relative / (relative + PAIR_HALF) * others).sum() / count,
+        "pair_rotation": (turned * others).sum() / count,
+    }
+
+
+def relative_motion(poses: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotations `[B, S, S, 3, 3]` and translations `[B, S, S, 3]` from the i-th camera of a clip to the j-th."""
+    rotation, translation = rotation_matrix(poses[..., 3:7]), poses[..., :3]
+    relative = rotation[:, None] @ rotation[:, :, None].mT  # [B, i, j, 3, 3]
+    return relative, translation[:, None] - (relative @ translation[:, :, None, :, None])[..., 0]
+
+
+def length(x: Tensor) -> Tensor:
+    """Length of vectors `[..., n]`, with a gradient at 0."""
+    return (x.square().sum(-1) + 1e-8).sqrt()
 
 
 def rescaled(pose: Tensor, scale: Tensor | float) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..method.restored_tokens import RestoredTokens
-from ..patching.heads import TokenList
+from ..patching.heads import TokenList, tokens_of
 from ..patching.install import retune
 from ..runtime.attention import half_precision
 
@@ -61,7 +61,7 @@ def run(
     # Tensors that the model makes on its way are made on the device: nothing waits, and graphs can be recorded.
     with half_precision(images), images.device:
         found, start = model.aggregator(images)
-        tokens = found if isinstance(found, RestoredTokens) else TokenList(found, _grid(model, images), start)
+        tokens = tokens_of(found, _grid(model, images), start)
         dense, some = tokens.select(frames), images.index_select(1, frames)
         entering = dense if isinstance(dense, RestoredTokens) else dense.list
 

@@ -20,7 +20,6 @@ from ..cli.pictures import save_training_curve
 from ..config import GLOBAL
 from ..errors import PaceError, WeightsError
 from ..hosts.base import find_host
-from ..mini.scenes.textures import load_photographs, texture_atlas
 from ..runtime.compiling import works
 from ..runtime.device import usable_device
 from ..runtime.files import environment, whole_file, write_json
@@ -30,7 +29,7 @@ from ..weights.pace import PaceWeights
 from .backbones import is_mini, load_backbone
 from .fit import Fit, Settings
 from .guest import guest
-from .sources import ClipSource, FolderSource, PlainRooms, RenderedScenes
+from .sources import ClipSource, FolderSource
 
 PREFETCH = 4  # steps drawn ahead
 LOG_EVERY = 20  # steps
@@ -53,7 +52,8 @@ class Options:
         textures: zip file or folder of photographs for "all".
         width: pixels; None takes 224 for VGGT-mini, else 518 for images and 504 for rooms.
         device: None takes CUDA where there is one.
-        start: pace weights to begin with, as `PaceWeights.load` takes them, in place of untrained ones.
+        start: pace weights to begin with, as `PaceWeights.load` takes them, in place of untrained ones; what they lack
+            is untrained.
         resume: go on from `out`, if a run was stopped there.
         save_every: seconds between two states.
         settings: of the training.
@@ -115,11 +115,10 @@ def run_training(options: Options) -> dict[str, Any]:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         model.to(device)
-        if begun is None:
-            weights = PaceWeights.new(model, mode=settings.mode)
-        else:
+        weights = PaceWeights.new(model, mode=settings.mode)
+        if begun is not None:
             begun.check(find_host(model))
-            weights = begun.to(device)
+            weights = completed(begun, weights).to(device)
         # In large models few kernels are short.
         pays = device.type == "cuda" and not large and settings.steps >= COMPILES_FROM
         compile = pays and works(device)
@@ -168,14 +167,17 @@ def weights_to_start(source: str, mode: str) -> PaceWeights:
 
     Raises:
         WeightsError: they can't be had, or are for the other mode.
-        PaceError: they have no block deltas, which is most of what training teaches.
     """
     weights = PaceWeights.load(source)
     if weights.mode != mode:
         raise WeightsError(f"{source} is for {weights.mode} pruning: pass --mode {weights.mode}, or other weights")
-    if weights.block_deltas is None:
-        raise PaceError(f"{source} has no block deltas to train: start without it")
     return weights
+
+
+def completed(weights: PaceWeights, fresh: PaceWeights) -> PaceWeights:
+    """Weights with the untrained modules of others in place of those that they lack, as a calibration does."""
+    lacking = {name: module for name, module in fresh.modules().items() if getattr(weights, name) is None}
+    return replace(weights, **lacking)
 
 
 def make_source(options: Options, mini: bool, device: torch.device) -> ClipSource:
@@ -186,10 +188,9 @@ def make_source(options: Options, mini: bool, device: torch.device) -> ClipSourc
             options.images, max(options.settings.views), options.width or (224 if mini else 518), mode
         )
     width = options.width or (224 if mini else 504)  # an even number of patches
-    if options.rooms == "plain":
-        return PlainRooms(width)
-    photographs = load_photographs(options.textures) if options.textures else None
-    return RenderedScenes(width, texture_atlas(photographs, 512 if device.type == "cuda" else 64, 0, device))
+    from ..mini.sources import rendered_source  # its renderer is for rooms alone
+
+    return rendered_source(options.rooms == "plain", width, options.textures, device)
 
 
 class Run:

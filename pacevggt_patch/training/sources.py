@@ -1,4 +1,4 @@
-"""Where training takes its clips from: folders of images, or rendered rooms. A number decides what is drawn.
+"""Where training takes its clips from, such as folders of images. A number decides what is drawn.
 
 A source draws in two parts: `draw` runs ahead in other threads and on the CPU (decoding, sampling), `finish` on the
 device that trains (copying, rendering).
@@ -7,7 +7,6 @@ device that trains (copying, rendering).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -18,12 +17,6 @@ from torch import Tensor
 from ..clips import Clip, count_frames, load_clip
 from ..clips.folder import image_files, read_description
 from ..errors import ClipError
-from ..mini.scenes.rooms import render_room
-from ..mini.scenes.sweeps import Sweeps, render_sweeps, sample_sweeps
-from ..mini.scenes.textures import TextureAtlas
-from ..mini.training import trainer as rooms
-from ..mini.training.held_out import HELD_OUT_SEED
-from ..runtime.cuda_graphs import Recorder
 
 LARGEST_STRIDE = 4
 SWEEPS = 0.25  # share of steps that see photographs instead of scenes, where there are some
@@ -138,77 +131,6 @@ class FolderSource:
 
     def finish(self, drawn: list[Clip], device: torch.device) -> Sample:
         return stacked(drawn, device)
-
-
-class PlainRooms:
-    """The rooms of `clips.render_room`, with other seeds than those that models are judged on."""
-
-    description = "plain rooms"
-    compiled = False
-
-    def __init__(self, size: int):
-        self.size = size
-
-    def draw(self, seed: int, clips: int, views: int) -> list[Clip]:
-        # Below the seeds of the held-out rooms, and never negative.
-        return [
-            render_room(rooms.mixed_seed(seed, i) % HELD_OUT_SEED, views, self.size, self.size)
-            for i in range(clips)
-        ]
-
-    def finish(self, drawn: list[Clip], device: torch.device) -> Sample:
-        return stacked(drawn, device)
-
-
-class RenderedScenes:
-    """Rooms and facades as VGGT-mini is trained on them, rendered in one batch on the device that trains.
-
-    With photographs among the textures, some steps see those alone (see `sweeps`).
-
-    Args:
-        size: pixels a side, a multiple of 28.
-        atlas: their textures, on that device.
-    """
-
-    compiled = True
-
-    def __init__(self, size: int, atlas: TextureAtlas):
-        self.size, self.atlas = size, atlas
-        # Rendering is hundreds of kernels whose launches take longer than they.
-        self.recorder = Recorder(atlas.texels.is_cuda)
-        self.description = f"rendered scenes with {len(atlas)} textures"
-        if atlas.photographs:
-            self.description += f", {SWEEPS:.0%} of steps on {atlas.photographs} photographs"
-
-    def draw(self, seed: int, clips: int, views: int) -> rooms.Inputs | Sweeps:
-        generator = torch.Generator().manual_seed(rooms.mixed_seed(seed, clips, views))
-        if self.atlas.photographs and torch.rand((), generator=generator) < SWEEPS:
-            return sample_sweeps(clips, views, self.atlas.photographs, generator)
-        settings = rooms.Settings(frames=clips * views, dense=1, views=(views,), size=self.size)
-        return rooms.sample_inputs(settings, views, seed, len(self.atlas), self.atlas.photographs)
-
-    def finish(self, drawn: rooms.Inputs | Sweeps, device: torch.device) -> Sample:
-        if isinstance(drawn, Sweeps):
-            with torch.no_grad():
-                on_device = Sweeps(*(to_device(value, device) for value in drawn))
-                return Sample(render_sweeps(on_device, self.atlas, self.size), None)
-        packed = to_device(drawn.packed(), device)
-        shape = tuple(drawn.scenes.cameras.shape)
-        images, *truth = self.recorder(shape, partial(self.render, drawn), [packed])
-        return Sample(images, Truth(*truth))
-
-    @torch.no_grad()  # in steps as in checks: compiled once
-    def render(self, shapes: rooms.Inputs, packed: Tensor) -> list[Tensor]:
-        """Images and truth of what `packed` holds, which has the shapes of some other inputs."""
-        drawn, device = shapes.unpack(packed), packed.device
-        size, shape = self.size, drawn.scenes.cameras.shape[:2]
-        images, depth = rooms.render(drawn, self.atlas, size)
-        intrinsics = torch.zeros(*shape, 3, 3, device=device)
-        intrinsics[..., 0, 0], intrinsics[..., 1, 1] = (drawn.scenes.focal.T * size)[:, :, None]
-        intrinsics[..., :2, 2], intrinsics[..., 2, 2] = size / 2, 1.0
-        images, depth = images.unflatten(0, shape), depth.unflatten(0, shape)
-        valid = torch.ones_like(depth, dtype=torch.bool)
-        return [images, *Truth(drawn.scenes.world_to_camera(), intrinsics, depth, valid)]
 
 
 def clip_folders(folder: Path) -> list[Path]:

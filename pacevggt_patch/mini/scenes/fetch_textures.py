@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import io
 import random
+import re
 import subprocess
 import sys
 import zipfile
@@ -24,46 +25,17 @@ import numpy as np
 from PIL import Image
 
 from ...errors import PaceError
+from ...runtime.files import whole_file
 
 SIDE = 256
 JPEG_QUALITY = 72
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tga")
 ARCHIVES = (".pk3", ".jar", ".zip")
 # Maps of other surface properties than colour lie beside the colour maps, under the same name with one of these.
-NOT_COLOUR = [
-    "_norm",
-    "_nm",
-    "_gloss",
-    "_glow",
-    "_bump",
-    "_shirt",
-    "_pants",
-    "_sm",
-    "_gm",
-    "_pm",
-    "_local",
-    "_qei",
-    "_luma",
-    "_reflect",
-    "_spec",
-    "_height",
-    "_mq",
-    "_lq",
-    "_alpha",
-]
-NOT_A_SURFACE = (
-    "env",
-    "sky",
-    "skies",
-    "font",
-    "gfx",
-    "levelshot",
-    "symbols",
-    "sfx",
-    "flag",
-    "logo",
-    "/common/",
+NOT_COLOUR = re.compile(
+    "_(norm|nm|gloss|glow|bump|shirt|pants|sm|gm|pm|local|qei|luma|reflect|spec|height|mq|lq|alpha)$"
 )
+NOT_A_SURFACE = re.compile("env|sky|skies|font|gfx|levelshot|symbols|sfx|flag|logo|/common/")
 LEAST_CONTRAST = 10.0  # standard deviation of grey values, of 255
 LEAST_DETAIL = 2.0  # mean difference of neighbouring pixels, of 255
 
@@ -97,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     args.work.mkdir(parents=True, exist_ok=True)
     count = 0
-    with zipfile.ZipFile(args.out, "w", zipfile.ZIP_STORED) as archive:
+    with whole_file(args.out) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         for source in SOURCES:
             taken = 0
             for name, square in squares(source, unpack(source.package, args.work)):
@@ -174,9 +146,7 @@ def is_colour(name: str) -> bool:
     name = name.lower()
     stem = name.rsplit("/", 1)[-1].split(".")[0]
     member = name.split("!")[-1]
-    return not stem.endswith(tuple(NOT_COLOUR)) and not (
-        "!" in name and any(word in member for word in NOT_A_SURFACE)
-    )
+    return not NOT_COLOUR.search(stem) and not ("!" in name and NOT_A_SURFACE.search(member))
 
 
 def open_picture(folder: Path, name: str) -> Image.Image:

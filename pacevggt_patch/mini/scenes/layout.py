@@ -63,9 +63,7 @@ PIECE_LEAST = torch.tensor([[0.6, 0.4, 0.4], [0.5, 0.2, 0.7], [0.38, 0.38, 0.75]
 PIECE_MOST = torch.tensor([[2.2, 1.0, 0.95], [1.6, 0.5, 2.1], [0.55, 0.55, 1.1], [0.9, 0.7, 1.3]])
 
 
-def sample_solids(
-    s: Sampler, kind: Tensor, room: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def sample_solids(s: Sampler, kind: Tensor, room: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Centre, rotation, half-size and presence of all solids but the room, in the order of `raycast.FrameScenes`."""
     count = len(kind)
     is_plain, is_facade = kind == PLAIN, kind == FACADE
@@ -123,7 +121,9 @@ def sample_solids(
 def sample_thickness(s: Sampler, is_plain: Tensor, *shape: int) -> Tensor:
     """Half of what pictures and cabinets are thick, in a shape `[B, ...]`."""
     plain = is_plain.view(-1, *[1] * (len(shape) - 1))
-    return torch.where(plain, s.uniform(*shape, low=0.02, high=0.25), s.log_uniform(*shape, low=0.01, high=0.35))
+    return torch.where(
+        plain, s.uniform(*shape, low=0.02, high=0.25), s.log_uniform(*shape, low=0.01, high=0.35)
+    )
 
 
 def near(s: Sampler, hub: Tensor, room: Tensor, count: int) -> Tensor:
@@ -165,7 +165,9 @@ def sample_pieces(
     place = torch.where(gathered[:, None, None], near(s, hub, room, PIECES), place)
     square = s.chance(*shape, p=0.5)
     quarter = s.integers(*shape, high=4) * (math.pi / 2) + 0.03 * s.normal(*shape)
-    rotation = rotation_about_z(torch.where(square, quarter, s.uniform(*shape, high=2 * math.pi)))  # [B, n, 3, 3]
+    rotation = rotation_about_z(
+        torch.where(square, quarter, s.uniform(*shape, high=2 * math.pi))
+    )  # [B, n, 3, 3]
     floor = torch.cat([place, -room[:, None, 2:].expand(-1, PIECES, -1)], 2)  # [B, n, 3]
     parts = PIECE_PARTS[which] * size.repeat(1, 1, 2)[:, :, None]  # [B, n, PARTS, 6]
     centre = floor[:, :, None] + (rotation[:, :, None] @ parts[..., :3, None])[..., 0]

@@ -7,18 +7,20 @@ kernel; shadows use the same two functions with the rays that leave the lamp.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from ...runtime.tensors import total
+from ..compiling import faster
+from .geometry import ROOM_FACES, Axes, cross_cube, enter_sphere
 from .textures import TextureAtlas, sample_texture
 
 NEAR = 0.05  # metres in front of the camera where nothing is seen
 GROUP = 4  # solids cast in one pass
-ROOM_FACES = 6
 LEAST_COSINE = 0.15  # between ray and normal, where the texture is not blurred any further
 SHADOW_GAP = 2e-3  # share of the way from the lamp; what lies nearer to the surface throws no shadow on it
 
@@ -60,9 +62,7 @@ class FrameScenes:
     paint: Tensor
 
 
-def render_frames(
-    scenes: FrameScenes, atlas: TextureAtlas, height: int, width: int
-) -> tuple[Tensor, Tensor]:
+def render_frames(scenes: FrameScenes, atlas: TextureAtlas, height: int, width: int) -> tuple[Tensor, Tensor]:
     """Colours `[F, 3, H, W]` in [0, about 1] and z-depth `[F, H, W]` of the frames.
 
     Everything lies on the device of `scenes`; there is no randomness and no transfer to the host.
@@ -83,27 +83,7 @@ def render_frames(
         shadow_tables = solid_tables(linear, scenes.centre, scenes.light)
         blocked, _ = nearest(limit, which, shadow_tables, scenes.cubes, ways, cubes, spheres)
         lit = (blocked >= limit).float()
-    image = faster(shade, on_gpu)(
-        best, which, rays, lit, tables, scenes.half_size, scenes.cubes, scenes.camera, scenes.light, scenes.shade,
-        scenes.focal, scenes.texture, scenes.placing, scenes.paint, atlas,
-    )  # fmt: skip
-    return image, best
-
-
-@functools.cache
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, compiled for fixed shapes."""
-    return torch.compile(function, dynamic=False)
-
-
-def faster(function: Callable[..., Any], on_gpu: bool) -> Callable[..., Any]:
-    """The function, compiled where it pays: on the CPU compiling takes longer than a test."""
-    return compiled(function) if on_gpu else function
-
-
-def added(terms: Iterable[Tensor]) -> Tensor:
-    """Sum of at least one tensor."""
-    return functools.reduce(torch.add, terms)
+    return faster(shade, on_gpu)(best, which, rays, lit, tables, scenes, atlas), best
 
 
 def solid_tables(linear: Tensor, centre: Tensor, origin: Tensor) -> Tensor:
@@ -125,8 +105,8 @@ def nearest(
     """Distance and number of the nearest solid after the room, if it is nearer than `best` `[F, H, W]`."""
     numbers = torch.arange(tables.shape[1], device=tables.device, dtype=torch.int32)
     groups = [(start, min(start + GROUP, cubes), nearest_cubes) for start in range(1, cubes, GROUP)]
-    total = tables.shape[1]
-    groups += [(start, min(start + GROUP, total), nearest_spheres) for start in range(cubes, total, GROUP)]
+    solids = tables.shape[1]
+    groups += [(start, min(start + GROUP, solids), nearest_spheres) for start in range(cubes, solids, GROUP)]
     for start, end, function in groups:
         # Copies, since compiled code is particular about where its inputs begin in memory.
         table = tables[:, start:end].permute(1, 2, 0).contiguous()  # [G, 12, F]
@@ -144,7 +124,7 @@ def world_rays(orientation: Tensor, focal: Tensor, height: int, width: int) -> T
     return torch.stack([axes[:, row, 0] * x + axes[:, row, 1] * y + axes[:, row, 2] for row in range(3)])
 
 
-def unit_rays(table: Tensor, rays: Tensor) -> list[tuple[Tensor, Tensor]]:
+def unit_rays(table: Tensor, rays: Tensor) -> Axes:
     """Start `[F, 1, 1]` and direction `[F, H, W]` along each axis of a unit solid, from its table `[12, F]`."""
     value = table[..., None, None]  # [12, F, 1, 1]
     return [
@@ -156,21 +136,9 @@ def unit_rays(table: Tensor, rays: Tensor) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def slabs(table: Tensor, rays: Tensor) -> tuple[Tensor, Tensor]:
-    """`[F, H, W]` distances at which rays enter and leave a unit cube (enter > leave: a miss)."""
-    enters, leaves = [], []
-    for start, direction in unit_rays(table, rays):
-        # A ray along a face divides by zero; a hair off it is inside or outside like its neighbours.
-        inverse = 1 / torch.where(direction.abs() < 1e-9, 1e-9, direction)
-        middle, half = -start * inverse, inverse.abs()
-        enters.append(middle - half)
-        leaves.append(middle + half)
-    return enters[0].maximum(enters[1]).maximum(enters[2]), leaves[0].minimum(leaves[1]).minimum(leaves[2])
-
-
 def leave_room(table: Tensor, rays: Tensor) -> tuple[Tensor, Tensor]:
     """Distance `[F, H, W]` to the walls from within, and the number 0 everywhere; `table` is `[F, 12]`."""
-    leave = slabs(table.T, rays)[1]
+    leave = cross_cube(unit_rays(table.T, rays))[1]
     return leave, torch.zeros_like(leave, dtype=torch.int32)
 
 
@@ -179,7 +147,7 @@ def nearest_cubes(
 ) -> tuple[Tensor, Tensor]:
     """Bring G boxes, tables `[G, 12, F]` and numbers `[G]`, into the nearest distance and number `[F, H, W]`."""
     for table, number in zip(tables, numbers, strict=True):
-        enter, leave = slabs(table, rays)
+        enter, leave = cross_cube(unit_rays(table, rays))
         nearer = (enter < leave) & (enter > NEAR) & (enter < best)
         best, which = torch.where(nearer, enter, best), torch.where(nearer, number, which)
     return best, which
@@ -190,15 +158,15 @@ def nearest_spheres(
 ) -> tuple[Tensor, Tensor]:
     """Bring G ellipsoids into the nearest distance and number, as `nearest_cubes` does boxes."""
     for table, number in zip(tables, numbers, strict=True):
-        axes = unit_rays(table, rays)
-        a = added(direction.square() for _, direction in axes)
-        b = added(start * direction for start, direction in axes)
-        c = added(start.square() for start, _ in axes) - 1
-        discriminant = b.square() - a * c
-        enter = (-b - discriminant.clamp(min=0).sqrt()) / a
-        nearer = (discriminant > 0) & (enter > NEAR) & (enter < best)
+        enter, meets = enter_sphere(unit_rays(table, rays))
+        nearer = meets & (enter > NEAR) & (enter < best)
         best, which = torch.where(nearer, enter, best), torch.where(nearer, number, which)
     return best, which
+
+
+def length(vector: Iterable[Tensor]) -> Tensor:
+    """Length of vectors, given by their coordinates."""
+    return total(value.square() for value in vector).sqrt()
 
 
 def shade(
@@ -207,29 +175,21 @@ def shade(
     rays: Tensor,  # [3, F, H, W]
     lit: Tensor,  # [F, H, W] 1 where the lamp is seen
     tables: Tensor,  # [F, K, 12]
-    half_size: Tensor,  # [F, K, 3]
-    cubes: int,
-    camera: Tensor,
-    light: Tensor,
-    light_shares: Tensor,  # [F, 2]
-    focal: Tensor,
-    texture: Tensor,
-    placing: Tensor,
-    paint: Tensor,
+    scenes: FrameScenes,
     atlas: TextureAtlas,
 ) -> Tensor:
     """`[F, 3, H, W]` light that the visible points send back: diffuse reflection of one lamp and of all around."""
     frames, solids = tables.shape[:2]
     frame = torch.arange(frames, device=distance.device, dtype=torch.int32)[:, None, None]
     solid = (frame * solids + which).long()  # [F, H, W]
-    table, size = tables.flatten(0, 1), half_size.flatten(0, 1)
+    table, size = tables.flatten(0, 1), scenes.half_size.flatten(0, 1)
     linear = [[table[:, 3 + 3 * row + column][solid] for column in range(3)] for row in range(3)]
     unit = [
         table[:, row][solid]
         + distance * (linear[row][0] * rays[0] + linear[row][1] * rays[1] + linear[row][2] * rays[2])
         for row in range(3)
     ]
-    round_solid = which >= cubes
+    round_solid = which >= scenes.cubes
     # A box has its normal along the largest coordinate. Ellipsoids are painted in the same three directions.
     along_x = (unit[0].abs() >= unit[1].abs()) & (unit[0].abs() >= unit[2].abs())
     along_y = ~along_x & (unit[1].abs() >= unit[2].abs())
@@ -239,18 +199,19 @@ def shade(
         for axis in range(3)
     ]
     # Unit solids come by a linear map A, so that a normal n of theirs is A^T n in the world.
-    normal = [added(linear[row][axis] * weights[row] for row in range(3)) for axis in range(3)]
-    length = (normal[0].square() + normal[1].square() + normal[2].square()).sqrt().clamp(min=1e-9)
-    towards = torch.where(which == 0, -1.0, 1.0) / length  # the room is seen from within
+    normal = [total(linear[row][axis] * weights[row] for row in range(3)) for axis in range(3)]
+    towards = torch.where(which == 0, -1.0, 1.0) / length(normal).clamp(
+        min=1e-9
+    )  # the room is seen from within
     normal = [component * towards for component in normal]
 
     to_light = [
-        light[:, axis, None, None] - (camera[:, axis, None, None] + distance * rays[axis])
+        scenes.light[:, axis, None, None] - (scenes.camera[:, axis, None, None] + distance * rays[axis])
         for axis in range(3)
     ]
-    light_length = (to_light[0].square() + to_light[1].square() + to_light[2].square()).sqrt().clamp(min=1e-6)
-    facing = (added(n * way for n, way in zip(normal, to_light, strict=True)) / light_length).clamp(min=0)
-    ambient, darkness = light_shares[:, 0, None, None], light_shares[:, 1, None, None]
+    facing = total(n * way for n, way in zip(normal, to_light, strict=True))
+    facing = (facing / length(to_light).clamp(min=1e-6)).clamp(min=0)
+    ambient, darkness = scenes.shade[:, 0, None, None], scenes.shade[:, 1, None, None]
     facing = facing * (1 - darkness * (1 - lit))
     light_share = ambient + (1 - ambient) * facing
 
@@ -258,23 +219,24 @@ def shade(
         torch.where(along_x, unit[0], torch.where(along_y, unit[1], unit[2])) > 0
     )
     surface = torch.where(which == 0, face, which + (ROOM_FACES - 1))
-    surface = (frame * texture.shape[1] + surface).long()
+    surface = (frame * scenes.texture.shape[1] + surface).long()
     local = [unit[axis] * size[:, axis][solid] for axis in range(3)]  # metres
     across = torch.where(along_x, local[1], local[0])
     up = torch.where(along[2], local[1], local[2])
-    place = placing.flatten(0, 1)
+    place = scenes.placing.flatten(0, 1)
     cosine, sine, offset_u, offset_v, tiles = (place[:, index][surface] for index in range(5))
     u = cosine * across - sine * up + offset_u
     v = -sine * across - cosine * up + offset_v  # images run downwards
 
-    ray_length = (rays[0].square() + rays[1].square() + rays[2].square()).sqrt()
-    view = added(n * ray for n, ray in zip(normal, rays, strict=True)).abs() / ray_length
+    view = total(n * ray for n, ray in zip(normal, rays, strict=True)).abs() / length(rays)
     width = distance.shape[2]
-    metres_per_pixel = distance / (focal[:, 0, None, None] * width) / view.clamp(min=LEAST_COSINE).sqrt()
+    metres_per_pixel = (
+        distance / (scenes.focal[:, 0, None, None] * width) / view.clamp(min=LEAST_COSINE).sqrt()
+    )
     level = (metres_per_pixel * tiles * atlas.side).clamp(min=1e-6).log2()
-    number = texture.flatten()[surface].round()
+    number = scenes.texture.flatten()[surface].round()
     found = sample_texture(atlas, number, u, v, level)
-    colour = paint.flatten(0, 1)
+    colour = scenes.paint.flatten(0, 1)
     return torch.stack(
         [
             (found[channel] * colour[:, channel][surface] + colour[:, 3 + channel][surface]).clamp(0, 1)

@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from .raycast import added, faster
-from .training_scenes import Sampler
+from ...runtime.tensors import total
+from ..compiling import faster
+from .sampling import Sampler
 
 BLUR_REACH = 2  # pixels to either side that defocus blur looks at
 MOTION_TAPS = 9
@@ -114,9 +116,9 @@ def defocus_blur(images: Tensor, sigma: Tensor) -> Tensor:
     rows, columns = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
     taps = range(2 * BLUR_REACH + 1)
     shifted = [images[:, :, (rows + i - BLUR_REACH).clamp(0, height - 1)] for i in taps]
-    images = added(weights[:, i] * shifted[i] for i in taps)
+    images = total(weights[:, i] * shifted[i] for i in taps)
     shifted = [images[:, :, :, (columns + i - BLUR_REACH).clamp(0, width - 1)] for i in taps]
-    return added(weights[:, i] * shifted[i] for i in taps)
+    return total(weights[:, i] * shifted[i] for i in taps)
 
 
 def motion_blur(images: Tensor, motion: Tensor) -> Tensor:
@@ -124,15 +126,15 @@ def motion_blur(images: Tensor, motion: Tensor) -> Tensor:
     frames, _, height, width = images.shape
     rows = torch.arange(height, device=images.device)[None, :, None]
     columns = torch.arange(width, device=images.device)[None, None, :]
-    flat, total = images.flatten(2), 0.0
-    for tap in range(MOTION_TAPS):
-        share = tap / (MOTION_TAPS - 1) - 0.5
-        step = (share * motion).round().long()  # [F, 2]
+    flat = images.flatten(2)
+
+    def shifted(tap: int) -> Tensor:
+        step = ((tap / (MOTION_TAPS - 1) - 0.5) * motion).round().long()  # [F, 2]
         row = (rows + step[:, 1, None, None]).clamp(0, height - 1)
         column = (columns + step[:, 0, None, None]).clamp(0, width - 1)
-        index = (row * width + column).flatten(1)[:, None].expand(-1, 3, -1)
-        total = total + flat.gather(2, index)
-    return (total / MOTION_TAPS).view(frames, 3, height, width)
+        return flat.gather(2, (row * width + column).flatten(1)[:, None].expand(-1, 3, -1))
+
+    return (total(map(shifted, range(MOTION_TAPS))) / MOTION_TAPS).view(frames, 3, height, width)
 
 
 def hashed(number: Tensor, seed: Tensor) -> Tensor:
@@ -207,9 +209,7 @@ def quantise(blocks: Tensor, steps: Tensor, matrix: Tensor) -> Tensor:
     return matrix.T @ ((coefficients / steps).round() * steps) @ matrix
 
 
-def quantise_channel(
-    channel: Tensor, steps: Tensor, quality: Tensor, function: Callable[..., Any]
-) -> Tensor:
+def quantise_channel(channel: Tensor, steps: Tensor, quality: Tensor, function: Callable[..., Any]) -> Tensor:
     """A channel `[F, H, W]` around 0, in units of 1/255, after the loss of JPEG at `quality` `[F]`."""
     frames, height, width = channel.shape
     # As libjpeg scales the tables.
@@ -228,9 +228,7 @@ def quantise_channel(
     return done[:, :height, :width]
 
 
-def jpeg(
-    images: Tensor, quality: Tensor, function: Callable[..., Any] = quantise
-) -> Tensor:
+def jpeg(images: Tensor, quality: Tensor, function: Callable[..., Any] = quantise) -> Tensor:
     """Images `[F, 3, H, W]` after JPEG compression at `quality` `[F]`, colour at half the resolution (4:2:0)."""
     red, green, blue = (images * 255 - 128).unbind(1)
     grey = 0.299 * red + 0.587 * green + 0.114 * blue

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 
 from ...errors import ClipError
 from .rooms import Hits, Scene, move, sample_scene, surface_colour
@@ -71,9 +72,8 @@ def build_atlas(squares: Tensor, photographs: int) -> TextureAtlas:
     if height != side or side < SMALLEST_LEVEL or side & (side - 1):
         raise ClipError(f"textures must be squares whose side is a power of two, got {height} x {side}")
     parts = []
-    for part in squares.split(
-        256
-    ):  # a few at a time: all levels of thousands in float32 would take gigabytes
+    # A few at a time: all levels of thousands in float32 would take gigabytes.
+    for part in squares.split(256):
         level, levels = part, []
         while level.shape[-1] >= SMALLEST_LEVEL:
             levels.append(pack_colours(level).flatten(1))
@@ -207,9 +207,7 @@ def mirrored(position: Tensor) -> Tensor:
     return 1 - (position - 2 * (position / 2).floor() - 1).abs()
 
 
-def bilinear(
-    atlas: TextureAtlas, start: Tensor, u: Tensor, v: Tensor, level: Tensor
-) -> list[Tensor]:
+def bilinear(atlas: TextureAtlas, start: Tensor, u: Tensor, v: Tensor, level: Tensor) -> list[Tensor]:
     """Bilinear look-up in one level of the texture that begins at `start`; colours in [0, 255]."""
     size = torch.bitwise_right_shift(torch.full_like(level, atlas.side), level)
     # Pixel centres lie on halves; beyond the outer ones the border pixel goes on.

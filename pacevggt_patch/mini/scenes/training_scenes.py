@@ -198,7 +198,9 @@ def sample_places(
     length = torch.where(is_facade, away * s.log_uniform(count, 1, low=0.1, high=1.6), length)[:, None]
     angle = s.log_uniform(count, 1, low=0.15, high=2.2) * time[..., 0]  # [B, S]
     arm = (middle - target)[:, None, :, None]  # [B, 1, 3, 1]
-    circle = target[:, None] + (rotation_about_z(angle) @ arm)[..., 0] * (1 + 0.08 * s.normal(count, views, 1))
+    circle = target[:, None] + (rotation_about_z(angle) @ arm)[..., 0] * (
+        1 + 0.08 * s.normal(count, views, 1)
+    )
     path = torch.where(motion == ORBIT, circle, middle[:, None] + heading * length * time)
     # How far from its place on the path a camera may be, if that place is taken.
     noise = s.normal(count, CANDIDATES, views, 3) * torch.tensor([1.0, 1.0, 0.45])
@@ -250,9 +252,7 @@ def first_clear(candidates: Tensor, centre: Tensor, rotation: Tensor, half_size:
     return candidates.gather(2, best)[:, :, 0]
 
 
-def sample_surfaces(
-    s: Sampler, kind: Tensor, half_size: Tensor, textures: int, photographs: int
-) -> Tensor:
+def sample_surfaces(s: Sampler, kind: Tensor, half_size: Tensor, textures: int, photographs: int) -> Tensor:
     """`[B, T, 12]` texture number, placing and paint of each surface; `half_size` `[B, K, 3]` starts with the room."""
     shape = (len(kind), SURFACES)
     is_plain, is_facade = (kind == PLAIN)[:, None], (kind == FACADE)[:, None]

@@ -1,7 +1,7 @@
 """The forward pass of a stock VGGT for training: the same arithmetic, arranged for speed.
 
 Blocks are those of `blocks`, cut where attention mixes tokens: what comes before and after it works token by token on
-`[F, L, C]`, the same shape for the image embedding, for frame and for global blocks and for any number of views. So
+`[F * L, C]`, the same shape for the image embedding, for frame and for global blocks and for any number of views. So
 four small functions are compiled in all, and attention itself is the only part that differs.
 
 Dense heads are those of `dpt`, which enlarge by two matrix products here: the stock operation took a third of the time
@@ -19,7 +19,7 @@ from torch import Tensor
 from ...hosts.base import find_host
 from ...hosts.blocks import run_block
 from ...hosts.rope import Rotation, rotation
-from ..scenes.raycast import faster
+from ...runtime.compiling import compiled
 
 
 class Features(NamedTuple):
@@ -46,36 +46,40 @@ class FastForward:
         aggregator = self.model.aggregator
         embed = aggregator.patch_embed
         clips, views, _, height, width = images.shape
-        speed = lambda function, *_: faster(function, images.is_cuda)  # noqa: E731
+        frames, speed = clips * views, compiled if images.is_cuda else None
         grid = height // aggregator.patch_size, width // aggregator.patch_size
-        if grid not in self.tables:
-            head = aggregator.frame_blocks[0].attn.head_dim
-            special = aggregator.patch_start_idx
-            host: Any = find_host(self.model)
-            positions: Any = host.patch_positions(grid, images.device)  # [P, 2]: a stock VGGT has RoPE
-            positions = F.pad(positions, (0, 0, special, 0))  # special tokens sit at 0
-            tables = rotation(aggregator.rope, head, torch.float32, positions[None])
-            self.tables[grid] = tables[0][0, 0], tables[1][0, 0]  # [5 + P, C / heads] each
-        turned = self.tables[grid]
+        turned = self.rotation(grid, images.device)
+        turned = turned[0].repeat(frames, 1), turned[1].repeat(frames, 1)
 
         normed = ((images - aggregator._resnet_mean) / aggregator._resnet_std).flatten(0, 1)
-        x = embed.prepare_tokens_with_masks(normed).float().contiguous()  # [F, 5 + P, C]
+        x = embed.prepare_tokens_with_masks(normed).float().flatten(0, 1)  # [F * (5 + P), C]
         for module in embed.blocks:
-            x = run_block(module, x, turned, clips * views, self.dtype, speed)
-        patches = embed.norm(x)[:, 1 + embed.num_register_tokens :]
+            x = run_block(module, x, turned, frames, self.dtype, speed)
+        patches = embed.norm(x.unflatten(0, (frames, -1)))[:, 1 + embed.num_register_tokens :]
         special = torch.cat([aggregator.camera_token, aggregator.register_token], 2)[0]  # [2, 5, C]
-        first = torch.arange(clips * views, device=images.device) % views == 0
+        first = torch.arange(frames, device=images.device) % views == 0
         special = torch.where(first[:, None, None], special[0], special[1])
-        x = torch.cat([special, patches.float()], 1).contiguous()
+        x = torch.cat([special, patches.float()], 1).flatten(0, 1)
         layers = {}
         for layer, (frame, across) in enumerate(
             zip(aggregator.frame_blocks, aggregator.global_blocks, strict=True)
         ):
-            within = run_block(frame, x, turned, clips * views, self.dtype, speed)
+            within = run_block(frame, x, turned, frames, self.dtype, speed)
             x = run_block(across, within, turned, clips, self.dtype, speed)
             if layer in aggregator.cached_layer_indices:
-                layers[layer] = torch.cat([within, x], 2).unflatten(0, (clips, views))
+                layers[layer] = torch.cat([within, x], 1).unflatten(0, (clips, views, -1))
         return Features(patches, layers)
+
+    def rotation(self, grid: tuple[int, int], device: torch.device) -> Rotation:
+        """Cosines and sines `[5 + P, C / heads]` of all tokens of a frame of `grid` patches."""
+        if grid not in self.tables:
+            aggregator, host = self.model.aggregator, find_host(self.model)
+            positions: Any = host.patch_positions(grid, device)  # [P, 2]: a stock VGGT has RoPE
+            positions = F.pad(positions, (0, 0, aggregator.patch_start_idx, 0))  # special tokens sit at 0
+            width = aggregator.frame_blocks[0].attn.head_dim
+            cos, sin = rotation(aggregator.rope, width, torch.float32, positions[None])
+            self.tables[grid] = cos[0, 0], sin[0, 0]
+        return self.tables[grid]
 
 
 def layer_list(features: Features, depth: int) -> list[Tensor | None]:

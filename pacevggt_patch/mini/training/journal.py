@@ -98,25 +98,21 @@ def write_curve(records: list[dict[str, Any]], folder: Path) -> None:
         import matplotlib.pyplot as plt
     except ImportError:
         return
+    trained = [record for record in records if "losses" in record]
     measured = [record for record in records if "rooms" in record]
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6))
-    lines = [record for record in records if "losses" in record]
-    axes[0].plot([r["step"] for r in lines], [r["losses"]["total"] for r in lines], linewidth=0.6)
-    axes[0].set_title("training loss")
+    figure, (losses, cameras, depth) = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    losses.plot([r["step"] for r in trained], [r["losses"]["total"] for r in trained], linewidth=0.6)
     for name in ("rooms", "scenes"):
         steps = [r["step"] for r in measured]
-        axes[1].plot(steps, [r[name]["auc30"] for r in measured], label=f"{name} AUC@30")
-        axes[1].plot(steps, [r[name]["auc15"] for r in measured], "--", label=f"{name} AUC@15")
-        axes[2].plot(steps, [r[name]["absrel"] for r in measured], label=f"{name} AbsRel")
-    axes[1].set_title("held out, 8 views")
-    axes[2].set_title("held out, depth")
-    axes[2].set_yscale("log")
-    for axis in axes:
-        axis.set_xlabel("step")
+        for axis, key, style in ((cameras, "auc30", "-"), (cameras, "auc15", "--"), (depth, "absrel", "-")):
+            axis.plot(steps, [r[name][key] for r in measured], style, label=f"{name} {key}")
+    depth.set_yscale("log")
+    titles = ("training loss", "held out, 8 views: cameras", "held out: depth")
+    for axis, title in zip((losses, cameras, depth), titles, strict=True):
+        axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
-    axes[1].legend()
-    axes[2].legend()
-    figure.tight_layout()
+    cameras.legend()
+    depth.legend()
     with whole_file(folder / "curve.png") as temporary:
         figure.savefig(temporary, dpi=90)
     plt.close(figure)

@@ -8,22 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..scenes.raycast import faster
+from ...evaluation.geometry import from_first_camera, quaternions
+from ...training.losses import PAIR_WEIGHTS, POSE_WEIGHTS
+from ..compiling import faster
 from ..scenes.training_scenes import SceneBatch
 
-GAMMA = 0.6  # weight of a camera iteration over that of the next
-PAIR_FLOOR = 0.03  # added to the length of a pair's translation, in units of the mean distance
-PAIR_HALF = 0.5  # error over length at which a pair counts half
 CONFIDENCE = 0.2  # reward for confidence
 TEMPERATURE = 15.0  # of patch correspondence: factor on cosines
 SAME_DEPTH = 0.04  # relative difference of depth up to which a patch centre is taken to be visible
 CORRESPONDENCE_WIDTH = 64
 WEIGHTS = {
-    "translation": 5.0,
-    "rotation": 6.0,
-    "field_of_view": 1.0,
-    "pair_translation": 1.0,
-    "pair_rotation": 0.5,
+    **POSE_WEIGHTS,
+    **PAIR_WEIGHTS,
     "depth": 1.0,
     "depth_gradient": 0.5,
     "points": 0.5,
@@ -72,10 +68,8 @@ def make_targets(scenes: SceneBatch, depth: Tensor, patch: int) -> Targets:
     scale = 1 / distance.clamp(1e-2, 1e2)
     depth = depth * scale[:, None, None, None]
     extrinsics = torch.cat([rotation, translation * scale[:, None, None, None]], 3)
-    view = (
-        (2 * torch.atan(0.5 / scenes.focal)).flip(1)[:, None].expand(-1, rotation.shape[1], -1)
-    )  # vertical first
-    pose = torch.cat([extrinsics[..., 3], quaternions(rotation), view], 2)
+    view = (2 * torch.atan(0.5 / scenes.focal)).flip(1)[:, None]  # [B, 1, 2] vertical first
+    pose = torch.cat([extrinsics[..., 3], quaternions(rotation), view.expand(-1, rotation.shape[1], -1)], 2)
     points = first_camera_points(depth, extrinsics, scenes.focal, patch, patch // 2).flatten(2, 3)
     return Targets(pose, extrinsics, scenes.focal, depth, points)
 

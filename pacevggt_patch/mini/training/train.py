@@ -34,13 +34,14 @@ from torch import Tensor
 
 from ...errors import PaceError
 from ...runtime.files import whole_file
+from ...runtime.seeds import mixed_seed
 from ...weights.tensorfile import read_tensors
 from ..model import MiniConfig, save_mini
 from ..scenes.textures import load_photographs, texture_atlas
 from .held_out import HELD_OUT_SEED, HELD_OUT_VIEWS, evaluate, held_out_rooms
 from .journal import Journal, Timer
 from .optim import learning_rate
-from .trainer import VIEWS, Inputs, Settings, Trainer, mixed_seed, sample_inputs
+from .trainer import VIEWS, Inputs, Settings, Trainer, sample_inputs
 
 PREFETCH = 6  # steps sampled ahead
 AGREE_EVERY = 10  # steps after which the processes agree on when to end
@@ -92,9 +93,11 @@ def held_out_scenes(trainer: Trainer) -> tuple[Tensor, Tensor, Tensor]:
 
 def save_level(trainer: Trainer, path: Path) -> None:
     """Model and auxiliary heads in float16, to start another run from."""
-    tensors = {f"model.{k}": v.half().contiguous().cpu() for k, v in trainer.model.state_dict().items()}
-    tensors |= {
-        f"auxiliary.{k}": v.half().contiguous().cpu() for k, v in trainer.auxiliary.state_dict().items()
+    parts = {"model": trainer.model, "auxiliary": trainer.auxiliary}
+    tensors = {
+        f"{part}.{name}": value.half().contiguous().cpu()
+        for part, module in parts.items()
+        for name, value in module.state_dict().items()
     }
     with whole_file(path) as temporary:
         save_file(tensors, temporary, {"step": str(trainer.step_number)})
@@ -275,7 +278,7 @@ def main(argv: list[str] | None = None) -> int:
         photographs = load_photographs(args.textures) if args.textures else None
         atlas = texture_atlas(photographs, settings.procedural, 0, device)
         trainer = Trainer(settings, config, atlas, rank, world)
-        trainer.use_graphs = not args.no_graphs
+        trainer.recorder.on &= not args.no_graphs
         journal = Journal(args.out, args.begun, rank == 0)
         if args.from_weights:
             load_weights(trainer, args.from_weights)

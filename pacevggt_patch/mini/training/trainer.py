@@ -14,21 +14,26 @@ from torch import Tensor
 
 from ...errors import PaceError
 from ...hosts.dpt import dense_head, dense_tables
+from ...runtime.cuda_graphs import Recorder
+from ...runtime.seeds import mixed_seed
+from ...runtime.tensors import total
+from ...training.losses import camera_losses, pair_losses
+from ...training.sources import to_device
+from ..compiling import faster
 from ..model import MiniConfig, build_mini
-from ..scenes.raycast import added, faster, render_frames
+from ..scenes.layout import PLAIN
+from ..scenes.raycast import render_frames
 from ..scenes.sensor import SensorEffects, apply_sensor, sample_effects
 from ..scenes.textures import TextureAtlas
-from ..scenes.training_scenes import PLAIN, SceneBatch, sample_scenes
+from ..scenes.training_scenes import SceneBatch, sample_scenes
 from .forward import FastForward, layer_list
 from .losses import (
     WEIGHTS,
     AuxiliaryHeads,
-    camera_losses,
     correspondence_loss,
     depth_losses,
     first_camera_points,
     make_targets,
-    pair_losses,
     point_loss,
 )
 from .optim import FlatOptimizer
@@ -101,16 +106,6 @@ class Inputs:
         return Inputs(SceneBatch(*parts[:-2]), SensorEffects.unpack(parts[-2]), parts[-1])
 
 
-def mixed_seed(*numbers: int) -> int:
-    """One seed of several numbers, such as a run's seed, a step and a process: different ones do not meet."""
-    state = 0x9E3779B97F4A7C15
-    for number in numbers:
-        state = ((state ^ (number + 0x632BE59BD9B4E019)) * 0xBF58476D1CE4E5B9) % 2**64
-        state = ((state ^ (state >> 29)) * 0x94D049BB133111EB) % 2**64
-        state ^= state >> 32
-    return state % 2**63
-
-
 def sample_inputs(settings: Settings, views: int, seed: int, atlas_size: int, photographs: int) -> Inputs:
     """The inputs of a step with clips of `views` views."""
     generator = torch.Generator().manual_seed(seed)
@@ -177,11 +172,8 @@ class Trainer:
         self.step_number = 0
         self.since_start = 0  # steps since the optimiser state was empty
         self.names: list[str] = []
-        self.logs = torch.zeros(len(WEIGHTS) + 3, device=device)
-        self.buffers: dict[int, tuple[Inputs, Tensor]] = {}
-        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self.use_graphs = True
-        self.update_graph: torch.cuda.CUDAGraph | None = None
+        self.latest = torch.empty(0), torch.empty(())  # losses by `names` and norm of the last step
+        self.recorder = Recorder(self.on_gpu)
 
     def render(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Images `[F, 3, H, W]` and depth `[F, H, W]` of inputs on the device."""
@@ -195,9 +187,8 @@ class Trainer:
             targets = make_targets(inputs.scenes, depth.unflatten(0, (clips, views)), self.config.patch_size)
             chosen = inputs.dense.long()
             truth = targets.depth.flatten(0, 1)[chosen]  # [N, H, W]
-            points = first_camera_points(targets.depth, targets.extrinsics, targets.focal, 1, 0).flatten(
-                0, 1
-            )[chosen]
+            points = first_camera_points(targets.depth, targets.extrinsics, targets.focal, 1, 0)
+            points = points.flatten(0, 1)[chosen]
         model, special = self.model, self.model.aggregator.patch_start_idx
         half = torch.autocast("cuda", torch.bfloat16) if self.on_gpu else nullcontext()
         features = self.forward(images.unflatten(0, (clips, views)))
@@ -220,51 +211,22 @@ class Trainer:
         # A few tokens only: in full precision for nothing.
         poses = model.camera_head(layer_list(features, self.config.depth))
         parts |= camera_losses(poses, targets.pose) | pair_losses(poses[-1], targets.pose)
-        total = added(WEIGHTS[name] * value for name, value in parts.items())
+        loss = total(WEIGHTS[name] * value for name, value in parts.items())
         self.names = [*parts, "total", "found"]
-        return total, torch.stack([*parts.values(), total, found]).detach().float()
+        return loss, torch.stack([*parts.values(), loss, found]).detach().float()
 
-    def gradients(self, inputs: Inputs) -> None:
-        """Leave gradients of the mean loss of this process in the optimiser, and the losses in `logs`."""
-        total, logs = self.losses(inputs)
+    def gradients(self, inputs: Inputs) -> tuple[Tensor]:
+        """Leave gradients of the mean loss of this process in the optimiser; returns the losses by `self.names`."""
+        loss, losses = self.losses(inputs)
         # Not by `backward`, which would add them up parameter by parameter.
         parameters = self.optimizer.parameters
-        gradients = torch.autograd.grad(total, parameters, materialize_grads=True)
+        gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
         torch.cat([gradient.reshape(-1) for gradient in gradients], out=self.optimizer.gradients)
-        self.logs[: len(logs)].copy_(logs)
+        return (losses,)
 
-    def update(self) -> None:
-        """Take the step that the gradients say."""
-        norm = self.optimizer.step(self.rates[0], self.rates[1], self.rates[2])
-        self.logs[-1].copy_(norm)
-
-    def capture(self, views: int) -> None:
-        """Record the work of a step as a CUDA graph, after running it a few times to compile and to tune."""
-        _, flat = self.buffers[views]
-        inputs = self.buffers[views][0].unpack(flat)
-        values = {k: v.clone() for k, v in self.optimizer.state().items() if isinstance(v, Tensor)}
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                self.gradients(inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        pool = next(iter(self.graphs.values())).pool() if self.graphs else None
-        graph = torch.cuda.CUDAGraph()
-        # Other threads go on talking to the GPU meanwhile: the one that watches over collective operations.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            self.gradients(inputs)
-        self.graphs[views] = graph
-        if self.update_graph is None:
-            self.rates.fill_(1.0)
-            with torch.cuda.stream(stream):
-                self.update()
-            torch.cuda.current_stream().wait_stream(stream)
-            self.update_graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.update_graph, pool=graph.pool(), capture_error_mode="thread_local"):
-                self.update()
-        for name, value in values.items():
-            getattr(self.optimizer, name).copy_(value)
+    def update(self) -> tuple[Tensor]:
+        """Take the step that the gradients say; returns their norm."""
+        return (self.optimizer.step(self.rates[0], self.rates[1], self.rates[2]),)
 
     def sample(self, step: int) -> tuple[int, Inputs, Tensor]:
         """Number of views, inputs and packed inputs of a step; called in other threads."""
@@ -276,27 +238,18 @@ class Trainer:
     def step(self, sampled: tuple[int, Inputs, Tensor], rate: float) -> None:
         """Train on the sampled inputs of this step, with the learning rates times `rate`."""
         views, inputs, packed = sampled
-        if views not in self.buffers:
-            self.buffers[views] = inputs, packed.to(self.device, copy=True)
-            if self.on_gpu and self.use_graphs:
-                self.capture(views)
-        shapes, flat = self.buffers[views]
-        flat.copy_(packed.pin_memory() if self.on_gpu else packed, non_blocking=True)
         self.since_start += 1
         number = min(self.since_start, 10_000)  # the correction of the means is long past there
         rates = torch.tensor([self.settings.muon_rate * rate, self.settings.adam_rate * rate, number])
         self.rates.copy_(rates, non_blocking=True)
-        if views in self.graphs:
-            self.graphs[views].replay()
-        else:
-            self.gradients(shapes.unpack(flat))
+        (losses,) = self.recorder(
+            views, lambda flat: self.gradients(inputs.unpack(flat)), [to_device(packed, self.device)]
+        )
         if self.world > 1:
             dist.all_reduce(self.optimizer.gradients)
             self.optimizer.gradients.div_(self.world)
-        if self.update_graph is not None:
-            self.update_graph.replay()
-        else:
-            self.update()
+        (norm,) = self.recorder("update", self.update, [])
+        self.latest = losses, norm
         self.step_number += 1
 
     @torch.no_grad()
@@ -314,8 +267,8 @@ class Trainer:
 
     def latest_losses(self) -> dict[str, float]:
         """The losses of the last step by name, and the norm of its gradient; waits for the GPU."""
-        values = self.logs.tolist()
-        return {**dict(zip(self.names, values, strict=False)), "norm": values[-1]}
+        named = dict(zip(self.names, self.latest[0].tolist(), strict=True))
+        return {**named, "norm": self.latest[1].item()}
 
     def state(self) -> dict[str, Any]:
         """All that a resumed run needs."""

@@ -3,17 +3,20 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hosts import random_images, tiny_vggt
+from hosts import random_deltas, random_images, tiny_vggt
 
-from pacevggt_patch import UnsupportedModelError, accelerate
-from pacevggt_patch.training import attention_target
+from pacevggt_patch import UnsupportedModelError, accelerate, summary
 from pacevggt_patch.training import attention_target as module
-from pacevggt_patch.training.attention_target import attention_received, chosen_queries
+from pacevggt_patch.training.attention_target import attention_received, attention_target, chosen_queries
 
 
-def reference(model, images) -> torch.Tensor:
+def accelerated(mode="global", weights=None, dtype=torch.float32, **options):
+    return accelerate(tiny_vggt(**options).to(dtype), 0.3, weights=weights, mode=mode, min_frames=1)
+
+
+def reference(options, images) -> torch.Tensor:
     """Mean over blocks, heads and all queries, from the projections of a float64 copy of the stock model."""
-    model, images = tiny_vggt(**model).double(), images.double()
+    model, images = tiny_vggt(**options).double(), images.double()
     weights = []
 
     def record(attention, args, kwargs):
@@ -33,14 +36,14 @@ def reference(model, images) -> torch.Tensor:
     return received.view(batch, frames, -1)[:, :, 5:]
 
 
+@pytest.mark.parametrize("mode", ["global", "pre-aa"])
 @pytest.mark.parametrize("options", [{}, {"group": 2}, {"all_layers": True}])
 @pytest.mark.parametrize(
     ("batch", "frames", "height", "width"), [(1, 3, 56, 70), (2, 2, 28, 14), (1, 1, 14, 42)]
 )
-def test_it_equals_the_whole_matrix(options, batch, frames, height, width):
+def test_it_equals_the_whole_matrix(mode, options, batch, frames, height, width):
     images = random_images(frames, batch=batch, height=height, width=width)
-    model = tiny_vggt(**options)
-    features, found = attention_target(model.aggregator, images, patch_queries=10**6)
+    features, found = attention_target(accelerated(mode, **options), images, patch_queries=10**6)
     expected = reference(options, images)
     assert found.shape == features.shape[:3] == expected.shape
     assert torch.allclose(found.double(), expected, atol=1e-6)
@@ -49,7 +52,7 @@ def test_it_equals_the_whole_matrix(options, batch, frames, height, width):
 
 def test_some_queries_are_a_mean_over_those():
     images = random_images(3)
-    model = tiny_vggt()
+    model = accelerated()
     queries = chosen_queries(3, 5 + 20, 5, 7, images.device)
     assert len(queries) == 15 + 7 and len(set(queries.tolist())) == 22
     seen = []
@@ -65,7 +68,7 @@ def test_some_queries_are_a_mean_over_those():
             seen.append((q @ k.mT / 4).softmax(-1)[:, :, queries].mean((1, 2)))
 
         attention.register_forward_pre_hook(record, with_kwargs=True)
-    _, found = attention_target(model.aggregator, images, patch_queries=7)
+    _, found = attention_target(model, images, patch_queries=7)
     expected = torch.stack(seen).mean(0).view(1, 3, -1)[:, :, 5:]
     assert torch.allclose(found, expected, atol=1e-6)
     assert F.scaled_dot_product_attention is stock_attention
@@ -82,31 +85,42 @@ def test_chunks_do_not_change_it(monkeypatch, bytes_of_a_chunk):
     assert torch.allclose(found.sum(1), torch.ones(2))
 
 
-def test_accelerated_or_not_makes_no_difference_and_leaves_nothing_behind():
+@pytest.mark.parametrize("mode", ["global", "pre-aa"])
+def test_it_is_the_unpruned_model_that_is_looked_at_whatever_weights_change(mode):
     images = random_images()
-    model = tiny_vggt()
-    _, plain = attention_target(model.aggregator, images)
-    accelerate(model, 0.3, weights=None)
-    _, accelerated = attention_target(model.aggregator, images)
-    assert torch.equal(plain, accelerated)
-    assert not plain.requires_grad
+    plain_features, plain = attention_target(accelerated(), images)
+    model = accelerated(mode, random_deltas(tiny_vggt(), 0.2, mode))
+    features, found = attention_target(model, images)
+    assert torch.equal(plain, found) and not found.requires_grad
+    assert torch.equal(plain_features, features)
+    with torch.inference_mode():  # and it is over: the next pass is pruned
+        model(images)
+    assert summary(model).kept.shape == (1, 3, 6)
+
+
+def test_the_features_are_what_the_scorer_is_given_when_the_model_runs(monkeypatch):
+    model, images, given = accelerated(), random_images(batch=2), []
+    from pacevggt_patch.patching import state
+
+    real = state.keep_best
+    monkeypatch.setattr(state, "keep_best", lambda features, *a: given.append(features) or real(features, *a))
+    with torch.inference_mode():
+        model(images)
+    features, _ = attention_target(model, images)
+    assert torch.equal(features.flatten(0, 1), torch.cat(given))
 
 
 def test_narrow_models():
     images = random_images()
-    _, wide = attention_target(tiny_vggt().aggregator, images)
-    _, narrow = attention_target(tiny_vggt().bfloat16().aggregator, images.bfloat16())
+    _, wide = attention_target(accelerated(), images)
+    _, narrow = attention_target(accelerated(dtype=torch.bfloat16), images.bfloat16())
     assert narrow.dtype == torch.float32
     assert torch.allclose(narrow, wide, atol=2e-3)
 
 
 def test_a_host_with_attention_of_its_own_is_refused():
-    model = tiny_vggt()
+    model = accelerated()
     for block in model.aggregator.global_blocks:
         block.attn.fused_attn = False
-    with pytest.raises(UnsupportedModelError) as caught:
-        attention_target(model.aggregator, random_images())
-    assert str(caught.value) == (
-        "the global blocks of this model do not call scaled_dot_product_attention, so what they attend to can't be "
-        "seen: train without the first stage (--distil 0)"
-    )
+    with pytest.raises(UnsupportedModelError, match="scaled_dot_product_attention"):
+        attention_target(model, random_images())
