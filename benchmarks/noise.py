@@ -21,7 +21,8 @@ import torch
 from models import SEED, build, random_clip
 
 from pacevggt_patch import PaceError, accelerate, summary
-from pacevggt_patch.config import GLOBAL, MODES, PRE_AA
+from pacevggt_patch.config import GLOBAL, MODES
+from pacevggt_patch.method.restored_tokens import RestoredTokens
 from pacevggt_patch.runtime import attention
 from pacevggt_patch.runtime.device import usable_device
 from pacevggt_patch.runtime.files import environment, write_json
@@ -102,7 +103,7 @@ def outputs(model: Any, images: torch.Tensor, ratio: float, mode: str, fast: boo
         narrow = images.dtype == torch.bfloat16
         tokens, start = model.aggregator(images)
         kept = summary(model).kept
-        last = tokens.compact[max(tokens.compact)] if mode == PRE_AA else tokens[-1]
+        last = tokens.compact[max(tokens.compact)] if isinstance(tokens, RestoredTokens) else tokens[-1]
         with torch.autocast(images.device.type, torch.bfloat16, enabled=narrow):
             return {
                 **({} if kept is None else {"kept": kept}),

@@ -3,8 +3,8 @@
     hf auth login
     python examples/hub_roundtrip.py USER/REPO
 
-makes (untrained) pace weights for VGGT-mini, uploads them to the repository USER/REPO, which is created if need be,
-and loads them back by id, as anybody else would.
+calibrates VGGT-mini on four frames, uploads the pace weights to the repository USER/REPO, which is created if need be,
+and loads them back by id, as anybody else would. `pacevggt push FILE USER/REPO` does the same, with a model card.
 """
 
 import argparse
@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi
 
-from pacevggt_patch import PaceWeights, accelerate, summary
+from pacevggt_patch import accelerate, calibrate, summary
+from pacevggt_patch.cli.demo import BUNDLED_CLIP
+from pacevggt_patch.clips import load_clip
 from pacevggt_patch.mini import build_mini
 from pacevggt_patch.weights.hub import HUB_FILE
 
@@ -27,7 +29,7 @@ def main() -> None:
     repo = parser.parse_args().repo
 
     model = build_mini()
-    weights = PaceWeights.new(model, training={"note": "untrained, from examples/hub_roundtrip.py"})
+    weights = calibrate(model, load_clip(BUNDLED_CLIP, width=224, mode="square", frames=4).images)
     api = HfApi()
     api.create_repo(repo, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:

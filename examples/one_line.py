@@ -29,9 +29,9 @@ else:
     model = build_mini().to(device)
     images = load_clip(args.images, width=224, mode="square").images[:8].to(device)
 
-# The one line. It takes the bundled weights of VGGT-mini; for another checkpoint it finds out on the first clip which
-# heads of global attention must see all tokens, and keeps that for the next time.
-pacevggt_patch.accelerate(model, keep_ratio=0.3)
+# The one line. VGGT-mini has weights in the package. Another checkpoint is calibrated on the first clip: which heads of
+# global attention must see all tokens is found out, and kept on this machine.
+pacevggt_patch.accelerate(model)
 
 with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
     predictions = model(images)

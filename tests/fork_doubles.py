@@ -6,7 +6,7 @@ embedding and its global blocks, with which arguments, and what it returns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -54,14 +54,14 @@ class Double:
 
 
 def tensors(*results: Any) -> list[Tensor]:
-    """All tensors of nested results, in order."""
+    """All tensors of nested results, in order. Restored tokens are looked at as the lists they stand for."""
     found: list[Tensor] = []
     for result in results:
         if isinstance(result, Tensor):
             found.append(result)
         elif isinstance(result, dict):
             found += tensors(*result.values())
-        elif isinstance(result, list | tuple):
+        elif isinstance(result, Sequence) and not isinstance(result, str):
             found += tensors(*result)
     return found
 
@@ -604,6 +604,59 @@ class MaskObjectBlock(StreamBlock):
 class MaskObjectTrunk(StreamTrunk):
     def mask(self, tokens: Tensor, frames: int) -> Any:
         return FrameMask(super().mask(tokens, frames))
+
+
+# Arguments of every shape, in a block that takes what to add to tokens and a mask
+
+
+class ArgumentBlock(Block):
+    def forward(self, x, pos=None, extra=0.0, mask=None):
+        attn = self.attn
+        query, key, value = split_heads(attn, self.norm1(x + extra))
+        query, key = attn.rope(attn.q_norm(query), pos), attn.rope(attn.k_norm(key), pos)
+        found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        x = x + self.ls1(join_heads(attn, found))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+class ArgumentTrunk(Trunk):
+    """The values of `argument` differ from token to token; all clips of a batch are given the same.
+
+    Attributes:
+        name: of the argument.
+        dimensions: its shape, in which "B" and "N" stand for clips and tokens.
+    """
+
+    name, dimensions = "", ()
+
+    def global_step(self, layer: int, tokens: Tensor, positions: Tensor, frames: int) -> Tensor:
+        sizes = dict(B=len(tokens), N=tokens.shape[1])
+        shape = [sizes.get(d, d) for d in self.dimensions]
+        generator = torch.Generator().manual_seed(layer)
+        shared = [1 if d == "B" else size for d, size in zip(self.dimensions, shape, strict=True)]
+        value = 2 * torch.randn(shared, generator=generator).expand(shape)
+        return self.global_blocks[layer](tokens, pos=positions, **{self.name: value})
+
+
+def build_argument(name: str, *dimensions: int | str) -> nn.Module:
+    model = tiny(ArgumentTrunk, block=ArgumentBlock)
+    model.aggregator.name, model.aggregator.dimensions = name, dimensions
+    return model
+
+
+class RewrittenMaskTrunk(Trunk):
+    """One mask, written in place between blocks; `fresh` gives each block a new one of the same values."""
+
+    fresh = False
+
+    def global_step(self, layer: int, tokens: Tensor, positions: Tensor, frames: int) -> Tensor:
+        frame = torch.arange(tokens.shape[1]) // (tokens.shape[1] // frames)
+        if layer == 0:
+            self.allowed = frame[:, None] >= frame
+        elif layer == 2:
+            self.allowed.logical_or_(frame[:, None] == 0)
+        mask = self.allowed if layer % 2 == 0 else self.allowed.mT
+        return self.global_blocks[layer](tokens, positions, mask.clone() if self.fresh else mask)
 
 
 # FastVGGT and LiteVGGT: merging inside attention

@@ -6,7 +6,15 @@ import torch
 from hosts import random_images, run, tiny_vggt
 
 import pacevggt_patch
-from pacevggt_patch import PaceError, PaceWeights, UnsupportedModelError, accelerate, calibrate, remove, summary
+from pacevggt_patch import (
+    PaceError,
+    PaceWeights,
+    UnsupportedModelError,
+    accelerate,
+    calibrate,
+    remove,
+    summary,
+)
 from pacevggt_patch.calibration import restoration as module
 from pacevggt_patch.method import full_heads
 from pacevggt_patch.method.similarity import interpolation_weights

@@ -76,13 +76,11 @@ def test_a_global_model_returns_the_own_list_of_its_aggregator(model):
     [
         ("global", 0.3, None),
         ("global", 1e-6, None),
-        ("global", 0.95, None),
         ("pre-aa", 0.3, 0.2),
-        ("pre-aa", 0.5, 0.0),
         ("pre-aa", 1e-6, None),
     ],
 )
-@pytest.mark.parametrize("frames,batch", [(1, 1), (3, 2), (11, 1)])
+@pytest.mark.parametrize("frames,batch", [(1, 1), (9, 2)])
 def test_separate_calls_equal_the_whole_model(model, mode, keep_ratio, merge_budget, frames, batch):
     images = random_images(frames, batch=batch)
     stock = run(model, images)
@@ -157,7 +155,7 @@ def test_heads_give_what_the_stock_heads_give_of_the_same_tokens(model):
     assert not torch.allclose(again, found["depth"], atol=1e-3)
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 8, 17, 100, None])
+@pytest.mark.parametrize("chunk", [1, 8, 100, None])
 @pytest.mark.parametrize("mode", MODES)
 def test_the_chunk_size_of_the_caller_bounds_the_frames_at_a_time(model, chunk, mode, monkeypatch):
     accelerate(model, 0.3, weights=None, mode=mode)

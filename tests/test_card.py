@@ -176,7 +176,8 @@ def test_nothing_broken_is_uploaded(hub, one, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("repo", "token", "named"), [("me/pace", "hf_old", "HF_TOKEN"), ("me/re--po", "hf_secret", "not a valid Hub id")]
+    ("repo", "token", "named"),
+    [("me/pace", "hf_old", "HF_TOKEN"), ("me/re--po", "hf_secret", "not a valid Hub id")],
 )
 def test_what_the_hub_refuses(hub, one, monkeypatch, repo, token, named):
     monkeypatch.setenv("HF_TOKEN", token)

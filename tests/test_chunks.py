@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pacevggt_patch.runtime.chunks import in_chunks
+from pacevggt_patch.runtime.chunks import HIDDEN_BYTES, chunk_rows, in_chunks
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 6, 7, 100])
@@ -57,3 +57,12 @@ def test_a_compiler_gets_all_at_once():
         return in_chunks(function, 2, x)[0]
 
     assert torch.equal(compiled(torch.zeros(7)), torch.ones(7)) and seen == [7]
+
+
+def test_the_hidden_layer_of_a_chunk_stays_below_its_limit():
+    device = torch.device("cpu")
+    for channels in (1, 32, 1024 * 1036):
+        rows = chunk_rows(channels, device)
+        assert rows == 1 or rows * 4 * channels * 4 <= HIDDEN_BYTES["cpu"] < (rows + 1) * 4 * channels * 4
+    assert chunk_rows(10**9, device) == 1
+    assert chunk_rows(1024, torch.device("meta")) > chunk_rows(1024, device)

@@ -9,21 +9,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hosts import tiny_vggt
 from PIL import Image
 from plyfile import PlyData
 
+from pacevggt_patch import PaceConfig, PaceWeights
+from pacevggt_patch.cli import pictures
 from pacevggt_patch.cli.demo import BUNDLED_CLIP, format_table, load_evenly, run_demo
-from pacevggt_patch.cli.main import main as cli
-from pacevggt_patch.cli.main import pictures
+from pacevggt_patch.cli.main import main
 from pacevggt_patch.clips import load_clip, save_clip
 from pacevggt_patch.evaluation.timing import time_interleaved
-from pacevggt_patch.method.selection import KEPT, MERGED, PRUNED
+from pacevggt_patch.hosts.base import find_host
 from pacevggt_patch.mini.scenes.rooms import render_room
 from pacevggt_patch.runtime.files import whole_file, write_json
 
 REAL_CLIPS = os.environ.get("PACEVGGT_REAL_CLIPS")
 KEYS = {
-    "dense_frames",
+    "mode",
     "backbone", "clip", "frames", "keep_ratio", "merge_budget", "weights", "seconds_stock", "seconds_pace", "speedup",
     "seconds_range_stock", "seconds_range_pace", "stock", "pace", "environment",
 }  # fmt: skip
@@ -44,6 +46,11 @@ def test_report_and_pictures(tmp_path):
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
     assert report.keys() == KEYS
     assert (report["backbone"], report["frames"], report["keep_ratio"]) == ("vggt-mini", 3, 0.3)
+    assert (report["mode"], report["merge_budget"], report["weights"]) == (
+        "global",
+        None,
+        "none (training-free)",
+    )
     assert report["speedup"] == pytest.approx(report["seconds_stock"] / report["seconds_pace"])
     for side in ("stock", "pace"):
         assert report[side].keys() == {"auc30", "rotation_deg", "absrel"}
@@ -61,21 +68,32 @@ def test_report_and_pictures(tmp_path):
 
 def test_clips_too_short_to_gain_are_pruned_all_the_same(tmp_path, monkeypatch):
     """As on a GPU, where a few frames of VGGT-mini would run the stock aggregator."""
-    monkeypatch.setattr("pacevggt_patch.patching.install.pruning_pays", lambda *_: False)
+    monkeypatch.setattr("pacevggt_patch.patching.state.pruning_pays", lambda *_: False)
     report, written, _ = run_demo(tmp_path, frames=2, weights=None, repeats=1, device="cpu")
     assert "tokens.png" in written and report["stock"] != report["pace"]
 
 
-def test_dense_frames(tmp_path, capsys):
-    arguments = ["demo", "--frames", "2", "--out", str(tmp_path), "--dense-frames", "--device", "cpu"]
-    assert cli.main(arguments) == 0
+@pytest.mark.parametrize(
+    ("arguments", "mode", "merge"),
+    [
+        ([], "global", None),
+        (["--mode", "global"], "global", None),
+        (["--mode", "pre-aa"], "pre-aa", None),
+        (["--merge-budget", "0.2"], "pre-aa", 0.2),
+    ],
+)
+def test_the_bundled_weights_of_the_mode_are_shown(tmp_path, capsys, arguments, mode, merge):
+    given = ["demo", "--frames", "2", "--out", str(tmp_path), "--device", "cpu", *arguments]
+    assert main(given) == 0
     printed = capsys.readouterr().out
-    assert "keep ratio 0.3, dense frames, weights bundled pace-vggt-mini-dense-frames" in printed
-    assert json.loads((tmp_path / "report.json").read_text())["dense_frames"] is True
+    assert f"keep ratio 0.3, {mode} pruning, weights bundled pace-vggt-mini-{mode}" in printed
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["mode"], report["merge_budget"]) == (mode, merge)
+    assert report["stock"] != report["pace"]
 
 
 def test_folder_of_images_has_no_ground_truth(tmp_path, capsys):
-    status = cli.main(
+    status = main(
         [
             "demo",
             "--clip",
@@ -97,9 +115,10 @@ def test_folder_of_images_has_no_ground_truth(tmp_path, capsys):
     )
 
 
-def test_keeping_everything_is_stock(tmp_path):
-    report = run_demo(tmp_path, frames=2, keep_ratio=1.0, weights=None, repeats=1, device="cpu").report
-    assert report["stock"] == report["pace"]
+@pytest.mark.parametrize("mode", ["global", "pre-aa"])
+def test_keeping_everything_is_stock(tmp_path, mode):
+    report, written, _ = run_demo(tmp_path, frames=2, keep_ratio=1.0, mode=mode, repeats=1, device="cpu")
+    assert report["stock"] == report["pace"] and sorted(written) == FILES
 
 
 @pytest.mark.parametrize("name", ["redkitchen", "herzjesu_p25", "fox"])
@@ -129,28 +148,28 @@ def test_bundled_clip_has_24_frames():
 
 
 @pytest.mark.parametrize(
-    "arguments,message",
+    "arguments,named",
     [
-        (["--clip", "no_such_folder"], "pacevggt: no_such_folder is not a folder"),
-        (["--keep-ratio", "7"], "pacevggt: keep_ratio must be in (0, 1], got 7"),
-        (["--frames", "99"], "not the 99 asked for"),
-        (["--frames", "0"], "pacevggt: frames must be at least 1, got 0"),
-        (["--weights", "missing.safetensors"], "pacevggt: missing.safetensors does not exist"),
-        (["--device", "abacus"], "pacevggt: device 'abacus' can't be used"),
+        (["--clip", "no_such_folder"], "no_such_folder is not a folder"),
+        (["--keep-ratio", "7"], "keep_ratio"),
+        (["--mode", "global", "--merge-budget", "0.2"], "merge_budget"),
+        (["--frames", "99"], "99"),
+        (["--frames", "0"], "frames"),
+        (["--weights", "missing.safetensors"], "missing.safetensors does not exist"),
+        (["--device", "abacus"], "'abacus'"),
     ],
 )  # fmt: skip
-def test_errors_are_one_line_and_nothing_is_written(arguments, message, tmp_path, capsys):
-    assert cli.main(["demo", "--out", str(tmp_path / "out"), *arguments]) == 2
+def test_errors_are_one_line_and_nothing_is_written(arguments, named, tmp_path, capsys):
+    assert main(["demo", "--out", str(tmp_path / "out"), *arguments]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert message in error
+    assert error.startswith("pacevggt: ") and named in error
     assert not (tmp_path / "out").exists()
 
 
 def test_out_that_is_a_file(tmp_path, capsys):
     (tmp_path / "out").write_text("mine")
-    assert cli.main(["demo", "--frames", "2", "--out", str(tmp_path / "out")]) == 2
-    message = f"pacevggt: {tmp_path / 'out'} can't be made a folder for the results: File exists\n"
-    assert capsys.readouterr().err.endswith(message)
+    assert main(["demo", "--frames", "2", "--out", str(tmp_path / "out")]) == 2
+    assert f"pacevggt: {tmp_path / 'out'}" in capsys.readouterr().err
     assert (tmp_path / "out").read_text() == "mine"
 
 
@@ -162,7 +181,7 @@ def test_interrupt_leaves_no_half_written_file(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         "matplotlib.figure.Figure.savefig", lambda figure, path, **_: interrupted(figure, path)
     )
-    assert cli.main(["demo", "--frames", "2", "--out", str(tmp_path / "out"), "--weights", "none"]) == 130
+    assert main(["demo", "--frames", "2", "--out", str(tmp_path / "out"), "--weights", "none"]) == 130
     assert "interrupted" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["report.json"]
 
@@ -184,13 +203,30 @@ def test_whole_file_keeps_the_old_one_when_writing_fails(tmp_path):
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_overlay_shows_roles():
+def test_kept_tokens_are_bright_and_others_dark():
     image = torch.full((3, 28, 42), 0.5)
-    drawn = pictures.overlay_roles(image, torch.tensor([KEPT, MERGED, PRUNED, PRUNED, MERGED, KEPT]), (2, 3))
-    assert torch.equal(drawn[:, :14, :14], image[:, :14, :14])
-    assert drawn[2, 5, 20] > drawn[0, 5, 20]  # blue
-    assert drawn[:, 5, 40].max() < 0.2  # dark
-    assert torch.equal(drawn[:, 20, 40], image[:, 20, 40])
+    drawn = pictures.overlay_kept(image, torch.tensor([0, 5]), (2, 3))
+    for row, column, bright in ((5, 5, True), (5, 20, False), (5, 40, False), (20, 5, False), (20, 40, True)):
+        assert (drawn[:, row, column] == 0.5).all() if bright else drawn[:, row, column].max() < 0.2
+    assert (drawn[:, :14, :14] == 0.5).all() and (drawn[:, 14:, 28:] == 0.5).all()
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (None, ["kept patch tokens (25%)", "take part in global attention", "take their change from them"]),
+        (PaceConfig(0.25, mode="global"), ["take their change from them"]),
+        (PaceConfig(0.25, mode="pre-aa"), ["frame and global attention", "the others, merged into them"]),
+        (PaceConfig(0.25, 0.375, "pre-aa"), ["50% of them merged", "the rest pruned"]),
+        (PaceConfig(0.25, 0.0, "pre-aa"), ["0% of them merged"]),
+    ],
+)
+def test_the_picture_of_tokens_says_what_became_of_them(config, said, tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(pictures, "save_figure", lambda figure, _: titles.append(figure.get_suptitle()))
+    images, kept = torch.rand(8, 3, 28, 56), torch.tensor([[0, 7]] * 8)
+    pictures.save_token_picture(tmp_path / "tokens.png", images, kept, (2, 4), config)
+    assert all(words in titles[0] for words in said)
 
 
 def test_nearer_points_hide_farther_ones():
@@ -206,7 +242,7 @@ def test_nearer_points_hide_farther_ones():
 def test_without_drawing_libraries_the_table_still_comes(monkeypatch, tmp_path, capsys):
     for name in ("matplotlib", "plyfile"):
         monkeypatch.setitem(sys.modules, name, None)
-    assert cli.main(["demo", "--frames", "2", "--out", str(tmp_path), "--weights", "none"]) == 0
+    assert main(["demo", "--frames", "2", "--out", str(tmp_path), "--weights", "none"]) == 0
     shown = capsys.readouterr()
     assert "speed-up" in shown.out and f"wrote {tmp_path}/: report.json" in shown.out
     for name, library in (("tokens.png: pictures", "matplotlib"), ("points.ply: point clouds", "plyfile")):
@@ -224,14 +260,33 @@ def test_runs_are_interleaved_and_the_first_is_not_counted():
     assert timings["a"].result == 5 and timings["a"].peak_gib is None
 
 
-def test_module_and_version():
+@pytest.mark.parametrize("module", ["pacevggt_patch", "pacevggt_patch.cli.main"])
+def test_module_and_version(module):
     shown = subprocess.run(
-        [sys.executable, "-m", "pacevggt_patch.cli.main", "--version"],
-        capture_output=True,
-        text=True,
-        check=True,
+        [sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True
     )
     assert shown.stdout.startswith("pacevggt-patch ")
+
+
+def test_the_cache_is_shown_and_cleared(cache, capsys):
+    from pacevggt_patch.weights.cache import store
+
+    assert main(["cache"]) == 0
+    assert f"0 kept in {cache}" in capsys.readouterr().out
+    paths = [store(PaceWeights.of_heads(find_host(tiny_vggt(seed=seed)), ((0, 1),), {})) for seed in range(2)]
+    (cache / "notes.txt").write_text("mine")
+    assert main(["cache"]) == 0
+    printed = capsys.readouterr().out
+    assert f"2 kept in {cache}" in printed and all(path.name in printed for path in paths)
+    assert main(["cache", "--clear"]) == 0
+    assert f"deleted 2 from {cache}" in capsys.readouterr().out
+    assert [path.name for path in cache.iterdir()] == ["notes.txt"]
+
+
+def test_a_cache_that_is_off(monkeypatch, capsys):
+    monkeypatch.setenv("PACEVGGT_CACHE", "off")
+    assert main(["cache", "--clear"]) == 0
+    assert "PACEVGGT_CACHE is off" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["one_line", "separate_calls"])
@@ -240,6 +295,5 @@ def test_examples(name):
     shown = subprocess.run(
         [sys.executable, "-W", "ignore", script], capture_output=True, text=True, check=True
     )
-    assert (
-        "depth" if name == "one_line" else "dense tokens of the last layer: [1, 8, 261, 512]"
-    ) in shown.stdout
+    tokens = "tokens of the last layer: [1, 8, 261, 512] | kept of each frame: 77"
+    assert ("depth" if name == "one_line" else tokens) in shown.stdout

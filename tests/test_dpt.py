@@ -9,13 +9,15 @@ from hosts import random_images, tiny_vggt
 from torch import nn
 from vggt.heads.dpt_head import DPTHead
 
-from pacevggt_patch import accelerate, paused
+from pacevggt_patch import accelerate, paused, summary
 from pacevggt_patch.hosts import dpt
 from pacevggt_patch.method.restored_tokens import RestoredTokens
-from pacevggt_patch.patching import heads, summary
+from pacevggt_patch.patching import heads
+from pacevggt_patch.patching.heads import TokenList
 from pacevggt_patch.patching.install import retune
 
 LAYERS = [0, 1, 2, 3]
+MODES = ["global", "pre-aa"]
 KINDS = {
     "depth": {"output_dim": 2, "activation": "exp"},
     "points": {"output_dim": 4, "activation": "inv_log"},
@@ -27,6 +29,11 @@ KINDS = {
 }
 # Rounding of a few dozen layers; bfloat16 has 8 bits of fraction.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05}
+
+
+def pruned(model, keep_ratio: float = 0.4, mode: str = "global", **settings):
+    """The model, accelerated training-free, however short the clip."""
+    return accelerate(model, keep_ratio, weights=None, mode=mode, **{"min_frames": 1, **settings})
 
 
 def make_head(kind: str, channels: tuple[int, ...] = (8, 12, 16, 8)) -> nn.Module:
@@ -195,15 +202,16 @@ CHANGES = {
 }
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("change", CHANGES)
-def test_other_heads_run_their_own_forward(change):
+def test_other_heads_run_their_own_forward(change, mode):
     model, images = tiny_vggt(), random_images(3)
     CHANGES[change](model.depth_head)
     if change == "no fourth stage":
         assert not dpt.is_dense_head(model.depth_head, 64, 4)
         return
     plain = copy.deepcopy(model.depth_head)
-    accelerate(model, 0.4, weights=None)
+    pruned(model, mode=mode)
     assert not dpt.is_dense_head(model.depth_head, 64, 4)
     with torch.inference_mode():
         tokens, start = model.aggregator(images)
@@ -213,21 +221,23 @@ def test_other_heads_run_their_own_forward(change):
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_hooks_on_a_bypassed_part_still_run():
+@pytest.mark.parametrize("mode", MODES)
+def test_hooks_on_a_bypassed_part_still_run(mode):
     model, images, calls = tiny_vggt(), random_images(3), []
-    accelerate(model, 0.4, weights=None)
+    pruned(model, mode=mode)
     model.depth_head.scratch.refinenet2.register_forward_hook(lambda *_: calls.append(1))
     with torch.inference_mode():
         model(images)
     assert calls == [1]
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("part", ["projects.1", "scratch.refinenet3.out_conv"])
-def test_hooks_see_what_they_see_in_the_stock_head(part):
+def test_hooks_see_what_they_see_in_the_stock_head(part, mode):
     """Where the fast head would write on an output later, or hand a layer smaller maps."""
     images, plain, fast = random_images(3), tiny_vggt(), tiny_vggt()
     seen = []
-    for model in (plain, accelerate(fast, 0.4, weights=None)):
+    for model in (plain, pruned(fast, mode=mode)):
         module = model.depth_head.get_submodule(part)
         module.register_forward_hook(lambda module, inputs, output: seen.append((output, output.clone())))
         module.register_full_backward_hook(lambda module, inputs, outputs: None)
@@ -236,11 +246,12 @@ def test_hooks_see_what_they_see_in_the_stock_head(part):
     assert first.shape == second.shape and torch.equal(kept, second)
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("output_device", [None, "cpu"])
-def test_named_tuples_stay_what_they_are(output_device):
+def test_named_tuples_stay_what_they_are(output_device, mode):
     model, images = tiny_vggt(), random_images(9)  # two chunks of the stock head
     changed_outputs(model.depth_head, lambda out: Named(*out))
-    accelerate(model, 0.4, weights=None, output_device=output_device)
+    pruned(model, mode=mode, output_device=output_device)
     with torch.inference_mode():
         tokens, start = model.aggregator(images)
         for given in (tokens, list(tokens)):
@@ -259,9 +270,10 @@ def test_maps_of_too_many_elements_are_enlarged_a_few_at_a_time(monkeypatch):
     assert torch.equal(dpt.enlarged(x, (8, 9)), expected) and calls == [2, 2, 1]
 
 
-def test_a_head_put_in_later_is_not_taken_for_the_one_that_was_tried():
+@pytest.mark.parametrize("mode", MODES)
+def test_a_head_put_in_later_is_not_taken_for_the_one_that_was_tried(mode):
     model, images = tiny_vggt(), random_images(3)
-    accelerate(model, 0.4, weights=None)
+    pruned(model, mode=mode)
     changed_outputs(model.depth_head, lambda out: (2 * out[0], out[1]))
     with torch.inference_mode():
         doubled = model(images)["depth"]
@@ -272,9 +284,10 @@ def test_a_head_put_in_later_is_not_taken_for_the_one_that_was_tried():
 # ---- chunks and where outputs go
 
 
-def test_accelerated_heads_equal_the_stock_heads_on_the_restored_tokens():
+@pytest.mark.parametrize("mode", MODES)
+def test_accelerated_heads_equal_the_stock_heads_on_the_restored_tokens(mode):
     model, images = tiny_vggt(track=True), random_images(9, batch=2)
-    accelerate(model, 0.4, weights=None)
+    pruned(model, mode=mode)
     plain = tiny_vggt(track=True)
     with torch.inference_mode():
         tokens, start = model.aggregator(images)
@@ -288,13 +301,14 @@ def test_accelerated_heads_equal_the_stock_heads_on_the_restored_tokens():
             assert_close(found, expected, 1e-4)
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("budget", "asked", "expected"), [
     (2**40, "default", [9]), (2**40, 4, [4, 4, 1]), (1, "default", [1] * 9), (3.5, "default", [3, 3, 3]),
     (3.5, 2, [2, 2, 2, 2, 1]), (3.5, 100, [3, 3, 3]), (3.5, None, [3, 3, 3]),
 ])  # fmt: skip
-def test_chunks_fit_the_budget_and_the_caller(budget, asked, expected, monkeypatch):
+def test_chunks_fit_the_budget_and_the_caller(budget, asked, expected, monkeypatch, mode):
     model, images = tiny_vggt(), random_images(9)
-    accelerate(model, 0.4, weights=None)
+    pruned(model, mode=mode)
     one = 8 * 56 * 70 * 4  # bytes: half of the features, float32
     monkeypatch.setattr(heads, "CPU_BYTES", int(budget * one))
     seen = []
@@ -309,26 +323,28 @@ def test_chunks_fit_the_budget_and_the_caller(budget, asked, expected, monkeypat
     assert seen == expected
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("keep_ratio", [0.4, 1.0])
 @pytest.mark.parametrize("min_frames", [1, 100])
-def test_outputs_on_another_device_are_the_same(keep_ratio, min_frames, monkeypatch):
+def test_outputs_on_another_device_are_the_same(keep_ratio, min_frames, monkeypatch, mode):
     """On this machine the other device is the CPU, too: the values, and that every one is written."""
     monkeypatch.setattr(heads, "CPU_BYTES", 3 * 8 * 56 * 70 * 4)
     model, images = tiny_vggt(track=True), random_images(7, batch=2)
     points = torch.tensor([[[10.0, 20.0]]] * 2)
     with torch.inference_mode():
-        accelerate(model, keep_ratio, weights=None, min_frames=min_frames)
+        pruned(model, keep_ratio, mode, min_frames=min_frames)
         expected = model(images, query_points=points)
-        accelerate(model, keep_ratio, weights=None, min_frames=min_frames, output_device="cpu")
+        pruned(model, keep_ratio, mode, min_frames=min_frames, output_device="cpu")
         found = model(images, query_points=points)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], expected[key]) for key in found if key != "pose_enc_list")
     assert summary(model).config.output_device == torch.device("cpu")
 
 
-def test_dense_outputs_go_where_they_are_asked_for():
+@pytest.mark.parametrize("mode", MODES)
+def test_dense_outputs_go_where_they_are_asked_for(mode):
     model, images = tiny_vggt(), random_images(9)
-    accelerate(model, 0.4, weights=None, output_device="meta")
+    pruned(model, mode=mode, output_device="meta")
     with torch.inference_mode():
         out = model(images)
     where = {key: value.device.type for key, value in out.items() if key != "pose_enc_list"}
@@ -339,24 +355,26 @@ def test_dense_outputs_go_where_they_are_asked_for():
 # ---- compiled, and in reduced precision
 
 
-def compiled_model(monkeypatch, **options):
+def compiled_model(monkeypatch, mode="global", **options):
     monkeypatch.setattr("pacevggt_patch.runtime.compiling.BACKEND", "eager")
     monkeypatch.setattr(heads, "CPU_BYTES", 4 * 8 * 56 * 70 * 4)  # chunks of four frames
-    return accelerate(tiny_vggt(track=True), 0.4, weights=None, **options)
+    return pruned(tiny_vggt(track=True), mode=mode, **options)
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("frames", [3, 4, 9])
 @pytest.mark.parametrize("output_device", [None, "cpu"])
-def test_compiled_heads_go_through_a_clip_in_chunks_of_one_size(frames, output_device, monkeypatch):
+def test_compiled_heads_go_through_a_clip_in_chunks_of_one_size(frames, output_device, monkeypatch, mode):
     images, points = random_images(frames, batch=2), torch.tensor([[[10.0, 20.0]]] * 2)
     monkeypatch.setattr(heads, "CPU_BYTES", 8 * 8 * 56 * 70 * 4)
     with torch.inference_mode():
-        expected = accelerate(tiny_vggt(track=True), 0.4, weights=None)(images, query_points=points)
-        model = compiled_model(monkeypatch, compile=True, output_device=output_device)
+        expected = pruned(tiny_vggt(track=True), mode=mode)(images, query_points=points)
+        model = compiled_model(monkeypatch, mode, compile=True, output_device=output_device)
         monkeypatch.setattr(heads, "CPU_BYTES", 8 * 8 * 56 * 70 * 4)
-        seen, real = [], RestoredTokens.patches
+        kind = TokenList if mode == "global" else RestoredTokens
+        seen, real = [], kind.patches
         monkeypatch.setattr(
-            RestoredTokens,
+            kind,
             "patches",
             lambda t, start, stop, i: seen.append((start, stop)) or real(t, start, stop, i),
         )
@@ -368,16 +386,17 @@ def test_compiled_heads_go_through_a_clip_in_chunks_of_one_size(frames, output_d
             torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("keep_ratio", [0.4, 1.0])
-def test_heads_in_reduced_precision(compile, keep_ratio, monkeypatch):
+def test_heads_in_reduced_precision(compile, keep_ratio, monkeypatch, mode):
     images, seen = random_images(5), []
-    model = compiled_model(monkeypatch, compile=compile, head_dtype=torch.bfloat16)
+    model = compiled_model(monkeypatch, mode, compile=compile, head_dtype=torch.bfloat16)
     retune(model, keep_ratio)
     model.depth_head.scratch.output_conv1.register_forward_hook(lambda *a: seen.append(a[-1].dtype))
     with torch.inference_mode():
         found = model(images)
-        expected = accelerate(tiny_vggt(track=True), keep_ratio, weights=None)(images)
+        expected = pruned(tiny_vggt(track=True), keep_ratio, mode)(images)
         assert set(seen) == {torch.bfloat16}
         for key, value in expected.items():
             if isinstance(value, torch.Tensor):
@@ -391,7 +410,8 @@ def test_heads_in_reduced_precision(compile, keep_ratio, monkeypatch):
     assert set(seen) == {torch.float32}
 
 
-def test_reduced_precision_makes_heads_of_narrow_weights_run(monkeypatch):
-    model = compiled_model(monkeypatch, head_dtype=torch.bfloat16).bfloat16()
+@pytest.mark.parametrize("mode", MODES)
+def test_reduced_precision_makes_heads_of_narrow_weights_run(monkeypatch, mode):
+    model = compiled_model(monkeypatch, mode, head_dtype=torch.bfloat16).bfloat16()
     with torch.inference_mode():
         assert torch.isfinite(model(random_images(2).bfloat16())["depth"]).all()

@@ -73,8 +73,7 @@ def by_hand(aggregator, images, keep):
 
 
 @pytest.mark.parametrize(("frames", "keep"), [(1, 6), (3, 1), (3, 6), (3, 19)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("all_layers", [False, True])
+@pytest.mark.parametrize(("dtype", "all_layers"), [(torch.float32, False), (torch.float64, True)])
 @torch.inference_mode()
 def test_it_is_the_forward_written_out(frames, keep, dtype, all_layers):
     model, images = tiny_vggt(all_layers=all_layers).to(dtype), random_images(frames).to(dtype)

@@ -47,9 +47,7 @@ def snapshot(model: nn.Module):
 # ---- equal to stock
 
 
-@pytest.mark.parametrize(
-    "frames,batch,height,width", [(1, 1, 56, 56), (3, 2, 42, 70), (17, 1, 28, 14), (2, 1, 14, 14)]
-)
+@pytest.mark.parametrize("frames,batch,height,width", [(3, 2, 42, 70), (17, 1, 28, 14), (1, 1, 14, 14)])
 @pytest.mark.parametrize("all_layers", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 def test_keeping_everything_is_stock_to_the_bit(frames, batch, height, width, all_layers, mode):
@@ -58,7 +56,7 @@ def test_keeping_everything_is_stock_to_the_bit(frames, batch, height, width, al
     stock = run(model, images)
     with torch.inference_mode():
         layers, start = model.aggregator(images)
-    for weights in (None, PaceWeights.new(model, mode=mode)):
+    for weights in (PaceWeights.new(model, mode=mode), None)[: 1 + all_layers]:
         accelerate(model, keep_ratio=1, weights=weights, mode=mode)
         assert_equal(run(model, images), stock)
         with torch.inference_mode():

@@ -7,11 +7,11 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from hosts import random_images, tiny_vggt
+from hosts import random_images, tiny_vggt, with_heads
 
 from pacevggt_patch import accelerate, summary
 from pacevggt_patch.runtime import attention, compiling
-from pacevggt_patch.runtime.attention import FasterAttention, faster_attention, kernel_name
+from pacevggt_patch.runtime.attention import InterceptAttention, faster_attention, is_plain, kernel_name
 
 CPU = torch.device("cpu")
 
@@ -81,6 +81,9 @@ def test_under_autocast_it_takes_what_autocast_casts_to(fake):
         "mask": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, torch.ones(12, 12, dtype=torch.bool)),
         "dropout": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.1),
         "causal": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+        "keys that heads share": lambda q, k, v: F.scaled_dot_product_attention(
+            q, k[:, :2], v[:, :2], enable_gqa=True
+        ),
         "float32": lambda q, k, v: F.scaled_dot_product_attention(q.float(), k.float(), v.float()),
         "float16": lambda q, k, v: F.scaled_dot_product_attention(q.half(), k.half(), v.half()),
         "three dimensions": lambda q, k, v: F.scaled_dot_product_attention(q[0], k[0], v[0]),
@@ -117,9 +120,10 @@ def test_absent_and_broken_libraries(fake, monkeypatch):
         == "torch SDPA; under autocast to bfloat16 flash-attention 3 (fa3_fwd_interface)"
     )
     monkeypatch.setattr(attention, "is_hopper", lambda device: False)
-    assert kernel_name(CPU, torch.bfloat16) == "torch SDPA" and not isinstance(
-        faster_attention(CPU), FasterAttention
-    )
+    assert kernel_name(CPU, torch.bfloat16) == "torch SDPA"
+    with faster_attention(CPU):
+        F.scaled_dot_product_attention(*inputs(requires_grad=False))
+    assert fake.calls == []
     monkeypatch.setattr(attention, "is_hopper", lambda device: True)
     monkeypatch.setitem(sys.modules, fake.__name__, None)
     attention._loaded.cache_clear()
@@ -145,21 +149,93 @@ def test_importing_the_package_imports_no_library():
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+@pytest.mark.parametrize("scale", [None, 0.4])
+def test_our_own_calls_go_to_the_library_too(fake, scale):
+    query, key, value = inputs(keys=7, requires_grad=False)
+    found = attention.attention(query, key, value, scale)
+    assert len(fake.calls) == 1
+    expected = F.scaled_dot_product_attention(query, key, value, scale=scale)
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+    wide = [tensor.float() for tensor in (query, key, value)]
+    assert torch.equal(attention.attention(*wide), F.scaled_dot_product_attention(*wide))
+    assert len(fake.calls) == 1
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_an_interceptor_is_handed_every_call_as_it_was_made(by_name):
+    query, key, value = inputs(torch.float32, requires_grad=False)
+    mask, seen = torch.ones(12, 12, dtype=torch.bool).tril(), []
+
+    def look(run, *tensors_and_options):
+        *tensors, options = tensors_and_options
+        seen.append((tensors, options))
+        return 2 * run(*tensors)
+
+    expected = F.scaled_dot_product_attention(query, key, value, mask, scale=0.3)
+    with InterceptAttention(look) as mode:
+        if by_name:
+            found = F.scaled_dot_product_attention(
+                value=value, key=key, query=query, attn_mask=mask, scale=0.3
+            )
+        else:
+            found = F.scaled_dot_product_attention(query, key, value, mask, 0.0, scale=0.3)
+        torch.softmax(query, -1)
+    assert mode.calls == len(seen) == 1
+    (tensors, options) = seen[0]
+    assert all(a is b for a, b in zip(tensors, (query, key, value), strict=True))
+    assert options["attn_mask"] is mask and options["scale"] == 0.3 and not is_plain(options)
+    torch.testing.assert_close(found, 2 * expected)
+
+
+# Sequences and their tokens: of DINO, of frame blocks, of global blocks.
+SHAPES = {"global": [(3, 25), (3, 25), (1, 39)], "pre-aa": [(3, 25), (3, 13), (1, 39)]}
+
+
 @pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize("global_keys", [1.0, 0.5])
-def test_it_serves_dino_frame_and_global_blocks(fake, compile, global_keys, monkeypatch):
+@pytest.mark.parametrize("mode", SHAPES)
+def test_it_serves_dino_frame_and_global_blocks(fake, compile, mode, monkeypatch):
     monkeypatch.setattr(compiling, "BACKEND", "eager")
     model, images = tiny_vggt().bfloat16(), random_images(3).bfloat16()
-    accelerate(model, 0.4, weights=None, global_keys=global_keys, compile=compile)
+    accelerate(model, 0.4, weights=None, mode=mode, min_frames=1, compile=compile)
     assert "attention     flash-attention 3 (fa3_fwd_interface)" in str(summary(model))
+    fake.calls.clear()  # those of the trial
     with torch.inference_mode():
-        tokens, _ = model.aggregator(images)
-        keys = 39 if global_keys == 1 else 27
-        dino, frame, whole = (3, 25, 2, 16), (3, 13, 2, 16), (1, 39, 2, 16)
-        expected = [(dino, dino)] * 2 + [(frame, frame), (whole, (1, keys, 2, 16))] * 4
-        assert [call[:2] for call in fake.calls] == expected
+        tokens = list(model.aggregator(images)[0])
+        kept = summary(model).kept
+        dino, frame, whole = ((*shape, 2, 16) for shape in SHAPES[mode][:3])
+        assert [call[:2] for call in fake.calls] == [(dino, dino)] * 2 + [(frame, frame), (whole, whole)] * 4
         monkeypatch.setattr(attention, "is_hopper", lambda device: False)
-        other, _ = model.aggregator(images)
+        other = list(model.aggregator(images)[0])
     assert len(fake.calls) == 10
-    assert torch.equal(tokens.kept, other.kept)
-    torch.testing.assert_close(tokens.compact[3], other.compact[3], rtol=0.1, atol=0.1)
+    assert torch.equal(kept, summary(model).kept)
+    torch.testing.assert_close(tokens[3], other[3], rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_it_serves_heads_that_see_all_tokens(fake, compile, autocast, monkeypatch):
+    monkeypatch.setattr(compiling, "BACKEND", "eager")
+    model, images = tiny_vggt(), random_images(3)
+    if not autocast:
+        model, images = model.bfloat16(), images.bfloat16()
+    accelerate(model, 0.4, weights=with_heads(model, (1, 0)), min_frames=1, compile=compile)
+    fake.calls.clear()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        tokens = model.aggregator(images)[0]
+        shapes = [call[0] for call in fake.calls]
+        monkeypatch.setattr(attention, "is_hopper", lambda device: False)
+        other = model.aggregator(images)[0]
+    # In block 1 one head sees all 75 tokens, and the other the 39 special and kept ones.
+    assert shapes.count((1, 75, 1, 16)) == shapes.count((1, 39, 1, 16)) == 1
+    assert shapes.count((1, 39, 2, 16)) == 3 and len(shapes) == 2 + 4 + 3 + 2
+    torch.testing.assert_close(tokens[3].float(), other[3].float(), rtol=0.1, atol=0.1)
+
+
+def test_its_own_attention_is_what_training_looks_at(fake):
+    """A look at attention in an unpruned block is taken of torch's call, before a library serves it."""
+    from pacevggt_patch.training.attention_target import attention_target
+
+    model, images = tiny_vggt().bfloat16(), random_images(3).bfloat16()
+    accelerate(model, 0.4, weights=None, min_frames=1)
+    _, found = attention_target(model, images)
+    assert found.shape == (1, 3, 20) and 0 < found.sum() < 1

@@ -89,11 +89,11 @@ def weights_for(model, mode: str, what: str):
 
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("what", ["none", "heads", "deltas"])
-@pytest.mark.parametrize(("mode", "merge_budget"), [("global", None), ("pre-aa", None), ("pre-aa", 0.0)])
+@pytest.mark.parametrize(("mode", "merge_budget"), [("global", None), ("pre-aa", 0.4)])
 def test_the_pruned_forward_never_looks(mode, merge_budget, what, compile, no_checks, monkeypatch):
     # What is compiled is the same code; the compiler itself looks at what it likes.
     monkeypatch.setattr("pacevggt_patch.patching.forwards.compiled", lambda function, *_: function)
-    model, images = tiny_vggt(track=True), random_images(9, batch=2)
+    model, images = tiny_vggt(track=True), random_images(3, batch=2)
     weights = weights_for(model, mode, what)
     accelerate(model, 0.3, merge_budget, weights=weights, mode=mode, compile=compile)
     with torch.no_grad(), no_lists(), Looks():
@@ -132,43 +132,3 @@ def test_the_stock_rope_does_look():
     model, images = tiny_vggt(), random_images(2)
     with pytest.raises(AssertionError, match="reads"), torch.no_grad(), Looks():
         model.aggregator(images)
-
-
-# On a GPU these make the host wait, too: what goes there from the CPU's own memory, and what comes back.
-COPIES = {aten._to_copy, aten.copy_}
-
-
-class Copies(TorchDispatchMode):
-    """Counts copies between the CPU and the meta device, which stands in for a GPU."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func.overloadpacket in COPIES:
-            tensors = [a for a in args if isinstance(a, torch.Tensor)]
-            devices = {t.device.type for t in tensors} | {torch.device(kwargs.get("device") or "meta").type}
-            self.count += func.overloadpacket is aten._to_copy and len(devices) > 1
-            self.count += func.overloadpacket is aten.copy_ and len({t.device.type for t in tensors}) > 1
-        return func(*args, **kwargs)
-
-
-@pytest.mark.parametrize("what", ["none", "heads", "deltas"])
-@pytest.mark.parametrize("mode", ["global", "pre-aa"])
-def test_nothing_travels_between_devices(mode, what, no_checks):
-    """But for the zeros that the stock aggregator itself makes on the CPU."""
-    model, images = tiny_vggt(track=True), random_images(3)
-    weights = weights_for(model, mode, what)
-    accelerate(model, 0.3, weights=weights, mode=mode, min_frames=1)
-    state = state_of(model)
-    with torch.no_grad():
-        model.to("meta")
-        images = images.to("meta")
-        if state.weights is not None:
-            state.weights.to("meta")
-        with Copies() as copies:
-            all_of_it(model, images)
-    assert copies.count == (mode == "global")
-    assert state.kept.is_meta

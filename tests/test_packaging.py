@@ -40,7 +40,11 @@ def test_the_wheel_holds_the_whole_package(wheel):
     }
     weights = {f"_weights/{name}" for name in relative_files(ROOT / "weights")}
     assert held == relative_files(ROOT / "pacevggt_patch") | weights
-    assert {"py.typed", "__init__.py", "_weights/vggt-mini.safetensors", "_weights/README.md"} <= held
+    assert {"py.typed", "__init__.py", "__main__.py", "_weights/README.md"} <= held
+    bundled = {"vggt-mini", "pace-vggt-mini-global", "pace-vggt-mini-pre-aa"}
+    assert {f"_weights/{name}.safetensors" for name in bundled} == {
+        name for name in held if "safetensors" in name
+    }
     assert any(name.startswith("data/") for name in held)
 
 
@@ -50,8 +54,23 @@ def test_the_wheel_holds_nothing_else(wheel):
 
 
 def test_the_bundled_weights_are_those_of_the_checkout(wheel):
-    bundled = wheel.read("pacevggt_patch/_weights/vggt-mini.safetensors")
-    assert bundled == (ROOT / "weights" / "vggt-mini.safetensors").read_bytes()
+    for path in (ROOT / "weights").glob("*.safetensors"):
+        assert wheel.read(f"pacevggt_patch/_weights/{path.name}") == path.read_bytes()
+
+
+def test_the_bundled_pace_weights_are_read_with_their_digests():
+    from pacevggt_patch.weights.bundled import bundled_files
+
+    modes = {}
+    for path in bundled_files("pace-*.safetensors"):
+        weights = pacevggt_patch.PaceWeights.load(path)
+        modes[weights.mode] = path.name
+    assert modes == {mode: f"pace-vggt-mini-{mode}.safetensors" for mode in ("global", "pre-aa")}
+
+
+def test_all_that_is_exported_is_there():
+    assert sorted(pacevggt_patch.__all__) == pacevggt_patch.__all__
+    assert all(hasattr(pacevggt_patch, name) for name in pacevggt_patch.__all__)
 
 
 def test_the_version_is_the_same_everywhere(wheel):
@@ -78,11 +97,10 @@ def test_importing_is_light():
 
 def test_readme_is_filled_in_and_its_links_lead_somewhere():
     text = (ROOT / "README.md").read_text()
-    # Marks of a table that a script writes, and nothing that somebody meant to fill in.
-    tables = {
-        f"<!-- {mark}{name} -->" for name in ("pruning", "stages", "dense", "losses") for mark in ("", "/")
-    }
-    assert set(re.findall(r"<!--.*?-->", text, re.DOTALL)) == tables
+    # Marks of tables that a script writes, and nothing that somebody meant to fill in.
+    marks = [mark.strip() for mark in re.findall(r"<!--(.*?)-->", text, re.DOTALL)]
+    assert len(marks) % 2 == 0 and set(marks[1::2]) <= {"end"}
+    assert all(re.fullmatch(r"table: [\w-]+", mark) for mark in marks[::2])
     links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith(("http", "#"))]
     assert len(links) > 5
     for link in links:

@@ -102,7 +102,7 @@ def test_residual_learns(frames):
 
 def test_tokens_of_an_inference_mode_that_has_ended_can_be_looked_at():
     model = tiny_vggt()
-    accelerate(model, 0.4, weights=PaceWeights.new(model), min_frames=1)
+    accelerate(model, 0.4, weights=PaceWeights.new(model, mode="pre-aa"))
     with torch.inference_mode():
         tokens, _ = model.aggregator(random_images(2))
         inside = tokens[-1]

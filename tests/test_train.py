@@ -456,6 +456,21 @@ dist.destroy_process_group()
     torch.testing.assert_close(results[0][1], norm, rtol=1e-4, atol=0)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_recorded_steps_train_as_others_do():
+    atlas, losses = texture_atlas(None, 3, device="cuda"), []
+    for recorded in (False, True):
+        trainer = make_trainer(atlas)
+        trainer.recorder.on = recorded
+        rows = []
+        for step in range(8):
+            trainer.step(trainer.sample(step), 1.0)
+            rows.append(trainer.latest_losses()["total"])
+        assert bool(trainer.recorder.recordings) is recorded
+        losses.append(torch.tensor(rows))
+    torch.testing.assert_close(losses[0], losses[1], rtol=0.02, atol=0)
+
+
 def test_training_brings_the_loss_down(atlas):
     trainer = make_trainer(atlas)
     sampled = trainer.sample(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,6 @@ import pacevggt_patch
 from pacevggt_patch import PaceError, PaceWeights, WeightsError, accelerate, summary
 from pacevggt_patch.cli import pictures
 from pacevggt_patch.cli.main import main
-from pacevggt_patch.hosts.base import find_host
 from pacevggt_patch.method import full_heads
 from pacevggt_patch.method.block_deltas import BlockDeltas
 from pacevggt_patch.training import run as command
@@ -61,7 +61,9 @@ def files(folder):
 
 def same_files(first, second):
     first, second = (load_file(path) for path in (first, second))
-    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
+    return first.keys() == second.keys() and all(
+        torch.equal(value, second[name]) for name, value in first.items()
+    )
 
 
 def killed_at(number, monkeypatch, start):
@@ -83,7 +85,9 @@ def killed_at(number, monkeypatch, start):
 def test_a_run_writes_weights_report_and_curve(tiny, place, tmp_path, mode):
     state, before = torch.get_rng_state(), tiny_vggt().state_dict()
     out = tmp_path / "out"
-    report = command.run_training(options(None, out, **{"images": None, **place}, settings=settings(mode=mode)))
+    report = command.run_training(
+        options(None, out, **{"images": None, **place}, settings=settings(mode=mode))
+    )
     assert torch.equal(torch.get_rng_state(), state)
     assert files(out) == [
         "calibrated.safetensors", "curve.png", "distilled.safetensors", "pace.safetensors", "report.json", "state.pt",
@@ -114,7 +118,9 @@ def test_each_stage_writes_what_it_taught(tiny, folder, tmp_path, mode):
     names = ("calibrated", "distilled", "pace")
     stages = [load_file(tmp_path / f"{name}.safetensors") for name in names]
     weights = [PaceWeights.load(tmp_path / f"{name}.safetensors") for name in names]
-    assert set(weights[0].modules()) == ({"restoration"} if mode == "pre-aa" else set())  # nothing that is untrained
+    assert set(weights[0].modules()) == (
+        {"restoration"} if mode == "pre-aa" else set()
+    )  # nothing that is untrained
     assert len({w.full_heads for w in weights}) == 1
     taught = [[bool(s[name].any()) for s in stages[1:]] for name in ("scorer.out.weight",)]
     assert taught == [[True, True]]
@@ -141,9 +147,10 @@ def test_a_calibration_alone_writes_no_untrained_deltas(tiny, place, tmp_path, m
     assert torch.isfinite(run(model, random_images())["depth"]).all()
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dies_at", [1, 2, 4])
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(tiny, folder, tmp_path, monkeypatch, dies_at, mode):
+@pytest.mark.parametrize(
+    ("mode", "dies_at"), [("global", 1), ("global", 4), ("pre-aa", 2), ("pre-aa", 4)]
+)  # in the first stage, between the stages, in the second
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tiny, folder, tmp_path, monkeypatch, mode, dies_at):
     plain = options(folder, tmp_path / "whole", settings=settings(mode=mode))
     whole = command.run_training(plain)
     killed = replace(plain, out=tmp_path / "killed")
@@ -204,7 +211,9 @@ def test_a_run_may_start_from_a_calibration(tiny, folder, tmp_path, mode, monkey
     first = PaceWeights.load(tmp_path / "first" / "pace.safetensors")
     monkeypatch.setattr(full_heads, "LEAST_ERROR", 1e9)
     start = str(tmp_path / "first" / "pace.safetensors")
-    command.run_training(options(folder, tmp_path / "more", settings=settings(mode=mode, distil=0.0), start=start))
+    command.run_training(
+        options(folder, tmp_path / "more", settings=settings(mode=mode, distil=0.0), start=start)
+    )
     weights = PaceWeights.load(tmp_path / "more" / "pace.safetensors")
     assert weights.full_heads == first.full_heads
     assert any(up.any() for up in weights.block_deltas.up.values())
@@ -242,10 +251,10 @@ def test_stage_two_leaves_the_scorer_alone_unless_it_is_told(tiny, folder, tmp_p
 
 def test_a_finished_run_is_not_trained_on(tiny, folder, tmp_path):
     command.run_training(options(folder, tmp_path))
-    before = (tmp_path / "pace.safetensors").read_bytes()
+    (tmp_path / "pace.safetensors").rename(tmp_path / "before.safetensors")
     report = command.run_training(options(folder, tmp_path, resume=True))
     assert report["steps"] == 6 and len(report["checks"]) == 4
-    assert (tmp_path / "pace.safetensors").read_bytes() == before
+    assert same_files(tmp_path / "before.safetensors", tmp_path / "pace.safetensors")
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -294,11 +303,13 @@ def test_the_curve_of_a_calibration_has_no_empty_panel(losses, panels, tmp_path,
     assert len(drawn[0].axes) == panels and all(axis.lines for axis in drawn[0].axes)
 
 
-def test_without_a_drawing_library_the_weights_are_written_all_the_same(tiny, folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+def test_without_a_drawing_library_the_weights_are_written_all_the_same(
+    tiny, folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     command.run_training(options(folder, tmp_path, settings=settings(steps=0)))
     assert "matplotlib" in capsys.readouterr().out
-    assert files(tmp_path / ".") == [
+    assert files(tmp_path) == [
         "calibrated.safetensors", "images", "pace.safetensors", "report.json", "state.pt",
     ]  # fmt: skip
 
@@ -309,7 +320,20 @@ def test_without_a_drawing_library_the_weights_are_written_all_the_same(tiny, fo
 @pytest.mark.parametrize("mode", MODES)
 def test_the_command_line(tiny, folder, tmp_path, capsys, mode):
     out = tmp_path / "out"
-    given = ["train", "--images", str(folder), "--views", "2", "3", "--width", "56", "--device", "cpu", "--mode", mode]
+    given = [
+        "train",
+        "--images",
+        str(folder),
+        "--views",
+        "2",
+        "3",
+        "--width",
+        "56",
+        "--device",
+        "cpu",
+        "--mode",
+        mode,
+    ]
     given += ["--supervised-frames", "2"]
     assert main([*given, "--out", str(out), "--steps", "2", "--distil", "0.5"]) == 0
     shown = capsys.readouterr().out
@@ -332,7 +356,18 @@ def test_the_command_line(tiny, folder, tmp_path, capsys, mode):
 
 
 def test_the_mode_of_the_command_is_the_default_one(tiny, folder, tmp_path):
-    given = ["train", "--images", str(folder), "--views", "3", "--width", "56", "--device", "cpu", "--calibrate"]
+    given = [
+        "train",
+        "--images",
+        str(folder),
+        "--views",
+        "3",
+        "--width",
+        "56",
+        "--device",
+        "cpu",
+        "--calibrate",
+    ]
     assert main([*given, "--out", str(tmp_path / "out")]) == 0
     assert PaceWeights.load(tmp_path / "out" / "pace.safetensors").mode == "global"
 
@@ -395,11 +430,11 @@ def test_backbones_are_loaded_by_name_and_file(tmp_path):
 def test_a_checkpoint_that_does_not_fit_is_named(tmp_path, monkeypatch):
     from vggt.models import vggt
 
-    monkeypatch.setattr(vggt, "VGGT", tiny_vggt)
-    torch.save(tiny_vggt(seed=5).state_dict(), tmp_path / "own.pt")
-    found = load_backbone(str(tmp_path / "own.pt"))
-    assert find_host(found).spec() == find_host(tiny_vggt()).spec()
-    assert torch.equal(found.aggregator.camera_token, tiny_vggt(seed=5).aggregator.camera_token)
+    tiny, other = tiny_vggt(), tiny_vggt(seed=5)
+    monkeypatch.setattr(vggt, "VGGT", lambda: tiny)
+    torch.save(other.state_dict(), tmp_path / "own.pt")
+    assert load_backbone(str(tmp_path / "own.pt")) is tiny
+    assert torch.equal(tiny.aggregator.camera_token, other.aggregator.camera_token)
     (tmp_path / "torn.pt").write_bytes(b"torn")
     torch.save({"other": torch.ones(1)}, tmp_path / "other.pt")
     for name in ("torn.pt", "other.pt"):

@@ -354,7 +354,8 @@ dist.destroy_process_group()
     common |= {"MASTER_PORT": str(26000 + os.getpid() % 3000), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", script, str(folder), str(tmp_path), mode], env={**common, "RANK": str(rank)}
+            [sys.executable, "-c", script, str(folder), str(tmp_path), mode],
+            env={**common, "RANK": str(rank)},
         )
         for rank in range(2)
     ]

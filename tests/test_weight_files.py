@@ -160,7 +160,16 @@ def test_a_format_that_is_no_number(file, version):
 
 @pytest.mark.parametrize(
     "name",
-    ["backbone", "modules", "mode", "full_heads", "fingerprints", "keep_ratios", "training", "library_version"],
+    [
+        "backbone",
+        "modules",
+        "mode",
+        "full_heads",
+        "fingerprints",
+        "keep_ratios",
+        "training",
+        "library_version",
+    ],
 )
 def test_a_missing_field_is_named(file, name):
     rewrite(file, drop=[name])
@@ -182,7 +191,10 @@ def test_a_missing_field_is_named(file, name):
         {"fingerprints": [1]},
         {"training": 7},
     ]
-    + [{"full_heads": value} for value in (None, [1], [["a", 0]], [[1.0, 0]], [[True, 0]], [[-1, 0]], [[1, 0]] * 2)],
+    + [
+        {"full_heads": value}
+        for value in (None, [1], [["a", 0]], [[1.0, 0]], [[True, 0]], [[-1, 0]], [[1, 0]] * 2)
+    ],
 )
 def test_a_damaged_field(file, metadata):
     rewrite(file, metadata=metadata)
@@ -219,7 +231,12 @@ def test_tensors_that_do_not_fit_are_named(file):
         metadata = opened.metadata()
     save_file(tensors, file, metadata)
     rewrite(file, tensors={"extra": bias, "scorer.out.weight": torch.zeros(1, 9)})
-    refused(file, "scorer.out.bias is missing", "extra is unknown", "scorer.out.weight is [1, 9] instead of [1, 8]")
+    refused(
+        file,
+        "scorer.out.bias is missing",
+        "extra is unknown",
+        "scorer.out.weight is [1, 9] instead of [1, 8]",
+    )
 
 
 def test_many_wrong_tensors_are_counted(file):
@@ -277,5 +294,9 @@ def test_every_tensor_comes_back_as_float32(tmp_path, dtype):
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
         wanted = tensor.float()
-        largest = wanted.abs() if wanted.ndim < 2 else wanted.abs().flatten(1).amax(1).view(-1, *[1] * (wanted.ndim - 1))
+        largest = (
+            wanted.abs()
+            if wanted.ndim < 2
+            else wanted.abs().flatten(1).amax(1).view(-1, *[1] * (wanted.ndim - 1))
+        )
         assert ((found[name] - wanted).abs() <= largest / 200).all(), name

@@ -76,7 +76,15 @@ def tensors_of(weights):
 
 def same(first, second):
     """Whether two objects hold the same, to the bit; where they came from is left aside."""
-    for name in ("backbone", "fingerprints", "mode", "full_heads", "keep_ratios", "training", "library_version"):
+    for name in (
+        "backbone",
+        "fingerprints",
+        "mode",
+        "full_heads",
+        "keep_ratios",
+        "training",
+        "library_version",
+    ):
         if getattr(first, name) != getattr(second, name):
             return False
     one, other = tensors_of(first), tensors_of(second)
@@ -254,7 +262,11 @@ def test_eight_bits_are_a_quarter_of_the_size_and_close(weights, file, tmp_path)
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert (found[name] - tensor).abs().max() <= tensor.abs().max() / 200, name
-    assert (loaded.full_heads, loaded.mode, loaded.training) == (weights.full_heads, weights.mode, weights.training)
+    assert (loaded.full_heads, loaded.mode, loaded.training) == (
+        weights.full_heads,
+        weights.mode,
+        weights.training,
+    )
 
 
 def test_a_file_of_lower_rank(weights, file, tmp_path):
@@ -326,10 +338,14 @@ def test_another_checkpoint_is_refused_by_both_fingerprints(weights):
         assert print_[:12] in str(caught.value)
 
 
-@pytest.mark.parametrize("changed", ["family", "embed_dim", "depth", "num_heads", "patch_size", "special_tokens"])
+@pytest.mark.parametrize(
+    "changed", ["family", "embed_dim", "depth", "num_heads", "patch_size", "special_tokens"]
+)
 def test_other_dimensions_and_families_are_refused_by_name(host, weights, changed):
     value = "pi3" if changed == "family" else 48
-    other = replace(weights, backbone=replace(weights.backbone, **{changed: value}), source="other.safetensors")
+    other = replace(
+        weights, backbone=replace(weights.backbone, **{changed: value}), source="other.safetensors"
+    )
     with pytest.raises(WeightsError, match=r"other\.safetensors") as caught:
         other.check(host)
     assert str(other.backbone) in str(caught.value) and str(host.spec()) in str(caught.value)
@@ -374,7 +390,7 @@ def test_a_host_that_does_not_tell_its_heads_is_judged_by_the_rest(weights):
 
 @pytest.mark.parametrize("inference", [False, True])
 def test_accelerate_leaves_the_users_object_alone(weights, inference):
-    parts = {name: module for name, module in weights.modules().items()}
+    parts = dict(weights.modules().items())
     values = {name: value.clone() for name, value in tensors_of(weights).items()}
     for module in parts.values():
         module.train()
@@ -431,7 +447,12 @@ def chosen(weights, host, **settings):
 
 @pytest.mark.parametrize(
     ("settings", "mode"),
-    [({}, "global"), ({"mode": "pre-aa"}, "pre-aa"), ({"merge_budget": 0.2}, "pre-aa"), ({"mode": "global"}, "global")],
+    [
+        ({}, "global"),
+        ({"mode": "pre-aa"}, "pre-aa"),
+        ({"merge_budget": 0.2}, "pre-aa"),
+        ({"mode": "global"}, "global"),
+    ],
 )
 def test_without_weights_the_settings_choose_the_mode(host, settings, mode):
     assert chosen(None, host, **settings) == (None, mode)

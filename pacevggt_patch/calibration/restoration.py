@@ -89,9 +89,7 @@ def _tokens(model: nn.Module, images: Tensor, keep_ratio: float) -> RestoredToke
         return tokens_of(host.run_trunk(images)[0], grid, host.special_tokens)
 
 
-def accumulate(
-    sums: dict[int, tuple[Tensor, Tensor]], student: Any, teacher: Any, frames: range
-) -> None:
+def accumulate(sums: dict[int, tuple[Tensor, Tensor]], student: Any, teacher: Any, frames: range) -> None:
     """Add d d^T [C, C] and d (t - r)^T [C, 2C] (float64) over the dropped tokens of some frames, layer by layer.
 
     Kept tokens pass a restoration unchanged: they tell nothing.

@@ -116,7 +116,10 @@ def add_train(commands) -> None:
         "--clips", type=int, default=1, help="clips of a step and process, fewer if they have more frames (1)"
     )
     train.add_argument(
-        "--supervised-frames", type=int, default=4, help="frames of a clip on which depth and points are compared (4)"
+        "--supervised-frames",
+        type=int,
+        default=4,
+        help="frames of a clip on which depth and points are compared (4)",
     )
     train.add_argument(
         "--width", type=int, help="of the frames in pixels (224 for VGGT-mini, else 518, rooms 504)"

@@ -79,7 +79,9 @@ def token_title(kept: int, patches: int, frames: int, config: PaceConfig | None)
         return f"{bright}, which take part in global attention\ndark: the others, which take their change from them"
     others = frames * (patches - kept)
     merged = config.merged_tokens(frames, patches) / max(others, 1)
-    what = "merged into them" if merged == 1 else f"{merged:.0%} of them merged into kept ones, the rest pruned"
+    what = (
+        "merged into them" if merged == 1 else f"{merged:.0%} of them merged into kept ones, the rest pruned"
+    )
     return f"{bright}, which enter frame and global attention\ndark: the others, {what}"
 
 

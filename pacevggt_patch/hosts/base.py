@@ -71,6 +71,14 @@ class BlockCall:
         return all(value is None or value is False for value in (*self.args, *self.kwargs.values()))
 
     @property
+    def given(self) -> set[str]:
+        """Names of the arguments beside tokens and positions that say something."""
+        named = {name for name, value in self.kwargs.items() if value is not None and value is not False}
+        return named | {
+            "a positional argument" for value in self.args if value is not None and value is not False
+        }
+
+    @property
     def cached(self) -> bool:
         """Whether keys are kept from call to call."""
         return any(

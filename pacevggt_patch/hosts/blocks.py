@@ -262,8 +262,8 @@ def is_block(module: Any, channels: int) -> bool:
 
         bare = bare_copy(module, values)
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            x = torch.randn(2, 4, channels, generator=generator, dtype=torch.float32, device="cpu")
-            positions = torch.tensor([[[0, 0], [1, 2], [3, 1], [2, 5]]] * 2, device="cpu")
+            x = torch.randn(2, 24, channels, generator=generator, dtype=torch.float32, device="cpu")
+            positions = torch.randint(0, 9, (2, 24, 2), generator=generator, device="cpu")
             where = {} if rope is None else {"pos": positions}
             turned = None
             if rope is not None:

@@ -297,7 +297,10 @@ class BlockForward(Forward):
             return self.run(call, clip, plan if call.plain else None)
         length = x.shape[1] * plan.batch // len(plan.kept)
         rows = plan.token_rows(length)
-        followed = Followed(clip, rows, x.shape[1])
+        followed = Followed(
+            clip, rows, x.shape[1], getattr(getattr(self.module, "attn", None), "num_heads", 0)
+        )
+        state.given |= call.given
         args, kwargs = followed.tree(call.args), followed.tree(call.kwargs)
         positions = None if call.positions is None else followed.tensor(call.positions)
         rest: tuple | None = None
@@ -445,13 +448,14 @@ class Followed:
         clip: whose blocks are given the same arguments again and again.
         rows: [B, m] numbers of the tokens that take part.
         tokens: S * L, of a clip.
+        heads: of the block; 0 where it does not tell.
 
     Attributes:
         masked: whether one says which token may see which.
     """
 
-    def __init__(self, clip: Clip, rows: Tensor, tokens: int):
-        self.clip, self.rows, self.tokens, self.masked = clip, rows, tokens, False
+    def __init__(self, clip: Clip, rows: Tensor, tokens: int, heads: int):
+        self.clip, self.rows, self.tokens, self.heads, self.masked = clip, rows, tokens, heads, False
 
     def tree(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -463,33 +467,44 @@ class Followed:
         return value
 
     def tensor(self, value: Tensor) -> Tensor:
-        """Every dimension of as many as the tokens of a clip, but for a batch in front, reduced to those of `rows`."""
-        n, batched = self.tokens, value.shape[:1] == self.rows.shape[:1]
-        if value.ndim > 3:  # [B, heads, queries, keys] of a mask; a cache of keys is no matter of the tokens at hand
-            masks = value.shape[-1] == n and value.shape[-2] in (1, n)
-            where = [d for d in range(value.ndim - 2, value.ndim) if masks and value.shape[d] == n]
-        else:
-            first = 1 if value.ndim == 3 or batched else 0
-            where = [d for d in range(first, value.ndim) if value.shape[d] == n]
+        """Every dimension of as many as the tokens of a clip, but for a batch in front, reduced to those of `rows`.
+
+        Raises:
+            UnsupportedModelError: whether a mask is one for each clip or for each head can't be told.
+        """
+        n, batch, dims = self.tokens, len(self.rows), value.ndim
+        where = [d for d in range(dims) if value.shape[d] == n]
+        if dims > 3:  # [B, heads, queries, keys]; a cache of keys is no matter of the tokens at hand
+            mask = value.shape[-1] == n and value.shape[-2] in (1, n)
+            where = [d for d in where if mask and d >= dims - 2]
+        elif dims > 1 and (dims == 3 or value.shape[0] == batch):
+            where = [d for d in where if d > 0]
         if not where:
             return value
         self.masked |= len(where) > 1
-        return self.clip.once(value, lambda: self.reduced(value, where))
+        if dims == 3 and len(where) == 2 and 1 < batch == value.shape[0] == self.heads:
+            raise UnsupportedModelError(
+                f"a mask {list(value.shape)} for {batch} clips and {self.heads} heads may be of either: give it four "
+                "dimensions, or use `with paused(model):` for such calls"
+            )
+        return self.clip.once(
+            value, lambda: self.reduced(value, where, value.shape[0] == batch and 0 not in where)
+        )
 
-    def reduced(self, value: Tensor, where: list[int]) -> Tensor:
-        batch = len(self.rows)
-        alike = value.shape[0] != batch or 0 in where or value.ndim == 1  # no batch in front
-        clips = []
+    def reduced(self, value: Tensor, where: list[int], batched: bool) -> Tensor:
+        parts = []
         for i, rows in enumerate(self.rows):
-            part = value if alike else value[i : i + 1]
-            for dimension in where:
-                part = part.index_select(dimension, rows)
-            clips.append(part)
-            if batch == 1:
-                return part
-        if alike and value.ndim == 2 and len(where) == 2:  # [n, n] for all clips: each has its own now
-            return torch.stack(clips)[:, None]
-        return torch.cat(clips)
+            part = value[i] if batched else value
+            for d in where:
+                part = part.index_select(d - batched, rows)
+            parts.append(part)
+        if not batched and len(parts) == 1:
+            return parts[0]
+        if not batched and (value.ndim == 4 or (value.shape[0] == 1 and len(where) == 1)):  # one of all clips
+            return torch.cat(parts)
+        found = torch.stack(parts)
+        # [queries, keys] for all clips is for all heads, too.
+        return found[:, None] if not batched and value.ndim == 2 and len(where) == 2 else found
 
 
 class DenseHeadForward(Forward):

@@ -202,8 +202,9 @@ def remove(model: Model) -> Model:
 
 def check_foreign(model: nn.Module) -> None:
     """Raise PaceError where somebody put a forward over one of ours."""
+    ours = {name for forward in forwards_of(model) for name in forward.state.names}
     modules = dict(model.named_modules())
-    for name in {name for forward in forwards_of(model) for name in forward.state.names} & modules.keys():
+    for name in ours & modules.keys():
         # A block that torch.compile wrapped meanwhile has a forward of torch's; ours is on the one inside.
         theirs = modules[name]._modules.get("_orig_mod", modules[name]).__dict__.get("forward")
         if theirs is not None and not isinstance(theirs, Forward):

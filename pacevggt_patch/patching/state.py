@@ -66,7 +66,8 @@ class Clip:
         # A fake tensor lies nowhere.
         if torch.compiler.is_compiling() or type(tensor) is not Tensor:
             return make()
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        version = None if tensor.is_inference() else tensor._version  # somebody may write into it meanwhile
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, version)
         if key not in self.gathered:
             self.gathered[key] = tensor, make()  # the entry holds the tensor: its address stays its own
         return self.gathered[key][1]
@@ -126,6 +127,7 @@ class State:
         stock: `id` of blocks that `hosts.blocks` can run.
         rope: the host's rotary embedding for `hosts.rope.rotation`, or None.
         forced: prune even where all tokens are kept; for the trial.
+        given: what global blocks are given beside tokens and positions, by name.
         kept: [B, S, K] indices of the patch tokens that the last forward pass kept, or None.
         checkpointing: compute blocks once more for the backward pass instead of keeping what is in them.
         compiles_heads: whether dense heads are compiled where the settings ask for compilation.
@@ -141,6 +143,7 @@ class State:
     stock: frozenset[int] = frozenset()
     rope: Any = None
     forced: bool = False
+    given: set[str] = field(default_factory=set)
     kept: Tensor | None = None
     checkpointing: bool = False
     compiles_heads: bool = True
@@ -187,12 +190,13 @@ class State:
             host.depth,
             config.mode == GLOBAL,
             [] if self.weights is None else self.weights.full_head_shares(),
-            config.compile,
         )
 
     def begin(self, clip: Clip, frames: int, patches: int) -> None:
         """Decide, once, whether a clip is pruned and runs with block deltas."""
         if clip.prunes is None:
+            if self.weights is not None and self.weights.device not in (None, self.host.reference.device):
+                self.weights.to(self.host.reference.device)  # our own copy: the model was moved
             clip.prunes = self.threads.observer is None and self.prunes(frames, patches)
             deltas = None if self.weights is None else self.weights.block_deltas
             fewer = self.config.kept_tokens(patches) < patches

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from ..config import PRE_AA, PaceConfig
 from ..errors import UnsupportedModelError
@@ -66,9 +66,9 @@ def _try(kind: str, bare: Any, config: PaceConfig) -> None:
     whole = PaceConfig(1.0, mode=config.mode)
     state = State(whole, host, forced=True)
     place(state)
-    advice = 'use `mode="global"`' if config.mode == PRE_AA else "it can't be accelerated as it is"
+    advice = 'use mode="global"' if config.mode == PRE_AA else "it can't be accelerated as it is"
     try:
-        same = list(tensors(_dense(host.run_trunk(images))))
+        same = flat(host.run_trunk(images))
         if not alike(stock, same, host.reference.dtype):
             what = "pruned before alternating attention" if config.mode == PRE_AA else "run through the patch"
             raise UnsupportedModelError(
@@ -77,13 +77,16 @@ def _try(kind: str, bare: Any, config: PaceConfig) -> None:
             )
         state.config, state.forced = replace(whole, keep_ratio=KEEP, min_frames=1), False
         state.kept = None
-        pruned = list(tensors(_dense(host.run_trunk(images))))
+        pruned = flat(host.run_trunk(images))
     except UnsupportedModelError:
         raise
     except Exception as error:
+        given = f", beside {', '.join(sorted(state.given))}" if state.given else ""
+        if config.mode != PRE_AA:
+            advice = "turn off what in it merges, masks or reshapes tokens of the whole grid"
         raise UnsupportedModelError(
-            f"{kind} fails when its blocks are given some of the tokens ({type(error).__name__}: {first_line(error)}): "
-            "turn off what in it merges or reshapes tokens of the whole grid, or accelerate the model without that"
+            f"{kind} fails when the blocks of its {host.trunk_name} are given some of the tokens{given} "
+            f"({type(error).__name__}: {first_line(error)}): {advice}"
         ) from error
     finally:
         remove(bare)
@@ -92,19 +95,18 @@ def _try(kind: str, bare: Any, config: PaceConfig) -> None:
             f"{kind}.{host.trunk_name} does not call its blocks where accelerate could prune: undo other patches of "
             "their forwards first"
         )
-    shapes = [[tuple(t.shape) for t in found] for found in (stock, pruned)]
+    (leaves, form), (found, other) = stock, pruned
     finite = [
-        all(bool(torch.isfinite(t).all()) for t in found if t.is_floating_point())
-        for found in (stock, pruned)
+        all(bool(torch.isfinite(t).all()) for t in part if t.is_floating_point()) for part in (leaves, found)
     ]
-    if shapes[0] != shapes[1] or finite[0] > finite[1]:
+    if form != other or [t.shape for t in leaves] != [t.shape for t in found] or finite[0] > finite[1]:
         raise UnsupportedModelError(
             f"{kind} gives outputs of other shapes, or that are not finite, when some of its tokens are left out: "
             f"{advice}"
         )
 
 
-def _stock(kind: str, host: Host) -> tuple[Tensor | None, list[Tensor]]:
+def _stock(kind: str, host: Host) -> tuple[Tensor | None, Any]:
     """A clip that the trunk takes, and what it gives; None where it does not take images alone.
 
     Raises:
@@ -113,18 +115,20 @@ def _stock(kind: str, host: Host) -> tuple[Tensor | None, list[Tensor]]:
     grids = [(ROWS, COLUMNS)]
     # Some merge tokens of a grid that they are told beforehand.
     told = ((getattr(m, "patch_height", None), getattr(m, "patch_width", None)) for m in host.trunk.modules())
-    grids += [(rows, columns) for rows, columns in told if isinstance(rows, int) and isinstance(columns, int)][:1]
+    grids += [
+        (rows, columns) for rows, columns in told if isinstance(rows, int) and isinstance(columns, int)
+    ][:1]
     for grid in grids:
         images = _images(host, grid)
         try:
-            return images, list(tensors(host.run_trunk(images)))
+            return images, flat(host.run_trunk(images))
         except (TypeError, NotImplementedError):
-            return None, []
+            return None, None
         except Exception as error:
             reason = f"{type(error).__name__}: {first_line(error)}"
     raise UnsupportedModelError(
-        f"{kind}.{host.trunk_name} fails by itself on a tiny clip ({reason}), so pruning can't be tried: if it is set to "
-        "one size of images, or merges tokens of one grid, turn that off"
+        f"{kind}.{host.trunk_name} fails by itself on a tiny clip ({reason}), so pruning can't be tried: if it is "
+        "set to one size of images, or merges tokens of one grid, turn that off"
     )
 
 
@@ -142,33 +146,20 @@ def _images(host: Host, grid: tuple[int, int]) -> Tensor:
     return images.to(reference.device, reference.dtype)
 
 
-def _dense(output: Any) -> Any:
-    """The output of a trunk with restored tokens written out."""
+def flat(output: Any) -> tuple[list[Tensor], Any]:
+    """The tensors in an output, and the containers that they are in; restored tokens are written out."""
     if isinstance(output, tuple):
-        return tuple(list(part) if hasattr(part, "kept") else part for part in output)
-    return output
+        output = tuple(list(part) if hasattr(part, "kept") else part for part in output)
+    leaves, form = tree_flatten(output)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)], (form, [type(leaf) for leaf in leaves])
 
 
-def tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested tuples, lists and dictionaries; an empty one in place of None."""
-    if isinstance(value, Tensor):
-        yield value
-    elif value is None:
-        yield torch.empty(0)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors(item)
-
-
-def alike(stock: list[Tensor], found: list[Tensor], dtype: torch.dtype) -> bool:
+def alike(stock: tuple[list[Tensor], Any], found: tuple[list[Tensor], Any], dtype: torch.dtype) -> bool:
     """Whether outputs are the same up to rounding."""
-    if [t.shape for t in stock] != [t.shape for t in found]:
+    if stock[1] != found[1] or [t.shape for t in stock[0]] != [t.shape for t in found[0]]:
         return False
     most = LARGEST_ERROR.get(dtype, LARGEST_NARROW_ERROR)
-    for a, b in zip(stock, found, strict=True):
+    for a, b in zip(stock[0], found[0], strict=True):
         a, b = a.double().nan_to_num(), b.double().nan_to_num()
         if float((a - b).norm()) > most * float(a.norm()):
             return False

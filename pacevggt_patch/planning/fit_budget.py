@@ -222,8 +222,9 @@ def fit_budget(
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
     own: dict[str, Any] = {f.name: getattr(settings, f.name) for f in fields(PaceConfig)}
+    own["keep_ratio"] = low / patches
     return BudgetPlan(
-        **own | {"keep_ratio": low / patches},
+        **own,
         seconds=costs.seconds(frames, low),
         memory_gib=costs.memory_gib(frames, low),
         frames=frames,

@@ -170,7 +170,9 @@ def weights_to_start(source: str, mode: str) -> PaceWeights:
     """
     weights = PaceWeights.load(source)
     if weights.mode != mode:
-        raise WeightsError(f"{source} is for {weights.mode} pruning: pass --mode {weights.mode}, or other weights")
+        raise WeightsError(
+            f"{source} is for {weights.mode} pruning: pass --mode {weights.mode}, or other weights"
+        )
     return weights
 
 

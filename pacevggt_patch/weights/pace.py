@@ -254,6 +254,11 @@ class PaceWeights:
             self.modules().to(device)
         return self
 
+    @property
+    def device(self) -> torch.device | None:
+        """Where the modules are; None without modules."""
+        return next((p.device for p in self.modules().parameters()), None)
+
     def modules(self) -> nn.ModuleDict:
         """The modules that there are by name, the modules themselves."""
         modules = {name: getattr(self, name) for name in MODULES}
@@ -314,7 +319,9 @@ def read(path: Path, source: str) -> PaceWeights:
             raise ValueError(f"mode {mode!r} with {', '.join(sizes) or 'nothing'}")
         # Nothing is allocated or initialised before the tensors of the file are known to fit.
         with torch.device("meta"):
-            modules: dict[str, Any] = {name: _module(name, spec, dict(size)).eval() for name, size in sizes.items()}
+            modules: dict[str, Any] = {
+                name: _module(name, spec, dict(size)).eval() for name, size in sizes.items()
+            }
         weights = PaceWeights(
             spec,
             {str(dtype): str(value) for dtype, value in fields["fingerprints"].items()},
