@@ -1,6 +1,6 @@
 """What the stages of a VGGT must compute and move: FLOPs and bytes by formula, and the time no card can go below.
 
-    python benchmarks/arithmetic.py        # the tables of NOTES.md, for VGGT-1B
+    python benchmarks/arithmetic.py        # the tables of docs/lab-notebook.md, for VGGT-1B
 
 FLOPs are those of matrix products, convolutions and attention, two for each multiply-add; a test counts the same
 forward with torch's own counter. Bytes are what these operations read and write when each touches its operands once.
@@ -235,6 +235,10 @@ def stage_work(
                 wide = (1 - share) * channels  # of the heads that are filled in
                 if not wide:
                     continue
+                # Queries and keys of the others are made of the kept tokens, by a product of its own.
+                work["global blocks"] += linear(
+                    frames * length, channels, 3 * channels, dims.aggregator_bytes
+                )
                 guess = Work(2 * rows * channels * wide, size * rows * (channels + wide))
                 filled = read(in_frames, int(wide)) + guess + Work(passes=size * wide * 4 * in_frames)
                 fit = Work(2 * looked * channels * (channels + wide), 4 * 2 * looked * channels)

@@ -1,9 +1,10 @@
 """What only a GPU can show: no host syncs, graphs, mixed devices. Skipped without CUDA."""
 
-from contextlib import contextmanager
+from contextlib import copy
 from dataclasses import replace
 from pathlib import Path
 
+import contextmanager
 import pytest
 import torch
 import torch.nn.functional as F
@@ -178,9 +179,10 @@ def test_global_pruning_agrees_with_the_cpu(model, images, autocast, compile, ki
     monkeypatch.setitem(chunks.HIDDEN_BYTES, "gpu", 16 * 32 * 25)  # one frame at a time
     weights = make(model, kind)
     with torch.inference_mode():
-        expected = accelerate(model.cpu(), 0.4, weights=weights, min_frames=1)(images.cpu())
-        kept = summary(model).kept
-        accelerate(model.cuda(), 0.4, weights=weights, min_frames=1, compile=compile)
+        # Another instance: a stock VGGT keeps its positions on the device that it ran on first.
+        other = accelerate(copy.deepcopy(model).cpu(), 0.4, weights=weights, min_frames=1)
+        expected, kept = other(images.cpu()), summary(other).kept
+        accelerate(model, 0.4, weights=weights, min_frames=1, compile=compile)
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
             tokens, _ = model.aggregator(images)
             found = model(images)
@@ -195,7 +197,8 @@ def test_global_pruning_agrees_with_the_cpu(model, images, autocast, compile, ki
 @pytest.mark.parametrize("mode", MODES)
 def test_a_calibration_is_that_of_the_cpu(model, images, mode, monkeypatch):
     monkeypatch.setattr(full_heads, "LEAST_ERROR", 0.0)
-    found, expected = calibrate(model, images, mode=mode), calibrate(model.cpu(), images.cpu(), mode=mode)
+    other = copy.deepcopy(model).cpu()
+    found, expected = calibrate(model, images, mode=mode), calibrate(other, images.cpu(), mode=mode)
     assert found.full_heads == expected.full_heads
     for name, value in expected.modules().state_dict().items():
         other = found.modules().state_dict()[name]
@@ -208,7 +211,7 @@ def test_errors_of_heads_are_those_of_the_cpu(model, images):
 
     accelerate(model, weights=None, min_frames=1)
     heads, errors = find_full_heads(model, [images])
-    expected = find_full_heads(model.cpu(), [images.cpu()])
+    expected = find_full_heads(copy.deepcopy(model).cpu(), [images.cpu()])
     assert heads == expected[0]
     torch.testing.assert_close(errors.cpu(), expected[1], rtol=0.2, atol=1e-5)  # bfloat16 against float32
 

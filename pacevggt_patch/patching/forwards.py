@@ -7,7 +7,7 @@ full undo. What it does not know runs as the module's own forward.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..config import GLOBAL
+from ..config import GLOBAL, PRE_AA
 from ..errors import UnsupportedModelError
 from ..hosts import blocks
 from ..hosts.base import BlockCall, takes_images
@@ -66,6 +66,11 @@ class TrunkForward(Forward):
         super().__init__(module, state, name)
         self.takes_images = takes_images(self.own)
 
+    def on_device(self, images: Any) -> AbstractContextManager:
+        """The images' device as torch's default device, where that was tried."""
+        some = self.state.on_device and isinstance(images, Tensor) and images.is_cuda
+        return images.device if some and not torch.compiler.is_compiling() else nullcontext()
+
     def __call__(self, *args, **kwargs):
         state, threads = self.state, self.state.threads
         if state.paused:
@@ -77,7 +82,8 @@ class TrunkForward(Forward):
         before = threads.clip
         threads.clip = Clip(len(images) if isinstance(images, Tensor) and images.ndim == 5 else None)
         try:
-            return self.own(*args, **kwargs)
+            with self.on_device(images):
+                return self.own(*args, **kwargs)
         finally:
             threads.clip = before
 
@@ -104,7 +110,7 @@ class PreAATrunkForward(TrunkForward):
             if clip.prunes:
                 return self.pruned(images, threads.grid, clip)
             tokens = images.shape[1] * (threads.grid[0] * threads.grid[1] + state.host.special_tokens)
-            with state.timer.stage(UNPRUNED, tokens, tokens):
+            with state.timer.stage(UNPRUNED, tokens, tokens), self.on_device(images):
                 return self.own(images)
         finally:
             threads.clip = before
@@ -242,6 +248,11 @@ class BlockForward(Forward):
             return state.recomputed.clips[call.x], True
         clip = threads.clip
         if clip is None or (self.first and clip.plan is not None):
+            if state.config.mode == PRE_AA:
+                raise UnsupportedModelError(
+                    f"{self.name} was called outside of the forward that pre-AA pruning replaces: use global pruning, "
+                    'mode="global", or `with paused(model):` for such calls'
+                )
             clip = threads.clip = Clip()
             clip.loose = True
         if self.first and (state.config.mode == GLOBAL or threads.observer is not None):
@@ -294,7 +305,8 @@ class BlockForward(Forward):
         plan = clip.plan
         if self.heads:
             # What is given besides can't be followed head by head: such a call sees all tokens.
-            return self.run(call, clip, plan if call.plain else None)
+            some = call.plain and len(self.heads) < state.host.spec().num_heads
+            return self.run(call, clip, plan if some else None)
         length = x.shape[1] * plan.batch // len(plan.kept)
         rows = plan.token_rows(length)
         followed = Followed(

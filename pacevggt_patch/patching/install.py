@@ -133,10 +133,11 @@ def install(
     )
     if before is not None:
         state.threads, state.told = before.threads, before.told
-    tried = trial.key(model, config.mode)
-    if before is None or before.tried != tried:
-        trial.run(model, host, config)
-    state.tried = tried
+    state.tried = trial.key(model, config.mode)
+    if before is not None and before.tried == state.tried:
+        state.on_device = before.on_device
+    else:
+        state.on_device = trial.run(model, host, config)
     check_foreign(model)
     remove(model)
     place(state)

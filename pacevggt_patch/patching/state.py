@@ -126,6 +126,8 @@ class State:
         tried: what the trial was of, see `trial.key`.
         stock: `id` of blocks that `hosts.blocks` can run.
         rope: the host's rotary embedding for `hosts.rope.rotation`, or None.
+        on_device: whether the trunk runs with the images' device as torch's default device. Tensors that it makes on its
+            way then need no copy from the CPU, for which CUDA would wait.
         forced: prune even where all tokens are kept; for the trial.
         given: what global blocks are given beside tokens and positions, by name.
         kept: [B, S, K] indices of the patch tokens that the last forward pass kept, or None.
@@ -142,6 +144,7 @@ class State:
     tried: tuple = ()
     stock: frozenset[int] = frozenset()
     rope: Any = None
+    on_device: bool = False
     forced: bool = False
     given: set[str] = field(default_factory=set)
     kept: Tensor | None = None

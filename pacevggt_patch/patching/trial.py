@@ -26,16 +26,19 @@ def key(model: nn.Module, mode: str | None) -> tuple:
     return (mode, *(type(module) for module in model.modules()))
 
 
-def run(model: nn.Module, host: Host, config: PaceConfig) -> None:
+def run(model: nn.Module, host: Host, config: PaceConfig) -> bool:
     """Try a model: unpruned it must give what it gives without us, and pruned something must have been left out.
 
     The model itself is not run: no hooks are called, no caches are filled, and the random state stays as it is.
+
+    Returns:
+        Whether the trunk gives the same with a CUDA device as torch's default device.
 
     Raises:
         UnsupportedModelError: it does not fit, in one sentence.
     """
     if any(p.is_meta for p in model.parameters()):
-        return  # nothing to try it on: it is offloaded, or will be loaded later
+        return False  # nothing to try it on: it is offloaded, or will be loaded later
     kind = type(model).__name__
     if config.mode == PRE_AA:
         missing = host.missing_stock_parts()
@@ -52,17 +55,23 @@ def run(model: nn.Module, host: Host, config: PaceConfig) -> None:
                 "leave aside: undo that patch first"
             )
     with torch.no_grad(), outside_modes():
-        _try(kind, bare_copy(model), config)
+        return _try(kind, bare_copy(model), config)
 
 
-def _try(kind: str, bare: Any, config: PaceConfig) -> None:
+def _try(kind: str, bare: Any, config: PaceConfig) -> bool:
     from .install import place, remove
     from .state import State
 
     host = find_host(bare)
     images, stock = _stock(kind, host)
+    if images is None and config.mode == PRE_AA:
+        raise UnsupportedModelError(
+            f"{kind}.{host.trunk_name} does not take images alone, as pre-AA pruning needs it: use global pruning, "
+            'mode="global"'
+        )
     if images is None:
-        return  # it is called with more than images, or by another entrance: its calls will show
+        return False  # it is called with more than images, or by another entrance: its calls will show
+    on_device = images.is_cuda and _alike_on(images.device, host, images, stock)
     whole = PaceConfig(1.0, mode=config.mode)
     state = State(whole, host, forced=True)
     place(state)
@@ -104,6 +113,7 @@ def _try(kind: str, bare: Any, config: PaceConfig) -> None:
             f"{kind} gives outputs of other shapes, or that are not finite, when some of its tokens are left out: "
             f"{advice}"
         )
+    return on_device
 
 
 def _stock(kind: str, host: Host) -> tuple[Tensor | None, Any]:
@@ -130,6 +140,15 @@ def _stock(kind: str, host: Host) -> tuple[Tensor | None, Any]:
         f"{kind}.{host.trunk_name} fails by itself on a tiny clip ({reason}), so pruning can't be tried: if it is "
         "set to one size of images, or merges tokens of one grid, turn that off"
     )
+
+
+def _alike_on(device: torch.device, host: Host, images: Tensor, stock: Any) -> bool:
+    """Whether the trunk gives the same with a device as torch's default device."""
+    try:
+        with device:
+            return alike(stock, flat(host.run_trunk(images)), host.reference.dtype)
+    except Exception:  # whatever it makes on the CPU on purpose
+        return False
 
 
 def first_line(error: Exception) -> str:

@@ -241,8 +241,9 @@ class PaceWeights:
 
     def copy_for(self, host: Host) -> PaceWeights:
         """A copy on the host's device that asks for no gradients; the user's object is left alone."""
-        modules = {name: copy.deepcopy(module) for name, module in self.modules().items()}
+        # Parameters made in inference mode could not be used outside of it.
         with torch.inference_mode(False):
+            modules = {name: copy.deepcopy(module) for name, module in self.modules().items()}
             for module in modules.values():
                 module.requires_grad_(False).eval().to(host.reference.device)
         return replace(self, **modules)
