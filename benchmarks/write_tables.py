@@ -1,4 +1,4 @@
-"""Write the quality tables of docs/quality.md and weights/README.md from the files in results/, between their markers.
+"""Write the tables of README.md, docs and weights/README.md from the files in results/, between their markers.
 
 python benchmarks/write_tables.py
 """
@@ -151,6 +151,81 @@ def unpruned_table() -> str:
     return table(head, lines)
 
 
+# Seconds of VGGT-1B's shape: what a row is called, its file, and its full-attention heads.
+GPU_ROWS = [
+    ("global pruning, 8 full-attention heads", "latency-vggt-1b-h200"),
+    ("global pruning, no full-attention heads", "latency-vggt-1b-h200-heads-0"),
+    ("global pruning, 24 full-attention heads", "latency-vggt-1b-h200-heads-24"),
+    ("global pruning, 60 full-attention heads", "latency-vggt-1b-h200-heads-60"),
+    ("pre-AA pruning", "latency-vggt-1b-h200-pre-aa"),
+]
+GPU_FRAMES, CPU_FRAMES = (100, 300, 1000), (8, 24, 48)
+CPU_ROWS = [
+    ("global pruning, 5 full-attention heads", "latency-mini-cpu"),
+    ("pre-AA pruning, no weights", "latency-mini-cpu-pre-aa"),
+]
+# Setting of README.md: what it is called, the call, the file with its seconds (None: not timed), and with its loss.
+README_ROWS = [
+    ("**global pruning, calibrated by itself**", "`accelerate(model)`", "latency-vggt-1b-h200", "calibrated"),
+    ("global pruning, trained weights", "`weights=FILE`", None, "default"),
+    ("pre-AA pruning, no weights", '`mode="pre-aa", weights=None`', "latency-vggt-1b-h200-pre-aa", "pre-aa-training-free"),
+    ("pre-AA pruning, trained weights", '`mode="pre-aa"`', None, "pre-aa"),
+]
+
+
+def timings(name: str) -> dict[tuple[str, int], dict[str, Any]]:
+    """Rows of a file that `latency.py` wrote, by variant and number of frames."""
+    rows = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+    return {(row["variant"], row["frames"]): row for row in rows}
+
+
+def seconds(row: dict[str, Any] | None, stock: dict[str, Any] | None = None) -> str:
+    """Median seconds, the speed-up over stock where both were measured, and memory."""
+    if row is None:
+        return "not run"
+    taken = row["seconds_median"]
+    faster = f" ({stock['seconds_median'] / taken:.1f}x)" if stock is not None else ""
+    memory = "" if row["peak_gib"] is None else f", {row['peak_gib']:.1f} GiB"
+    return f"{taken:.3g} s{faster}{memory}"
+
+
+def gpu_table() -> str:
+    """Latency of VGGT-1B's shape on one GPU."""
+    stock = timings("latency-vggt-1b-h200")
+    lines = [["stock", *(seconds(stock.get(("stock", n))) for n in GPU_FRAMES)]]
+    for title, name in GPU_ROWS:
+        found = timings(name)
+        cells = [seconds(found.get(("pace", n)), stock.get(("stock", n))) for n in GPU_FRAMES]
+        lines.append([title, *cells])
+    return table(["setting", *(f"{n} frames" for n in GPU_FRAMES)], lines)
+
+
+def cpu_table() -> str:
+    """Latency of VGGT-mini on the CPU."""
+    lines = []
+    for title, name in CPU_ROWS:
+        found = timings(name)
+        for n in CPU_FRAMES:
+            stock, pace = found["stock", n], found["pace", n]
+            lines.append([title, str(n), seconds(stock), seconds(pace, stock)])
+    return table(["setting", "frames", "stock", "accelerated"], lines)
+
+
+def readme_table() -> str:
+    """What each setting gains and costs, in one table."""
+    stock = timings("latency-vggt-1b-h200")
+    head = ["setting", "call", *(f"{n} frames" for n in GPU_FRAMES), "AUC@30 lost", "AbsRel worse by"]
+    lines = [["stock", "", *(seconds(stock.get(("stock", n))) for n in GPU_FRAMES), "", ""]]
+    for title, call, name, quality in README_ROWS:
+        found = None if name is None else timings(name)
+        cells = ["not timed"] * len(GPU_FRAMES)
+        if found is not None:
+            cells = [seconds(found.get(("pace", n)), stock.get(("stock", n))) for n in GPU_FRAMES]
+        row = row_of(f"rooms-8-{quality}", 0.3)
+        lines.append([title, call, *cells, f"{-row['auc30_change']:.1f} %", f"{row['absrel_change']:.1f} %"])
+    return table(head, lines)
+
+
 def filled(text: str, name: str, table: str) -> str:
     """`text` with `table` between the markers `<!-- name -->` and `<!-- /name -->`.
 
@@ -168,6 +243,9 @@ TABLES = [
     (ROOT / "docs" / "quality.md", "settings", settings_table),
     (ROOT / "docs" / "quality.md", "changes", changes_table),
     (ROOT / "docs" / "quality.md", "stages", stages_table),
+    (ROOT / "docs" / "latency.md", "gpu", gpu_table),
+    (ROOT / "docs" / "latency.md", "cpu", cpu_table),
+    (ROOT / "README.md", "settings", readme_table),
     (ROOT / "weights" / "README.md", "unpruned", unpruned_table),
 ]
 

@@ -29,6 +29,5 @@ print(
 
 # Code of your own may read the tokens, too: they are the stock list, with all tokens of every frame.
 kept = pacevggt_patch.summary(model).kept
-print(
-    "tokens of the last layer:", list(tokens[-1].shape), "| kept:", None if kept is None else kept.shape[-1]
-)
+kept = 0 if kept is None else kept.shape[-1]
+print("tokens of the last layer:", list(tokens[-1].shape), "| kept of each frame:", kept)

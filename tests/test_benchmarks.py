@@ -25,7 +25,7 @@ def script(name: str):
 
 
 QUICK = ["--device", "cpu", "--size", "28x42", "--break-even-frames", ""]
-SMALL = [*QUICK, "--repeats", "2", "--merge-budget", "0.1"]
+SMALL = [*QUICK, "--repeats", "2", "--mode", "pre-aa", "--merge-budget", "0.1"]
 
 
 def test_latency(tmp_path, monkeypatch, capsys):
@@ -75,7 +75,7 @@ def test_latency(tmp_path, monkeypatch, capsys):
     ]
     names = [stage["stage"] for stage in report["details"][1]["stages"]]
     assert set(names) == {
-        "DINO", "scores", "keep and merge", "frame blocks", "global blocks", "restoration", "camera_head",
+        "DINO", "selection", "merging", "frame blocks", "global blocks", "restoration", "camera_head",
         "depth_head", "point_head", "other",
     }  # fmt: skip
     stage = report["details"][1]["stages"][0]
@@ -88,7 +88,6 @@ def test_latency(tmp_path, monkeypatch, capsys):
 
     assert report["largest_frames"] is None and report["skipped"] == []
     assert report["break_even_frames"].keys() == {"0.4", "0.2"}
-    assert set(report["break_even_frames"].values()) <= {1, None}
     checked = report["budget"]
     assert [(row["frames"], row["keep_ratio"]) for row in checked] == [(3, 0.4), (3, 0.2)]
     assert checked[0]["measured_seconds"] == pace["seconds_median"]
@@ -119,32 +118,28 @@ def test_noise(mode, tmp_path, monkeypatch, capsys):
     assert "same tokens kept 100.0%" in capsys.readouterr().out
 
 
-def test_latency_with_dense_frames(tmp_path, monkeypatch, capsys):
+def test_latency_of_global_pruning(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(BENCHMARKS)
     latency, file = script("latency"), tmp_path / "latency.json"
-    small = [*QUICK, "--repeats", "1", "--frames", "2", "--dense-frames"]
+    small = [*QUICK, "--repeats", "1", "--frames", "2"]
     assert latency.main([*small, "--json", str(file)]) == 0
     report = json.loads(file.read_text())
-    assert report["dense_frames"] and [row["merge_budget"] for row in report["rows"]] == [0, 0]
+    assert (report["mode"], report["full_heads"]) == ("global", "0")
     assert report["break_even_frames"] == {}  # not tried, which is not "never"
     stock, pace = ({stage["stage"]: stage for stage in d["stages"]} for d in report["details"])
-    assert {"following", "restoration"} <= pace.keys() and "keep and merge" not in stock
+    assert "propagation" in pace and not {"restoration", "merging"} & pace.keys() and "propagation" not in stock
     assert pace["frame blocks"]["tflop"] == stock["frame blocks"]["tflop"]
     assert pace["global blocks"]["tflop"] < stock["global blocks"]["tflop"]
-    assert "frame blocks on all tokens" in capsys.readouterr().out
-    assert latency.main([*small, "--matching-heads", "3", "--json", str(file)]) == 0
-    report = json.loads(file.read_text())
-    assert report["matching_heads"] == 3
-    _, more = ({stage["stage"]: stage for stage in d["stages"]} for d in report["details"])
-    assert more["global blocks"]["tflop"] > pace["global blocks"]["tflop"]
-    with pytest.raises(PaceError) as error:
-        latency.main([*small, "--matching-heads", "33"])
-    assert str(error.value) == "--matching-heads must lie between 1 and 32, all heads of the model, got 33"
-    with pytest.raises(PaceError) as error:
-        latency.main([*QUICK, "--matching-heads", "3"])
-    assert (
-        str(error.value) == "--matching-heads needs --dense-frames: without them no head can see all tokens"
-    )
+    assert "global pruning" in capsys.readouterr().out
+    for heads in ("3", "1/2,3/0,6/1"):
+        assert latency.main([*small, "--full-heads", heads, "--json", str(file)]) == 0
+        report = json.loads(file.read_text())
+        assert report["full_heads"] == heads
+        _, more = ({stage["stage"]: stage for stage in d["stages"]} for d in report["details"])
+        assert more["global blocks"]["tflop"] > pace["global blocks"]["tflop"]
+    for heads in ("33", "8/0", "x", "published"):
+        with pytest.raises(PaceError, match=f"--full-heads {heads}"):
+            latency.main([*small, "--full-heads", heads])
 
 
 def test_latency_where_stock_runs_out_of_memory(tmp_path, monkeypatch):

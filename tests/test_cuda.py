@@ -1,10 +1,10 @@
 """What only a GPU can show: no host syncs, graphs, mixed devices. Skipped without CUDA."""
 
-from contextlib import copy
+import copy
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import contextmanager
 import pytest
 import torch
 import torch.nn.functional as F
@@ -179,7 +179,7 @@ def test_global_pruning_agrees_with_the_cpu(model, images, autocast, compile, ki
     monkeypatch.setitem(chunks.HIDDEN_BYTES, "gpu", 16 * 32 * 25)  # one frame at a time
     weights = make(model, kind)
     with torch.inference_mode():
-        # Another instance: a stock VGGT keeps its positions on the device that it ran on first.
+        # Another instance: a stock VGGT keeps positions on the device that it ran on first.
         other = accelerate(copy.deepcopy(model).cpu(), 0.4, weights=weights, min_frames=1)
         expected, kept = other(images.cpu()), summary(other).kept
         accelerate(model, 0.4, weights=weights, min_frames=1, compile=compile)
@@ -210,8 +210,9 @@ def test_errors_of_heads_are_those_of_the_cpu(model, images):
     from pacevggt_patch.calibration.full_heads import find_full_heads
 
     accelerate(model, weights=None, min_frames=1)
+    other = copy.deepcopy(model).cpu()  # before it runs: a stock VGGT keeps positions on its first device
     heads, errors = find_full_heads(model, [images])
-    expected = find_full_heads(copy.deepcopy(model).cpu(), [images.cpu()])
+    expected = find_full_heads(other, [images.cpu()])
     assert heads == expected[0]
     torch.testing.assert_close(errors.cpu(), expected[1], rtol=0.2, atol=1e-5)  # bfloat16 against float32
 

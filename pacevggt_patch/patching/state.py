@@ -126,7 +126,7 @@ class State:
         tried: what the trial was of, see `trial.key`.
         stock: `id` of blocks that `hosts.blocks` can run.
         rope: the host's rotary embedding for `hosts.rope.rotation`, or None.
-        on_device: whether the trunk runs with the images' device as torch's default device. Tensors that it makes on its
+        on_device: whether the trunk runs with the images' device as default device. Tensors that it makes on its
             way then need no copy from the CPU, for which CUDA would wait.
         forced: prune even where all tokens are kept; for the trial.
         given: what global blocks are given beside tokens and positions, by name.
