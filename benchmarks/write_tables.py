@@ -168,7 +168,12 @@ CPU_ROWS = [
 README_ROWS = [
     ("**global pruning, calibrated by itself**", "`accelerate(model)`", "latency-vggt-1b-h200", "calibrated"),
     ("global pruning, trained weights", "`weights=FILE`", None, "default"),
-    ("pre-AA pruning, no weights", '`mode="pre-aa", weights=None`', "latency-vggt-1b-h200-pre-aa", "pre-aa-training-free"),
+    (
+        "pre-AA pruning, no weights",
+        '`mode="pre-aa", weights=None`',
+        "latency-vggt-1b-h200-pre-aa",
+        "pre-aa-training-free",
+    ),
     ("pre-AA pruning, trained weights", '`mode="pre-aa"`', None, "pre-aa"),
 ]
 

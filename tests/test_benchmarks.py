@@ -127,7 +127,9 @@ def test_latency_of_global_pruning(tmp_path, monkeypatch, capsys):
     assert (report["mode"], report["full_heads"]) == ("global", "0")
     assert report["break_even_frames"] == {}  # not tried, which is not "never"
     stock, pace = ({stage["stage"]: stage for stage in d["stages"]} for d in report["details"])
-    assert "propagation" in pace and not {"restoration", "merging"} & pace.keys() and "propagation" not in stock
+    assert (
+        "propagation" in pace and not {"restoration", "merging"} & pace.keys() and "propagation" not in stock
+    )
     assert pace["frame blocks"]["tflop"] == stock["frame blocks"]["tflop"]
     assert pace["global blocks"]["tflop"] < stock["global blocks"]["tflop"]
     assert "global pruning" in capsys.readouterr().out
