@@ -156,7 +156,6 @@ GPU_ROWS = [
     ("global pruning, 8 full-attention heads", "latency-vggt-1b-h200"),
     ("global pruning, no full-attention heads", "latency-vggt-1b-h200-heads-0"),
     ("global pruning, 24 full-attention heads", "latency-vggt-1b-h200-heads-24"),
-    ("global pruning, 60 full-attention heads", "latency-vggt-1b-h200-heads-60"),
     ("pre-AA pruning", "latency-vggt-1b-h200-pre-aa"),
 ]
 GPU_FRAMES, CPU_FRAMES = (100, 300, 1000), (8, 24, 48)

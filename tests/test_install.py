@@ -508,3 +508,15 @@ def test_a_config_is_taken_in_place_of_loose_settings(model):
     found = summary(model).config
     assert (found.keep_ratio, found.merge_budget, found.min_frames, found.mode) == (0.4, 0.1, 2, "pre-aa")
     assert config.mode is None
+
+
+def test_settings_that_can_not_be_met_leave_the_model_as_it_was(model, monkeypatch):
+    images = random_images()
+    accelerate(model, 0.4, weights=None)
+    expected = run(model, images)
+    monkeypatch.setattr("pacevggt_patch.hosts.blocks.is_block", lambda *_: False)
+    monkeypatch.setattr("pacevggt_patch.patching.install.is_dense_head", lambda *_: False)
+    with pytest.raises(UnsupportedModelError, match="compile=True"):
+        accelerate(model, 0.2, weights=None, compile=True)
+    assert summary(model).config.keep_ratio == 0.4
+    assert_equal(run(model, images), expected)

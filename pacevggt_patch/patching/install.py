@@ -138,9 +138,14 @@ def install(
         state.on_device = before.on_device
     else:
         state.on_device = trial.run(model, host, config)
-    check_foreign(model)
+    installed = forwards_of(model)
     remove(model)
-    place(state)
+    try:
+        place(state)
+    except Exception:
+        for forward in installed:
+            forward.module.__dict__[forward.attribute] = forward
+        raise
     return state
 
 
