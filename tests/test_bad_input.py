@@ -251,3 +251,15 @@ def test_images_by_keyword_are_looked_at_too(model, mode):
     with pytest.raises(PaceError, match="images"):
         model.aggregator(images=torch.rand(1, 2, 3, 30, 28))
     model.aggregator(images=random_images(2))
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(255, 0), (4, -2)])
+def test_images_far_from_their_range_are_named(scale, shift):
+    model = accelerate(tiny_vggt(), 0.3, weights=None)
+    with pytest.warns(UserWarning, match=r"expects \[0, 1\]"), torch.inference_mode():
+        model(random_images(3) * scale + shift)
+
+
+def test_pre_aa_pruning_without_weights_is_named():
+    with pytest.warns(UserWarning, match="training-free"):
+        accelerate(tiny_vggt(), 0.3, mode="pre-aa")

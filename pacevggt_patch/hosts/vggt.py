@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from typing import Any
 
 import torch
@@ -125,8 +127,18 @@ class VGGT(Host):
             )
         # On CUDA a look at the values would make the host wait. It would cut a compiled graph in two.
         looks = images.device.type == "cpu" and not torch.compiler.is_compiling()
-        if looks and not torch.isfinite(images).all():
+        if not looks:
+            return
+        low, high = (value.item() for value in images.detach().aminmax())
+        if not (math.isfinite(low) and math.isfinite(high)):
             raise PaceError("images hold NaN or infinity: check how they were loaded")
+        if low < -0.5 or high > 1.5:
+            warnings.warn(
+                f"images reach from {low:.3g} to {high:.3g}, and the model expects [0, 1]: divide 8-bit values by 255, "
+                "and leave normalisation to the model",
+                UserWarning,
+                stacklevel=3,
+            )
 
     # For a forward of our own in place of the aggregator's.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from os import PathLike
 
 from ..config import GLOBAL, PRE_AA, PaceConfig
@@ -34,7 +35,15 @@ def resolve(
     if isinstance(weights, str) and weights == "auto":
         mode = asked or GLOBAL
         check_values(host)
-        return bundled_for(host, mode) or (cache.find(host) if mode == GLOBAL else None), mode
+        found = bundled_for(host, mode) or (cache.find(host) if mode == GLOBAL else None)
+        if found is None and mode == PRE_AA:
+            warnings.warn(
+                "no weights of pre-AA pruning are bundled for this checkpoint, so it runs training-free: "
+                "pass weights that you trained, or weights=None to choose that without this warning",
+                UserWarning,
+                stacklevel=3,  # past accelerate(), to the line that called it
+            )
+        return found, mode
     chosen = weights if isinstance(weights, PaceWeights) else PaceWeights.load(weights)
     if asked is not None and chosen.mode != asked:
         what = f'mode="{config.mode}"' if config.mode else f"merge_budget={config.merge_budget:g}"
