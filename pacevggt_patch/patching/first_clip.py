@@ -46,8 +46,8 @@ def calibrate_on(state: State, clip: Clip, call: BlockCall) -> None:
         with torch.no_grad():
             errors = _unpruned_errors(state, clip, call, frames)
         heads = choose_full_heads(errors)
-    except (PaceError, RuntimeError, TypeError, ValueError) as error:
-        state.pending = False
+    except Exception as error:  # whatever blocks of another make trip over
+        state.pending = isinstance(error, torch.cuda.OutOfMemoryError)
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         state.say_once(
             f"calibration on the first clip failed ({reason}): clips run without full-attention heads; pass "
@@ -116,7 +116,9 @@ def _unpruned_errors(state: State, clip: Clip, call: BlockCall, frames: int) -> 
         else:
             given = tokens.flatten(0, 1)[None]
             positions = None if where is None else where.flatten(0, 1)[None]
-        args, kwargs = call.on(given, positions).arguments()
+        # What else a global block is given says nothing here, and a frame block may not know it.
+        bare = call.on(given, positions, (), {}) if kind == "frame" else call.on(given, positions)
+        args, kwargs = bare.arguments()
         if kind == "frame":
             out = own(*args, **kwargs)
         else:

@@ -80,7 +80,7 @@ class TrunkForward(Forward):
             state.host.check_images(images)
         state.clear()
         before = threads.clip
-        threads.clip = Clip(len(images) if isinstance(images, Tensor) and images.ndim == 5 else None)
+        threads.clip = Clip(*images.shape[:2]) if isinstance(images, Tensor) and images.ndim == 5 else Clip()
         try:
             with self.on_device(images):
                 return self.own(*args, **kwargs)

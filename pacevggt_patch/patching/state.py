@@ -28,7 +28,7 @@ class Clip:
     """A forward pass under way: from the first block to the last, or as long as the trunk runs.
 
     Attributes:
-        batch: B, if the trunk was called with images [B, S, 3, H, W]; else None.
+        batch, frames: B and S, if the trunk was called with images [B, S, 3, H, W]; else None.
         prunes: whether it is pruned; None before that is decided.
         deltas: whether block deltas are in force.
         parts: for each call of the first block, the patch tokens [n, P, C] that entered and their plan.
@@ -37,8 +37,8 @@ class Clip:
         loose: whether it ends with the last block, since the trunk was not called.
     """
 
-    def __init__(self, batch: int | None = None):
-        self.batch, self.loose = batch, False
+    def __init__(self, batch: int | None = None, frames: int | None = None):
+        self.batch, self.frames, self.loose = batch, frames, False
         self.prunes: bool | None = None
         self.deltas = False
         self.parts: list[tuple[Tensor, Plan | None]] = []
@@ -66,11 +66,20 @@ class Clip:
         # A fake tensor lies nowhere.
         if torch.compiler.is_compiling() or type(tensor) is not Tensor:
             return make()
-        version = None if tensor.is_inference() else tensor._version  # somebody may write into it meanwhile
+        inference = tensor.is_inference()
+        if inference and not _is_whole(tensor):
+            return (
+                make()
+            )  # whether somebody wrote into it meanwhile can't be told; nobody writes into positions
+        version = None if inference else tensor._version
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, version)
         if key not in self.gathered:
             self.gathered[key] = tensor, make()  # the entry holds the tensor: its address stays its own
         return self.gathered[key][1]
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() and tensor.dtype != torch.bool
 
 
 class PerThread(threading.local):
@@ -221,7 +230,7 @@ class State:
             )
         if self.rope is not None and max(grid) >= ROPE_TABLE:
             raise UnsupportedModelError(f"images of {ROPE_TABLE} patches on a side or more are not supported")
-        self.begin(clip, len(tokens) // (clip.batch or 1), patches)
+        self.begin(clip, clip.frames or len(tokens), patches)
         # Detached: a gradient checkpoint that runs the block once more does not come here, and what holds the tokens of
         # a block would never go, see `Recomputed`.
         features = tokens.detach()[:, self.host.special_tokens :]

@@ -58,9 +58,10 @@ class StageTimer:
         start = device_time() if self.timing else 0.0
         yield
         seconds = device_time() - start if self.timing else None
-        others = [stage for stage in self.stages if stage.name != name]
-        if add and len(others) < len(self.stages):
-            same = next(stage for stage in self.stages if stage.name == name)
+        stages = self.stages  # other threads may run the model, too
+        others = [stage for stage in stages if stage.name != name]
+        same = next((stage for stage in stages if stage.name == name), None) if add else None
+        if same is not None:
             if seconds is not None:
                 seconds += same.seconds or 0.0
             tokens_in, tokens_out = max(tokens_in, same.tokens_in), max(tokens_out, same.tokens_out)

@@ -25,7 +25,10 @@ def folder() -> Path | None:
     if chosen:
         return Path(chosen).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "pacevggt"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "pacevggt"
+    except RuntimeError:  # nobody's home
+        return None
 
 
 def entries() -> list[Path]:
