@@ -28,7 +28,7 @@ class PaceConfig:
             arXiv 2605.08371). None takes the mode of the weights; without weights "pre-aa" where a merge budget is
             given, else "global".
         min_frames: clips of fewer frames run unpruned. None: where that is the faster one, see
-            `planning.break_even`. 1 prunes every clip.
+            `method.cost.pruning_pays`. 1 prunes every clip.
         compile: run attention blocks and dense heads by functions that torch.compile makes at their first call.
         head_dtype: dtype of the autocast that dense heads run under, bfloat16 or float16. None leaves it to the host.
         output_device: where dense heads put their outputs, a chunk of frames at a time. None: where they are made.

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
 
-WRAPPERS = ("module", "_orig_mod", "model", "vggt", "net", "backbone")
-
 
 @dataclass(frozen=True)
 class BackboneSpec:

@@ -35,11 +35,6 @@ class Plan(NamedTuple):
         first = torch.arange(self.batch, device=rows.device) * (len(self.kept) // self.batch) * length
         return rows - first[:, None]
 
-    def of_frames(self, frames: Tensor) -> Plan:
-        """The plan of one clip that is made of some frames, by their numbers among all N."""
-        index, weights = (t.index_select(0, frames) for t in self.propagation)
-        return Plan(self.kept.index_select(0, frames), Propagation(index, weights))
-
 
 def keep_best(
     features: Tensor, grid: tuple[int, int], keep: int, scorer: TokenScorer | None = None

@@ -67,7 +67,7 @@ class Clip:
         if torch.compiler.is_compiling() or type(tensor) is not Tensor:
             return make()
         inference = tensor.is_inference()
-        if inference and not _is_whole(tensor):
+        if inference and not _is_integer(tensor):
             return (
                 make()
             )  # whether somebody wrote into it meanwhile can't be told; nobody writes into positions
@@ -78,7 +78,7 @@ class Clip:
         return self.gathered[key][1]
 
 
-def _is_whole(tensor: Tensor) -> bool:
+def _is_integer(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() and tensor.dtype != torch.bool
 
 
