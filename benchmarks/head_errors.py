@@ -22,11 +22,11 @@ from tqdm import tqdm
 
 from pacevggt_patch import PaceError, PaceWeights, accelerate, remove
 from pacevggt_patch.calibration.full_heads import find_full_heads
-from pacevggt_patch.cli.pictures import load_pyplot, save_figure
 from pacevggt_patch.evaluation import decode_pose_encoding, pairwise_pose_errors
 from pacevggt_patch.method.full_heads import KEEP_RATIO, LEAST_ERROR, Heads
 from pacevggt_patch.mini import build_mini
 from pacevggt_patch.runtime.files import write_json
+from pacevggt_patch.runtime.plotting import load_pyplot, save_figure
 
 
 def main(argv: list[str] | None = None) -> int:

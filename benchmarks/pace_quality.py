@@ -20,11 +20,11 @@ from quality import METRICS, add_clip_arguments, header, known_values, load, mea
 from tqdm import tqdm
 
 from pacevggt_patch import PaceError, accelerate, remove
-from pacevggt_patch.cli.pictures import load_pyplot, save_figure
 from pacevggt_patch.clips import Clip
 from pacevggt_patch.config import GLOBAL, MODES
 from pacevggt_patch.mini import build_mini
 from pacevggt_patch.runtime.files import write_json
+from pacevggt_patch.runtime.plotting import load_pyplot, save_figure
 
 STAGES = {"calibrated": "calibrated", "distilled": "distilled", "refined": "pace"}  # and their files
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pacevggt_patch.cli.pictures import load_pyplot, save_figure
+from pacevggt_patch.runtime.plotting import load_pyplot, save_figure
 
 
 def save_plots(report: dict[str, Any], path: Path) -> None:

@@ -15,3 +15,8 @@ class WeightsError(PaceError):
 
 class ClipError(PaceError):
     """A clip (images, cameras or depth) can't be read."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in short."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

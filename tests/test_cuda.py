@@ -407,7 +407,7 @@ def test_training_runs_on_the_device(tmp_path, mode):
 
 
 def test_recorded_calls_are_replayed_with_new_inputs():
-    from pacevggt_patch.runtime.cuda_graphs import Recorder
+    from pacevggt_patch.training.cuda_graphs import Recorder
 
     recorder, runs = Recorder(True), []
 

@@ -37,8 +37,8 @@ from pacevggt_patch.mini.training.losses import (
 from pacevggt_patch.mini.training.optim import FlatOptimizer, learning_rate, orthogonalise
 from pacevggt_patch.mini.training.train import Plan, architecture, main
 from pacevggt_patch.mini.training.trainer import Settings, Trainer, sample_inputs, step_views
-from pacevggt_patch.runtime.seeds import mixed_seed
 from pacevggt_patch.training.losses import PAIR_FLOOR, PAIR_HALF, camera_losses, pair_losses
+from pacevggt_patch.training.seeds import mixed_seed
 
 torch.set_num_threads(1)
 

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 
 import pacevggt_patch
 from pacevggt_patch import PaceError, PaceWeights, WeightsError, accelerate, summary
-from pacevggt_patch.cli import pictures
 from pacevggt_patch.cli.main import main
 from pacevggt_patch.method import full_heads
 from pacevggt_patch.method.block_deltas import BlockDeltas
+from pacevggt_patch.training import curve
 from pacevggt_patch.training import run as command
 from pacevggt_patch.training.backbones import load_backbone
 from pacevggt_patch.training.fit import Fit, Settings
@@ -297,9 +297,9 @@ def test_a_loss_that_is_no_number_ends_the_run(tiny, folder, tmp_path, monkeypat
 @pytest.mark.parametrize(("losses", "panels"), [([], 2), ([{"step": 1, "total": 2.0, "depth": 1.0}], 3)])
 def test_the_curve_of_a_calibration_has_no_empty_panel(losses, panels, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(pictures, "save_figure", lambda figure, _: drawn.append(figure))
+    monkeypatch.setattr(curve, "save_figure", lambda figure, _: drawn.append(figure))
     checks = [{"stage": "calibrated", "step": 0, "ratios": {"0.3": {"rotation_deg": 1.0, "depth": 0.1}}}]
-    pictures.save_training_curve(tmp_path / "curve.png", losses, checks)
+    curve.save_training_curve(tmp_path / "curve.png", losses, checks)
     assert len(drawn[0].axes) == panels and all(axis.lines for axis in drawn[0].axes)
 
 

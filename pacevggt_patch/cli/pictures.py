@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,24 +11,9 @@ from torch import Tensor
 from ..config import PRE_AA, PaceConfig
 from ..errors import PaceError
 from ..runtime.files import whole_file
+from ..runtime.plotting import load_pyplot, save_figure
 
 FRAMES_SHOWN = 6
-
-
-def load_pyplot() -> Any:
-    """matplotlib's pyplot, drawing to files.
-
-    Raises:
-        PaceError: there is no matplotlib.
-    """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise PaceError("pictures need matplotlib: pip install 'pacevggt-patch[demo]'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
 
 
 def spread(frames: int, shown: int = FRAMES_SHOWN) -> list[int]:
@@ -182,54 +166,5 @@ def save_points(path: Path, points: Tensor, colours: Tensor) -> None:
         PlyData([PlyElement.describe(vertices, "vertex")]).write(temporary)
 
 
-def save_training_curve(path: Path, losses: list[dict[str, float]], checks: list[dict[str, Any]]) -> None:
-    """Losses over steps, and what every stage gave.
-
-    Args:
-        path: a PNG.
-        losses: records with `step` and losses by name.
-        checks: records with `stage` and, by keep ratio in `ratios`, differences from the unpruned model by name.
-    """
-    plt = load_pyplot()
-    panels = 3 if losses else 2  # a calibration has none
-    figure, axes = plt.subplots(1, panels, figsize=(2 + 4 * panels, 4), layout="constrained")
-    if losses:
-        names = sorted({name for record in losses for name in record} - {"step", "total", "norm"})
-        for name in names:
-            rows = [(record["step"], record[name]) for record in losses if name in record]
-            marker = "." if len(rows) < 3 else ""  # a line through one point can't be seen
-            axes[0].plot(*zip(*rows, strict=True), marker=marker, label=name, linewidth=0.8)
-        axes[0].set(title="training losses", xlabel="step", yscale="log")
-        if names:
-            axes[0].legend(fontsize=7)
-    ratios = list(checks[0]["ratios"]) if checks else []
-    stages = [check["stage"] for check in checks]
-    for axis, key, title in (
-        (axes[-2], "rotation_deg", "rotation, degrees"),
-        (axes[-1], "depth", "depth, relative"),
-    ):
-        for ratio in ratios:
-            values = [check["ratios"][ratio].get(key, np.nan) for check in checks]
-            axis.plot(range(len(checks)), values, "o-", label=f"keep {ratio}")
-        axis.set_xticks(range(len(checks)), stages, fontsize=8)
-        axis.set(title=f"difference from the unpruned model: {title}", ylim=(0, None))
-        axis.title.set_fontsize(9)
-        axis.legend(fontsize=7)
-    for axis in axes:
-        axis.grid(alpha=0.3)
-    save_figure(figure, path)
-
-
 def _rgb(image: Tensor) -> np.ndarray:
     return image.clamp(0, 1).permute(1, 2, 0).cpu().numpy()
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure as PNG, whole or not at all, and close it."""
-    from matplotlib import pyplot
-
-    try:
-        with whole_file(path) as temporary:
-            figure.savefig(temporary, dpi=110)
-    finally:
-        pyplot.close(figure)

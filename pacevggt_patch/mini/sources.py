@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..clips import Clip
-from ..runtime.cuda_graphs import Recorder
-from ..runtime.seeds import mixed_seed
+from ..training.cuda_graphs import Recorder
+from ..training.seeds import mixed_seed
 from ..training.sources import SWEEPS, ClipSource, Sample, Truth, stacked, to_device
 from .scenes.rooms import render_room
 from .scenes.sweeps import Sweeps, render_sweeps, sample_sweeps

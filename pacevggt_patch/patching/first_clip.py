@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import PaceError
+from ..errors import PaceError, first_line
 from ..hosts.base import BlockCall
 from ..method.full_heads import KEEP_RATIO, choose_full_heads, head_errors
 from ..method.global_pruning import Plan, keep_best
@@ -48,7 +48,7 @@ def calibrate_on(state: State, clip: Clip, call: BlockCall) -> None:
         heads = choose_full_heads(errors)
     except Exception as error:  # whatever blocks of another make trip over
         state.pending = isinstance(error, torch.cuda.OutOfMemoryError)
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         state.say_once(
             f"calibration on the first clip failed ({reason}): clips run without full-attention heads; pass "
             "weights=None to choose that without this warning"

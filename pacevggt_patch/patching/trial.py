@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from ..config import PRE_AA, PaceConfig
-from ..errors import UnsupportedModelError
+from ..errors import UnsupportedModelError, first_line
 from ..hosts.base import Host, find_host
 from ..runtime.bare_copy import bare_copy
 from ..runtime.compiling import outside_modes
@@ -149,11 +149,6 @@ def _alike_on(device: torch.device, host: Host, images: Tensor, stock: Any) -> b
             return alike(stock, flat(host.run_trunk(images)), host.reference.dtype)
     except Exception:  # whatever it makes on the CPU on purpose
         return False
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in short."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _images(host: Host, grid: tuple[int, int]) -> Tensor:

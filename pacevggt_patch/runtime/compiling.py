@@ -10,12 +10,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn, overrides
 from torch.nn.modules import module as modules
 from torch.utils._device import DeviceContext
 
-from ..errors import PaceError
+from ..errors import PaceError, first_line
 from .bare_copy import HOOKS
 
 BACKEND = "inductor"
@@ -58,27 +57,10 @@ def compiled(function: types.FunctionType, *key: Hashable) -> Callable[..., Any]
                 return run(*args, **kwargs)
         except Failed as error:
             raise PaceError(
-                f"torch.compile failed on this machine ({str(error).strip().splitlines()[0]}): pass compile=False"
+                f"torch.compile failed on this machine ({first_line(error)}): pass compile=False"
             ) from error
 
     return call
-
-
-def works(device: torch.device) -> bool:
-    """Whether what a block is made of can be compiled on this machine, and its gradients; takes seconds.
-
-    It takes a C compiler, and on a GPU Triton.
-    """
-    try:
-        with torch.enable_grad():
-            compiled(_trial)(torch.ones(8, 16, device=device, requires_grad=True)).sum().backward()
-    except Exception:  # whatever a compiler that is not all there trips over
-        return False
-    return True
-
-
-def _trial(x: Tensor) -> Tensor:
-    return x + F.gelu(F.linear(F.layer_norm(x, x.shape[-1:]), x.mT @ x))
 
 
 def _device(arguments: Iterable[Any]) -> torch.device | None:

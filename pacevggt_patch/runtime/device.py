@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..errors import PaceError
+from ..errors import PaceError, first_line
 
 
 def usable_device(name: str | None) -> torch.device:
@@ -17,6 +17,5 @@ def usable_device(name: str | None) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise PaceError(f"device {name!r} can't be used: {reason}") from error
+        raise PaceError(f"device {name!r} can't be used: {first_line(error)}") from error
     return device

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..errors import PaceError, WeightsError
+from ..errors import PaceError, WeightsError, first_line
 from ..mini import build_mini
 from ..mini.model import FORMAT as MINI_FORMAT
 from ..mini.model import GET_VGGT, KIND
@@ -42,7 +42,7 @@ def load_backbone(name: str) -> Any:
         model.load_state_dict(read_state(path))
         return model.eval()
     except Exception as error:  # of the Hub client, of safetensors, of pickle, of state dictionaries
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise PaceError(f"backbone {name} can't be loaded: {reason}") from error
 
 

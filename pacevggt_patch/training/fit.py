@@ -29,12 +29,12 @@ from ..method.block_deltas import FULL_STRENGTH
 from ..method.propagation import RIDGE as RIDGE_OF_SLOPES
 from ..method.scoring import DISTINCTNESS_WEIGHT
 from ..runtime.attention import half_precision
-from ..runtime.cuda_graphs import Recorder
-from ..runtime.seeds import mixed_seed
 from ..weights.pace import PaceWeights
 from .attention_target import attention_target
+from .cuda_graphs import Recorder
 from .losses import distillation_loss, token_losses, total_loss, truth_target
 from .passes import Outputs, run
+from .seeds import mixed_seed
 from .sources import SWEEPS, ClipSource, Sample, Truth, to_device
 
 # Keep ratios that the steps of a run have: few, so that steps of one kind come again and can be replayed.

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..evaluation.geometry import from_first_camera, quaternions, rotation_matrix, unproject
-from ..runtime.tensors import total
 from .passes import Outputs
 from .sources import Truth
+from .tensors import total
 
 POSE_WEIGHTS = {"translation": 5.0, "rotation": 6.0, "field_of_view": 1.0}
 PAIR_WEIGHTS = {"pair_translation": 1.0, "pair_rotation": 0.5}

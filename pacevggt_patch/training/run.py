@@ -16,17 +16,17 @@ import torch
 import torch.distributed as dist
 
 from ..calibration.restoration import KEEP_RATIOS
-from ..cli.pictures import save_training_curve
 from ..config import GLOBAL
 from ..errors import PaceError, WeightsError
 from ..hosts.base import find_host
-from ..runtime.compiling import works
 from ..runtime.device import usable_device
 from ..runtime.files import environment, whole_file, write_json
 from ..version import __version__
 from ..weights.hub import HUB_FILE
 from ..weights.pace import PaceWeights
 from .backbones import is_mini, load_backbone
+from .compiling import works
+from .curve import save_training_curve
 from .fit import Fit, Settings
 from .guest import guest
 from .sources import ClipSource, FolderSource

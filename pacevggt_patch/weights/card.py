@@ -11,7 +11,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.utils import HFValidationError
 
 from ..config import GLOBAL
-from ..errors import WeightsError
+from ..errors import WeightsError, first_line
 from .hub import HUB_FILE
 from .pace import PaceWeights
 
@@ -51,7 +51,7 @@ def push(file: str | PathLike[str], repo: str, revision: str | None = None, *, p
         raise WeightsError(f"{repo} is not a valid Hub id: {error}") from error
     except Exception as error:  # of the client and its HTTP library, which differs between its versions
         status = getattr(getattr(error, "response", None), "status_code", None)
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         if status in (401, 403):
             reason = "the Hub does not let you: log in with `hf auth login` or set HF_TOKEN to a token that may write"
         raise WeightsError(f"{file} can't be uploaded to {repo}: {reason}") from error

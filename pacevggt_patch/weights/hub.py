@@ -15,7 +15,7 @@ from huggingface_hub.utils import (
     RevisionNotFoundError,
 )
 
-from ..errors import WeightsError
+from ..errors import WeightsError, first_line
 
 HUB_FILE = "pace.safetensors"
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^@\s]+))?")
@@ -66,7 +66,7 @@ def download(repo: str, revision: str | None) -> Path:
     except HFValidationError as error:
         raise WeightsError(f"{name} is not a valid Hub id: {error}") from error
     except Exception as error:  # of the client's HTTP library, which differs between its versions
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         if http_status(error) == 401:
             reason = "the Hub rejects your token, log in with `hf auth login` or fix HF_TOKEN"
         raise WeightsError(f"{name} can't be downloaded: {reason}") from error

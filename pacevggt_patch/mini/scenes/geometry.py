@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...runtime.tensors import total
+from ...training.tensors import total
 
 ROOM_FACES = 6
 CAMERA_CLEARANCE = 0.22  # metres between a camera and the nearest object

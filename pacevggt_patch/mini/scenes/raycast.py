@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...runtime.tensors import total
+from ...training.tensors import total
 from ..compiling import faster
 from .geometry import ROOM_FACES, Axes, cross_cube, enter_sphere
 from .textures import TextureAtlas, sample_texture

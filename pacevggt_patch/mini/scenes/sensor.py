@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...runtime.tensors import total
+from ...training.tensors import total
 from ..compiling import faster
 from .sampling import Sampler
 

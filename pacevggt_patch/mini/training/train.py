@@ -34,7 +34,7 @@ from torch import Tensor
 
 from ...errors import PaceError
 from ...runtime.files import whole_file
-from ...runtime.seeds import mixed_seed
+from ...training.seeds import mixed_seed
 from ...weights.tensorfile import read_tensors
 from ..model import MiniConfig, save_mini
 from ..scenes.textures import load_photographs, texture_atlas

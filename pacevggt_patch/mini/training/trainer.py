@@ -14,11 +14,11 @@ from torch import Tensor
 
 from ...errors import PaceError
 from ...hosts.dpt import dense_head, dense_tables
-from ...runtime.cuda_graphs import Recorder
-from ...runtime.seeds import mixed_seed
-from ...runtime.tensors import total
+from ...training.cuda_graphs import Recorder
 from ...training.losses import camera_losses, pair_losses
+from ...training.seeds import mixed_seed
 from ...training.sources import to_device
+from ...training.tensors import total
 from ..compiling import faster
 from ..model import MiniConfig, build_mini
 from ..scenes.layout import PLAIN
