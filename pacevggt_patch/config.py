@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
-from numbers import Real
 from typing import Any
 
 import torch
 
+from .arguments import number, shown, whole
 from .errors import PaceError
 
 DEFAULT_KEEP_RATIO = 0.3
@@ -46,16 +45,16 @@ class PaceConfig:
     output_device: torch.device | str | None = None
 
     def __post_init__(self):
-        keep = _number("keep_ratio", self.keep_ratio)
+        keep = number("keep_ratio", self.keep_ratio)
         if not 0 < keep <= 1:
             raise PaceError(
                 f"keep_ratio must be in (0, 1], got {keep:g}: 0.3 keeps 30 % of each frame's patch tokens"
             )
         object.__setattr__(self, "keep_ratio", keep)
-        if self.mode is not None and self.mode not in MODES:
-            raise PaceError(f'mode must be "global", "pre-aa" or None, got {self.mode!r}')
+        if self.mode is not None:
+            check_mode(self.mode)
         if self.merge_budget is not None:
-            merge, most = _number("merge_budget", self.merge_budget), 1 - keep
+            merge, most = number("merge_budget", self.merge_budget), 1 - keep
             if not 0 <= merge <= most + 1e-9:
                 raise PaceError(
                     f"merge_budget must be in [0, 1 - keep_ratio] = [0, {most:g}], got {merge:g}: "
@@ -66,9 +65,8 @@ class PaceConfig:
                     f'merge_budget={merge:g} does not go with mode="global", where no token is merged: leave it out'
                 )
             object.__setattr__(self, "merge_budget", merge)
-        least = self.min_frames
-        if least is not None and (isinstance(least, bool) or not isinstance(least, int) or least < 1):
-            raise PaceError(f"min_frames must be a whole number of at least 1, or None, got {least!r}")
+        if self.min_frames is not None:
+            whole("min_frames", self.min_frames)
         if not isinstance(self.compile, bool):
             raise PaceError(f"compile must be True or False, got {self.compile!r}")
         if self.head_dtype not in (None, torch.bfloat16, torch.float16):
@@ -109,6 +107,12 @@ def config_from(keep_ratio: Any, merge_budget: Any, settings: dict[str, Any]) ->
     return keep_ratio.plain()
 
 
+def check_mode(mode: Any) -> None:
+    """Raise PaceError for what is no mode."""
+    if not isinstance(mode, str) or mode not in MODES:
+        raise PaceError(f'mode must be "global" or "pre-aa", got {shown(mode)}')
+
+
 def device_of(name: torch.device | str | None) -> torch.device | None:
     """A device by its name; None stays None.
 
@@ -117,16 +121,7 @@ def device_of(name: torch.device | str | None) -> torch.device | None:
     """
     try:
         return None if name is None else torch.empty(0, device=torch.device(name)).device
-    except (RuntimeError, TypeError, AssertionError) as error:
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise PaceError(
-            f'output_device must be a torch device of this machine such as "cpu", or None, got {name!r}'
+            f'output_device must be a torch device of this machine such as "cpu", or None, got {shown(name)}'
         ) from error
-
-
-def _number(name: str, value: Any) -> float:
-    try:
-        if isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value):
-            raise PaceError(f"{name} must be a number, got {value!r}")
-        return float(value)
-    except OverflowError:
-        raise PaceError(f"{name} must be a number, and this one is too large") from None

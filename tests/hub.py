@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -44,6 +44,13 @@ class Hub:
         self.objects: dict[str, bytes] = {}  # LFS, by SHA-256
         self.requests: list[str] = []
         self.failure: tuple[int, str] | None = None  # status and message with which everything is answered
+        self.answer: Callable[[_Handler], object] | None = (
+            None  # answers everything; None from it: go on as usual
+        )
+        self.delivery: Callable[[bytes], bytes] = bytes  # what is sent of a file for GET, whatever HEAD said
+        self.breaks: list[
+            int
+        ] = []  # bytes of files after which the connection breaks off, one for each answer
         hub = self
 
         class Handler(_Handler):
@@ -83,14 +90,16 @@ class _Handler(BaseHTTPRequestHandler):
         body = self._body()
         path = unquote(urlsplit(self.path).path)
         self.state.requests.append(f"{self.command} {path}")
+        if self.state.answer and self.state.answer(self):
+            return None
         if self.state.failure:
             status, message = self.state.failure
-            return self._send(status, {}, {"X-Error-Message": message})
+            return self.send(status, {}, {"X-Error-Message": message})
         for method, pattern, respond in self.ROUTES:
             match = re.fullmatch(pattern, path)
             if match and self.command in method.split():
                 return respond(self, body, **match.groupdict())
-        return self._send(404, {"error": f"no route {self.command} {path}"})
+        return self.send(404, {"error": f"no route {self.command} {path}"})
 
     do_GET = do_HEAD = do_POST = do_PUT = _handle
 
@@ -104,7 +113,7 @@ class _Handler(BaseHTTPRequestHandler):
             return b"".join(chunks)
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
-    def _send(self, status: int, content: dict | bytes, headers: dict[str, str] | None = None):
+    def send(self, status: int, content: dict | bytes, headers: dict[str, str] | None = None):
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
@@ -120,37 +129,44 @@ class _Handler(BaseHTTPRequestHandler):
         repository = self.state.repositories.get(repo)
         if repository is None or (repository.private and not self._authorised()):
             # As the real one: without a token it does not tell whether a repository exists.
-            return self._send(404 if self._authorised() else 401, {}, {"X-Error-Code": "RepoNotFound"})
+            return self.send(404 if self._authorised() else 401, {}, {"X-Error-Code": "RepoNotFound"})
         if repository.gated and not self._authorised():
-            return self._send(401, {}, {"X-Error-Code": "GatedRepo"})
+            return self.send(401, {}, {"X-Error-Code": "GatedRepo"})
         commit = repository.refs.get(revision, revision)
         if commit not in repository.commits:
-            return self._send(404, {}, {"X-Error-Code": "RevisionNotFound"})
+            return self.send(404, {}, {"X-Error-Code": "RevisionNotFound"})
         content = repository.commits[commit].get(file)
         headers = {"X-Repo-Commit": commit}
         if content is None:
-            return self._send(404, {}, {**headers, "X-Error-Code": "EntryNotFound"})
-        return self._send(200, content, {**headers, "ETag": f'"{hashlib.sha256(content).hexdigest()}"'})
+            return self.send(404, {}, {**headers, "X-Error-Code": "EntryNotFound"})
+        headers["ETag"] = f'"{hashlib.sha256(content).hexdigest()}"'
+        if self.command == "GET":
+            content = self.state.delivery(content)
+            if self.state.breaks:
+                headers["Content-Length"] = str(len(content))
+                content = content[: self.state.breaks.pop()]
+                self.close_connection = True
+        return self.send(200, content, headers)
 
     def _create(self, body: bytes):
         if not self._authorised():
-            return self._send(401, {"error": "Invalid username or password."})
+            return self.send(401, {"error": "Invalid username or password."})
         asked = json.loads(body)
         name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
         # Clients differ in how they say it.
         private = asked.get("private") or asked.get("visibility") == "private"
         self.state.repository(name).private = bool(private)
-        return self._send(200, {"url": f"{self.state.url}/{name}", "name": name})
+        return self.send(200, {"url": f"{self.state.url}/{name}", "name": name})
 
     def _branch(self, body: bytes, repo: str, revision: str):
         if not self._authorised():
-            return self._send(401, {"error": "Invalid username or password."})
+            return self.send(401, {"error": "Invalid username or password."})
         refs = self.state.repository(repo).refs
         if revision in refs:
-            return self._send(409, {"error": "Reference already exists"})
+            return self.send(409, {"error": "Reference already exists"})
         if "main" in refs:
             refs[revision] = refs["main"]
-        return self._send(200, {})
+        return self.send(200, {})
 
     def _validate_card(self, body: bytes):
         """The real one knows all fields of a card's header; here it must be there and hold one field a line or item."""
@@ -158,31 +174,31 @@ class _Handler(BaseHTTPRequestHandler):
         lines = header[1].splitlines() if header else ["(no header)"]
         wrong = [line for line in lines if not re.fullmatch(r"- \S+|\w+:( \S+)?", line)]
         errors = [{"message": f"not YAML: {line}"} for line in wrong]
-        return self._send(400 if errors else 200, {"errors": errors, "warnings": []})
+        return self.send(400 if errors else 200, {"errors": errors, "warnings": []})
 
     def _preupload(self, body: bytes, repo: str, revision: str):
         files = [
             {"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(".safetensors") else "regular"}
             for f in json.loads(body)["files"]
         ]
-        return self._send(200, {"files": [{**f, "shouldIgnore": False} for f in files]})
+        return self.send(200, {"files": [{**f, "shouldIgnore": False} for f in files]})
 
     def _lfs_batch(self, body: bytes, repo: str):
         objects = []
         for item in json.loads(body)["objects"]:
             url = f"{self.state.url}/lfs/{item['oid']}"
             objects.append({**item, "actions": {"upload": {"href": url}}})
-        return self._send(200, {"transfer": "basic", "objects": objects})
+        return self.send(200, {"transfer": "basic", "objects": objects})
 
     def _lfs_put(self, body: bytes, oid: str):
         if hashlib.sha256(body).hexdigest() != oid:
-            return self._send(400, {"error": "wrong content"})
+            return self.send(400, {"error": "wrong content"})
         self.state.objects[oid] = body
-        return self._send(200, {})
+        return self.send(200, {})
 
     def _commit(self, body: bytes, repo: str, revision: str):
         if not self._authorised():
-            return self._send(401, {"error": "Invalid username or password."})
+            return self.send(401, {"error": "Invalid username or password."})
         files = {}
         for line in map(json.loads, body.splitlines()):
             if line["key"] == "lfsFile":
@@ -191,7 +207,7 @@ class _Handler(BaseHTTPRequestHandler):
                 files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
         commit = self.state.repository(repo).commit(files, revision)
         url = f"{self.state.url}/{repo}/commit/{commit}"
-        return self._send(200, {"success": True, "commitUrl": url, "commitOid": commit, "hookOutput": ""})
+        return self.send(200, {"success": True, "commitUrl": url, "commitOid": commit, "hookOutput": ""})
 
     ROUTES = (
         ("GET HEAD", r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>.+?)/(?P<file>[^/]+)", _resolve),

@@ -1,6 +1,7 @@
 """Calls of an accelerated model: whole and part by part, in all dtypes, with gradients, compiled."""
 
 import copy
+import threading
 from functools import partial
 
 import pytest
@@ -8,7 +9,15 @@ import torch
 from hosts import assert_equal, random_deltas, random_images, run, tiny_vggt, with_heads
 from torch import nn
 
-from pacevggt_patch import PaceConfig, PaceError, PaceWeights, accelerate, paused, summary
+from pacevggt_patch import (
+    PaceConfig,
+    PaceError,
+    PaceWeights,
+    UnsupportedModelError,
+    accelerate,
+    paused,
+    summary,
+)
 from pacevggt_patch.hosts import dpt
 from pacevggt_patch.patching.install import retune, state_of
 
@@ -378,7 +387,17 @@ def test_gradients_are_the_same_with_our_own_checkpoints(model, mode):
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_settings_may_change_between_forward_and_backward(model):
+def call_again(model):
+    with torch.no_grad():
+        model(random_images(3, seed=4))
+
+
+def other_settings(model):
+    accelerate(model, 0.7, weights=with_heads(model, (0, 1)))
+
+
+@pytest.mark.parametrize("change", [call_again, other_settings])
+def test_settings_may_change_between_forward_and_backward(model, change):
     """What is computed once more is what was computed."""
     images = random_images(2)
     accelerate(model, 0.4, weights=with_heads(model, (1, 0)))
@@ -386,13 +405,46 @@ def test_settings_may_change_between_forward_and_backward(model):
     wanted = losses(model, images)
     model.zero_grad()
     out = model(images)
-    loss = out["depth"].mean() + out["pose_enc"].square().mean()
-    with torch.no_grad():
-        model(random_images(3, seed=4))
-    loss.backward()
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-3, atol=1e-5, msg=name)
+    change(model)
+    (out["depth"].mean() + out["pose_enc"].square().mean()).backward()
+    check_gradients(model, wanted)
+
+
+@pytest.mark.parametrize("where", ["inside", "outside", "thread"])
+def test_the_backward_pass_of_a_paused_model_is_that_of_stock(model, where):
+    """A host in training runs its blocks once more, wherever the backward pass runs."""
+    images = random_images(2)
+    wanted = losses(train(model, True), images)
+    accelerate(model, 0.4, weights=learned(model, "global"))
+    model.zero_grad()
+    with paused(model):
+        out = model(images)
+        loss = out["depth"].mean() + out["pose_enc"].square().mean()
+        if where == "inside":
+            loss.backward()
+        elif where == "thread":
+            thread = threading.Thread(target=loss.backward)
+            thread.start()
+            thread.join()
+    if where == "outside":
+        loss.backward()
+    check_gradients(model, wanted)
+
+
+def test_reentrant_checkpoints_are_refused(model):
+    """They run blocks outside of a forward pass, where nobody knows which tokens were kept."""
+    accelerate(model, 0.4, weights=None)
+    train(model, True).aggregator.use_reentrant = True
+    loss = model(random_images(2).requires_grad_())["depth"].mean()
+    with pytest.raises(UnsupportedModelError, match="use_reentrant"):
+        loss.backward()
+
+
+def check_gradients(model, wanted):
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == wanted.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
 # ---- compilers

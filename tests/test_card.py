@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 
@@ -184,6 +185,74 @@ def test_what_the_hub_refuses(hub, one, monkeypatch, repo, token, named):
     with pytest.raises(WeightsError, match=named) as caught:
         push(one, repo)
     assert repo in str(caught.value)
+
+
+@pytest.mark.parametrize("repo", ["nowhere", "", "a/b/c", "me/pace@v1", "me/ pace", 3, None])
+def test_what_is_no_id_is_refused_before_anything_is_read_or_sent(hub, repo):
+    with pytest.raises(WeightsError, match="user/name") as caught:
+        push("none.safetensors", repo)
+    assert repr(repo) in str(caught.value) and hub.requests == []
+
+
+def test_the_command_names_an_id_that_is_none(one, capsys):
+    assert main(["push", str(one), "nowhere"]) == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", ["none.safetensors", "~nosuchuser/none.safetensors"])
+def test_a_file_that_is_not_there(hub, file):
+    with pytest.raises(WeightsError, match=file):
+        push(file, "me/pace")
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("content", [b"<html>Sign in</html>", b"[]", b"{}", b"\xff"])
+def test_a_hub_that_answers_garbage(hub, one, monkeypatch, content):
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    hub.answer = lambda handler: handler.send(200, content) or True
+    with pytest.raises(WeightsError, match=r"mine\.safetensors .* me/pace") as caught:
+        push(one, "me/pace")
+    assert "\n" not in str(caught.value)
+
+
+ROW = {"rotation_deg": 2.5}
+
+
+@pytest.mark.parametrize(
+    "checks",
+    [
+        7,
+        "four clips",
+        {"stage": "start"},
+        [3],
+        [{}],
+        [{"stage": "start"}],
+        [{"stage": "start", "ratios": 3}],
+        [{"stage": "start", "ratios": {"0.3": 5}}],
+        [{"stage": "start", "ratios": {"0.3": {"depth": "deep"}}}],
+        [{"stage": "start", "ratios": {"0.3": {"depth": [1]}}}],
+        [{"stage": "start", "ratios": {"0.3": {"depth": 10**400}}}],
+        [{"stage": "start", "ratios": {"0.3": ROW}}, {"stage": "refined", "ratios": {"0.5": ROW}}],
+        [{"ratios": {"0.3": ROW}}],
+    ],
+)
+def test_notes_of_another_form_are_shown_as_they_are(hub, one, tmp_path, monkeypatch, checks):
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    file = tmp_path / "noted.safetensors"
+    replace(PaceWeights.load(one), training={"checks": checks, "backbone": ["?"], "steps": {}}).save(file)
+    commit = push(file, "me/pace")
+    card = hub.repositories["me/pace"].commits[commit]["README.md"].decode()
+    assert "## Figures" not in card and json.dumps({"checks": checks}, indent=1)[2:-2] in card
+
+
+@pytest.mark.parametrize("backbone", ['a/b"); print("', "user/vggt\nx: y", "user/vggt@main", "\ud800"])
+def test_only_a_plain_name_gets_into_code(hub, one, tmp_path, monkeypatch, backbone):
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    file = tmp_path / "noted.safetensors"
+    replace(PaceWeights.load(one), training={"backbone": backbone}).save(file)
+    push(file, "me/pace")
+    card = model_card(PaceWeights.load(file), "me/pace")
+    assert "from_pretrained" not in card and "base_model" not in card
 
 
 def test_without_a_hub(hub, one, monkeypatch):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pacevggt_patch.clips import Clip, count_frames, load_clip, save_clip
-from pacevggt_patch.clips.folder import crop_framing, square_framing
+from pacevggt_patch.clips.folder import ClipFolder, crop_framing, square_framing
+from pacevggt_patch.clips.images import check_content, read_header, read_image
 from pacevggt_patch.errors import ClipError
 from pacevggt_patch.mini.scenes.rooms import render_room
 
@@ -120,6 +123,26 @@ def test_clip_refuses_what_does_not_fit():
     clip = Clip("c", images)
     assert refusal(clip.select, []) == "clip 'c': no frames selected"
     assert refusal(clip.select, [0, 2]) == "clip 'c' has 2 frames, there is no frame 2"
+    assert refusal(clip.select, [-3]) == "clip 'c' has 2 frames, there is no frame -3"
+
+
+@pytest.mark.parametrize(
+    "indices", ["a", 3, None, [0.5], [True, False], [10**400, 10**5000], [[0]], torch.tensor([True])]
+)
+def test_frames_are_selected_by_whole_numbers_alone(indices):
+    assert "indices" in refusal(Clip("c", torch.zeros(2, 3, 4, 5)).select, indices)
+
+
+@pytest.mark.parametrize("indices", [range(1, 2), np.array([-1]), torch.tensor([1], dtype=torch.uint8)])
+def test_frames_are_selected_by_any_whole_numbers(indices):
+    images = torch.rand(2, 3, 4, 5)
+    assert torch.equal(Clip("c", images).select(indices).images, images[1:])
+
+
+@pytest.mark.parametrize("field", ["images", "depth", "intrinsics"])
+def test_clips_hold_tensors_alone(field):
+    values = {"images": torch.zeros(1, 3, 4, 5), field: np.zeros((1, 4, 5), np.float32)}
+    assert field in refusal(lambda: Clip("c", **values))
 
 
 # Folders of images
@@ -210,12 +233,41 @@ def test_orientation_tag_turns_the_image(tmp_path):
     assert torch.equal(load_clip(tmp_path, width=28).images, load_clip(tmp_path / "b", width=28).images)
 
 
+@pytest.mark.parametrize("kind", ["a.jpg", "a.png", "a.webp", "a.tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_header_tells_the_size_that_an_image_has(tmp_path, kind, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture(28, 42).save(tmp_path / kind, exif=exif)
+    size = read_image(tmp_path / kind).size
+    assert size == ((28, 42) if orientation < 5 else (42, 28))
+    assert read_header(tmp_path / kind) == (size, "RGB")
+
+
 def test_arguments_out_of_range_are_refused(tmp_path):
-    assert refusal(load_clip, tmp_path, frames=0) == "frames must be at least 1, got 0"
-    assert refusal(load_clip, tmp_path, start=-1) == "start must be at least 0, got -1"
-    assert refusal(load_clip, tmp_path, stride=0) == "stride must be at least 1, got 0"
-    assert refusal(load_clip, tmp_path, width=500) == "width must be a positive multiple of 14, got 500"
+    assert refusal(load_clip, tmp_path, frames=0) == "frames must be a whole number of at least 1, got 0"
+    assert refusal(load_clip, tmp_path, start=-1) == "start must be a whole number of at least 0, got -1"
+    assert refusal(load_clip, tmp_path, stride=0) == "stride must be a whole number of at least 1, got 0"
+    assert refusal(load_clip, tmp_path, width=500) == "width must be a multiple of 14, got 500"
     assert refusal(load_clip, tmp_path, mode="pad") == "mode must be one of crop, square, got 'pad'"
+
+
+@pytest.mark.parametrize("name", ["frames", "start", "stride", "width", "mode"])
+@pytest.mark.parametrize("value", [2.0, "224", True, [1], 10**400, 10**5000, float("nan")], ids=type)
+def test_arguments_of_other_types_are_refused(tmp_path, name, value):
+    picture(60, 40).save(tmp_path / "a.png")
+    assert refusal(load_clip, tmp_path, **{name: value}).startswith(name)
+
+
+@pytest.mark.parametrize("path", [3, None, b"folder"])
+def test_paths_of_other_types_are_refused(path):
+    assert refusal(load_clip, path).startswith("path")
+    assert refusal(save_clip, Clip("c", torch.zeros(1, 3, 4, 5)), path).startswith("path")
+
+
+def test_whole_numbers_of_numpy_are_whole(tmp_path):
+    picture(60, 40).save(tmp_path / "a.png")
+    assert load_clip(tmp_path, frames=np.int64(1), width=np.int32(28)).width == 28
 
 
 def test_frames_are_counted_without_loading_them(tmp_path):
@@ -223,15 +275,105 @@ def test_frames_are_counted_without_loading_them(tmp_path):
     (tmp_path / "clip.json").unlink()
     (tmp_path / "2.jpg").write_bytes(b"not read")
     assert count_frames(tmp_path) == 3
-    assert refusal(count_frames, tmp_path / "none") == f"{tmp_path / 'none'} is not a folder"
+    assert refusal(count_frames, tmp_path / "none") == f"{tmp_path / 'none'} does not exist"
 
 
 def test_folders_that_hold_no_clip_are_refused(tmp_path):
     assert (
         refusal(load_clip, tmp_path)
-        == f"{tmp_path} has no images (looked for .jpg .jpeg .png .webp .bmp .tif .tiff)"
+        == f"{tmp_path} has no images (looked for .jpg .jpeg .jfif .png .webp .bmp .tif .tiff)"
     )
-    assert refusal(load_clip, tmp_path / "none") == f"{tmp_path / 'none'} is not a folder"
+    assert refusal(load_clip, tmp_path / "none") == f"{tmp_path / 'none'} does not exist"
+    (tmp_path / "file").write_text("")
+    assert refusal(load_clip, tmp_path / "file") == f"{tmp_path / 'file'} is not a folder"
+    (tmp_path / "a.heic").write_bytes(b"")
+    assert "a.heic" in refusal(load_clip, tmp_path)
+
+
+def test_pictures_that_are_left_out_are_named_once_with_their_number(tmp_path):
+    picture(60, 40, 1).save(tmp_path / "b.jpg")
+    picture(60, 40, 2).save(tmp_path / "a.jfif", "JPEG")
+    for name in ("c.HEIC", "d.avif", "._b.jpg", ".e.heic", "notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "f.png").symlink_to("nowhere.png")
+    (tmp_path / "g.png").symlink_to("g.png")
+    os.mkfifo(tmp_path / "h.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    with pytest.warns(UserWarning, match="left out") as caught:
+        clip = load_clip(tmp_path, width=56)
+    assert len(clip) == 2
+    (warning,) = caught
+    assert f"{tmp_path}: left out 5 (c.HEIC, d.avif, f.png, ...)" in str(warning.message)
+    assert warning.filename == __file__
+
+
+def png_of_size(width: int, height: int) -> bytes:
+    """A PNG whose header tells a size, with next to nothing behind it."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(99))), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("size", [(13_000, 13_000), (30_000, 30_000), (2**31 - 1, 2**31 - 1)])
+def test_pictures_of_too_many_pixels_are_refused(tmp_path, size):
+    file = tmp_path / "a.png"
+    file.write_bytes(png_of_size(*size))
+    for read in (read_header, read_image, check_content):
+        assert f"{file} has more than" in refusal(read, file)
+
+
+@pytest.mark.parametrize(
+    ("size", "wide"), [((1, 1_000_000), 14), ((20, 60_000), 518), ((60, 40), 14 * 10**6)]
+)
+def test_pictures_that_would_become_too_large_are_refused(tmp_path, size, wide):
+    file = tmp_path / "a.png"
+    Image.new("L", size).save(file)
+    for call in (load_clip, lambda path, width: ClipFolder(path).check(width, "crop")):
+        assert refusal(call, tmp_path, width=wide).startswith(f"{file} is {size[0]}x{size[1]}")
+    assert load_clip(tmp_path, width=28, mode="square").images.shape == (1, 3, 28, 28)
+
+
+def test_wide_pictures_and_pages_but_the_first_are_read(tmp_path):
+    Image.new("L", (60_000, 20)).save(tmp_path / "a.png")
+    assert load_clip(tmp_path, width=28).images.shape == (1, 3, 14, 28)
+    pages = [Image.new("RGB", (28, 28), (value, 0, 0)) for value in (40, 80)]
+    (tmp_path / "a.png").unlink()
+    for name in ("a.png", "b.webp", "c.tif"):
+        pages[0].save(tmp_path / name, save_all=True, append_images=pages[1:], lossless=True)
+    pages[0].save(tmp_path / "d.jpg", "MPO", save_all=True, append_images=pages[1:])
+    red = load_clip(tmp_path, width=28).images[:, 0, 0, 0] * 255
+    assert (red - 40).abs().max() < 2
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF"])
+def test_truncated_pictures_are_named(tmp_path, kind):
+    file = tmp_path / "a.jpg"
+    noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(file, kind)
+    check_content(file)
+    file.write_bytes(file.read_bytes()[:-700])
+    for read in (load_clip, lambda _: check_content(file)):
+        assert refusal(read, tmp_path).startswith(f"{file} cannot be read as an image: ")
+
+
+def test_postscript_is_no_picture(tmp_path):
+    file = tmp_path / "a.jpg"
+    file.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n%%EndComments\n")
+    assert refusal(load_clip, tmp_path).startswith(f"{file} cannot be read as an image: ")
+
+
+def test_large_files_are_not_opened(tmp_path):
+    for name in ("a.webp", "clip.json"):
+        with open(tmp_path / name, "wb") as file:
+            file.write(b"RIFF\xff\xff\xff\x7fWEBPVP8 ")
+            file.truncate(2**31)
+    assert refusal(load_clip, tmp_path).startswith(f"{tmp_path / 'clip.json'} is larger")
+    (tmp_path / "clip.json").unlink()
+    assert refusal(load_clip, tmp_path).startswith(f"{tmp_path / 'a.webp'} is larger")
 
 
 def test_images_that_cannot_be_used_are_named(tmp_path):
@@ -240,24 +382,22 @@ def test_images_that_cannot_be_used_are_named(tmp_path):
     file.write_bytes((tmp_path / "a.jpg").read_bytes()[:600])
     assert refusal(load_clip, tmp_path).startswith(f"{file} cannot be read as an image: ")
     file.write_bytes(b"not a picture")
-    assert (
-        refusal(load_clip, tmp_path)
-        == f"{file} cannot be read as an image: cannot identify image file '{file}'"
-    )
+    assert refusal(load_clip, tmp_path) == f"{file} cannot be read as an image: its format is not known"
     file.write_bytes(b"")
     assert refusal(load_clip, tmp_path).startswith(f"{file} cannot be read as an image: ")
     picture(40, 60).save(file)
     assert (
         refusal(load_clip, tmp_path)
-        == f"{file} is 40x60, but a.jpg is 60x40: all frames of a clip must have one size"
+        == f"{file} is 40x60, but a.jpg has 60x40: all frames of a clip must have one size"
     )
     file.unlink()
-    Image.fromarray(np.zeros((40, 60), np.float32)).save(tmp_path / "c.tif")
     file = tmp_path / "c.tif"
-    assert (
-        refusal(load_clip, tmp_path)
-        == f"{file} is a floating-point image, whose range is not known: store it as 8 or 16 bit"
-    )
+    for value in (np.float32(0), np.int32(70000), np.int32(-1)):
+        Image.fromarray(np.full((40, 60), value)).save(file)
+        assert (
+            refusal(load_clip, tmp_path)
+            == f"{file} has grey values of an unknown range: store it as 8 or 16 bit"
+        )
 
 
 # Folders with a clip.json
@@ -385,7 +525,9 @@ def test_broken_descriptions_are_named(tmp_path):
     file.write_text(json.dumps({"width": 60, "height": "40"}))
     assert refusal(load_clip, tmp_path) == f"{file}: 'height' must be a whole number of pixels"
     file.write_text(json.dumps({"width": 61, "height": 40, "frames": [{"file": "0.png"}]}))
-    assert refusal(load_clip, tmp_path) == f"{tmp_path / '0.png'} is 60x40, but {file} says 61x40"
+    assert refusal(load_clip, tmp_path) == (
+        f"{tmp_path / '0.png'} is 60x40, but clip.json has 61x40: all frames of a clip must have one size"
+    )
     file.write_text("[]")
     assert refusal(load_clip, tmp_path) == f"{file} must hold a JSON object"
     file.write_text('{"frames": [')
@@ -393,6 +535,54 @@ def test_broken_descriptions_are_named(tmp_path):
         refusal(load_clip, tmp_path)
         == f"{file} cannot be read as JSON: Expecting value: line 1 column 13 (char 12)"
     )
+
+
+ODD_NUMBERS = ["1" + "0" * 400, "-" + "9" * 5000, "1e300", "NaN", "-Infinity", '"1"', "true", "null", "[1.0]"]
+
+
+@pytest.mark.parametrize("number", ODD_NUMBERS, ids=lambda number: number[:9])
+def test_odd_numbers_are_named_by_file_and_field(tmp_path, number):
+    places = {"width": '"width": 60', "intrinsics": '"cx": 29.5', "cam_to_world": '"cam_to_world": [[1.0'}
+    for field, place in places.items():
+        file = described(tmp_path) / "clip.json"
+        file.write_text(file.read_text().replace(place, place.rstrip("0123456789.") + number))
+        assert refusal(load_clip, tmp_path).startswith(f"{file}: '{field}'")
+
+
+@pytest.mark.parametrize("field", ["file", "depth"])
+@pytest.mark.parametrize("name", ["/etc/hostname", "../other/0.png", "frames/../../0.png", ".."])
+def test_paths_stay_within_the_folder(tmp_path, field, name):
+    file = described(tmp_path, frames=[{"file": "0.png", field: name}]) / "clip.json"
+    assert refusal(count_frames, tmp_path).startswith(f"{file}: '{field}' of frame 0")
+
+
+@pytest.mark.parametrize("name", ["", ".", "a\0b", "x" * 5000, "\ud800.png"])
+def test_names_of_no_file_are_refused(tmp_path, name):
+    assert str(tmp_path) in refusal(load_clip, described(tmp_path, frames=[{"file": name}]))
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"a":' * 100_000, "[]", "null", "", "\0"])
+def test_descriptions_of_another_form_are_refused(tmp_path, content):
+    (tmp_path / "clip.json").write_text(content)
+    picture(60, 40).save(tmp_path / "0.png")
+    assert refusal(load_clip, tmp_path).startswith(str(tmp_path / "clip.json"))
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("nowhere", path)])
+def test_a_description_that_is_no_file_is_refused(tmp_path, make):
+    picture(60, 40).save(tmp_path / "0.png")
+    make(tmp_path / "clip.json")
+    assert refusal(load_clip, tmp_path).startswith(str(tmp_path / "clip.json"))
+
+
+def test_headers_of_described_clips_are_checked(tmp_path):
+    frames = [{"file": "0.png"}, {"file": "1.png", "depth": "d.png"}]
+    described(tmp_path, frames=frames)
+    Image.fromarray(np.ones((40, 60), np.uint16)).save(tmp_path / "d.png")
+    assert ClipFolder(tmp_path).check(56, "square") == (60, 40)
+    for image in (picture(60, 40), Image.fromarray(np.ones((41, 60), np.uint16))):
+        image.save(tmp_path / "d.png")
+        assert refusal(ClipFolder(tmp_path).check, 56, "square").startswith(str(tmp_path / "d.png"))
 
 
 def test_a_saved_clip_loads_as_it_was(tmp_path):
@@ -426,6 +616,10 @@ def test_clips_that_a_folder_cannot_hold_are_refused(tmp_path):
         refusal(save_clip, Clip("far", clip.images, depth=clip.depth * 1000), tmp_path)
         == "clip 'far', frame 0: depth exceeds 65.535 m, the most that a clip.json folder holds"
     )
+    lost = Clip("lost", clip.images, world_to_camera=torch.full((2, 3, 4), float("nan")))
+    assert "world_to_camera" in refusal(save_clip, lost, tmp_path)
+    (tmp_path / "file").write_text("")
+    assert str(tmp_path / "file") in refusal(save_clip, clip, tmp_path / "file")
 
 
 # Real clips

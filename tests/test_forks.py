@@ -10,19 +10,29 @@ from fork_doubles import (
     FORKS,
     REFUSED,
     STOCK,
+    Block,
     RewrittenMaskTrunk,
     SoftmaxMaskBlock,
+    StreamBlock,
+    StreamTrunk,
+    Trunk,
+    TwoEntrances,
     build_argument,
     call_entrances,
     call_images,
+    call_stream,
+    join_heads,
+    split_heads,
     tensors,
     tiny,
 )
-from hosts import random_images, tiny_vggt
+from hosts import random_images, run, tiny_vggt, with_heads
 from torch import distributed, nn
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
-from pacevggt_patch import UnsupportedModelError, accelerate, is_accelerated, paused, remove
+from pacevggt_patch import UnsupportedModelError, accelerate, is_accelerated, paused, remove, summary
+from pacevggt_patch.patching.install import state_of
+from pacevggt_patch.weights import cache
 
 KEEP = 0.3
 PATCHES, KEPT = 20, 6  # of a frame of `images`
@@ -505,3 +515,71 @@ def test_pre_aa_works_on_stock(double, images):
     assert_pruned(double.call(patch(double, model, mode="pre-aa"), images), stock)
     remove(model)
     assert_same(double.call(model, images), stock)
+
+
+# ---- attention of another make, entrances beside the forward, streams
+
+
+class OwnAttentionBlock(Block):
+    """Attention written out, which nobody can look into."""
+
+    def forward(self, x, pos=None):
+        a = self.attn
+        q, k, v = split_heads(a, self.norm1(x))
+        q, k = a.rope(a.q_norm(q), pos), a.rope(a.k_norm(k), pos)
+        weights = (q @ k.mT * a.scale).softmax(-1)
+        x = x + self.ls1(join_heads(a, weights @ v)) + 1e-3  # not what a stock block does
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+def test_heads_that_cannot_be_told_apart_are_refused_or_left_out(tmp_path, monkeypatch):
+    """Full-attention heads need `scaled_dot_product_attention`; weights that ask for them are no use without."""
+    model, weights = tiny(Trunk, block=OwnAttentionBlock), with_heads(tiny_vggt(), (1, 0))
+    with pytest.raises(UnsupportedModelError, match="scaled_dot_product_attention"):
+        accelerate(model, 0.5, weights=weights)
+    assert not is_accelerated(model)
+    monkeypatch.setenv("PACEVGGT_CACHE", str(tmp_path))
+    cache.store(weights)
+    with pytest.warns(UserWarning, match="calibration kept in .* can't be used"):
+        accelerate(model, 0.5)
+    run(model, random_images(5))
+    assert summary(model).kept is not None and state_of(model).weights is None
+    # The stock model of the same checkpoint takes what is kept.
+    assert state_of(accelerate(tiny_vggt(), 0.5)).weights.full_heads == ((1, 0),)
+
+
+def test_entrances_beside_the_forward_decide_for_each_sequence():
+    """A sequence that failed, or ran unpruned, says nothing of the next."""
+    model, images = tiny(TwoEntrances), random_images(4)[0]
+    accelerate(model, 0.5, weights=None, min_frames=3)
+    trunk = model.aggregator
+
+    def call(frames):
+        with torch.no_grad():
+            trunk.forward_attention(trunk.forward_embedding(images[:frames]), *images.shape[-2:])
+        return summary(model).kept
+
+    def fail(*_):
+        raise ZeroDivisionError
+
+    for part in (trunk.frame_blocks[1], trunk.global_blocks[0].attn):
+        hook = part.register_forward_pre_hook(fail)
+        with pytest.raises(ZeroDivisionError):
+            call(2)
+        hook.remove()
+        assert call(4).shape[:2] == (1, 4)
+        assert call(2) is None
+        assert call(3).shape[:2] == (1, 3)
+
+
+def test_the_summary_of_a_stream_tells_what_took_part():
+    model, seen = tiny(StreamTrunk, block=StreamBlock), []
+    accelerate(model, 0.4, weights=None)
+    special = model.aggregator.patch_start_idx
+    block = model.aggregator.global_blocks[0].norm1
+    block.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1] - special))
+    call_stream(model, random_images(2))
+    first = summary(model).kept
+    assert seen == [first.shape[-1]] * 2
+    call_stream(model, random_images(2, seed=5))
+    assert torch.equal(summary(model).kept, first)  # the same tokens of every frame, whatever it shows

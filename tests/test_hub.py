@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import huggingface_hub
@@ -168,6 +169,94 @@ def test_a_download_that_breaks_off(hub, repository, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.file_download.http_get", stall)
     refused("user/repo", "TimeoutError", "timed out")
+
+
+def flipped(content):
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
+PAGE = b"<html><body>Sign in to this network</body></html>"
+
+
+def page_of_that_size(content):
+    return PAGE + b" " * (len(content) - len(PAGE))
+
+
+@pytest.mark.parametrize("delivery", [flipped, page_of_that_size])
+def test_other_content_than_the_hub_says_is_deleted(hub, repository, delivery):
+    hub.delivery = delivery
+    for _ in range(2):
+        refused("user/repo", "OSError", "promised", "again")
+    hub.delivery = bytes
+    assert PaceWeights.load("user/repo").training == {"note": "second"}
+
+
+def test_a_cached_file_that_was_damaged_is_downloaded_again(hub, repository):
+    weights = PaceWeights.load("user/repo")
+    (blob,) = Path(constants.HF_HUB_CACHE).glob("models--user--repo/blobs/*")
+    blob.write_bytes(flipped(blob.read_bytes()))
+    refused("user/repo", "OSError", "again")
+    assert PaceWeights.load("user/repo").training == weights.training
+
+
+@pytest.mark.parametrize(
+    "delivery", [lambda content: content[:-9], lambda content: content * 2, lambda _: PAGE]
+)
+def test_another_size_than_the_hub_says(hub, repository, delivery):
+    hub.delivery = delivery
+    refused("user/repo", "OSError", "size")
+
+
+def test_a_connection_that_breaks_off(hub, repository):
+    hub.breaks = [0] * 9  # more often than the client tries
+    refused("user/repo", "RemoteProtocolError", "can't be downloaded")
+    hub.breaks = [0, 1000]
+    assert PaceWeights.load("user/repo").training == {"note": "second"}
+
+
+@pytest.mark.parametrize("command", ["HEAD", "GET"])
+def test_a_hub_that_does_not_answer(hub, repository, monkeypatch, command):
+    over = threading.Event()
+    hub.answer = lambda handler: handler.command == command and over.wait(60)
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.2)
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
+    monkeypatch.setattr("huggingface_hub.file_download._ETAG_RETRY_TIMEOUT", 0.2, raising=False)
+    with pytest.raises(WeightsError, match="user/repo") as caught:
+        PaceWeights.load("user/repo")
+    over.set()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda handler: handler.send(200, PAGE) or True,
+        lambda handler: handler.send(404, PAGE) or True,
+        lambda handler: handler.send(200, b"", {"ETag": "", "X-Repo-Commit": "../../x"}) or True,
+        lambda handler: handler.wfile.write(b"\x00\xffgarbage\r\n\r\n"),
+        lambda handler: handler.send(302, b"", {"Location": handler.path}) or True,
+        lambda handler: handler.send(302, b"", {"Location": "/" + "a" * 9}) or True,
+        lambda handler: handler.send(302, b"", {"Location": "\x01://"}) or True,
+    ],
+)
+def test_what_is_no_hub(hub, repository, answer):
+    hub.answer = answer
+    with pytest.raises(WeightsError, match="user/repo") as caught:
+        PaceWeights.load("user/repo")
+    assert "\n" not in str(caught.value)
+    hub.answer = None
+    assert PaceWeights.load("user/repo").training == {"note": "second"}
+
+
+def test_a_repository_that_was_renamed(hub, repository):
+    def moved(handler):
+        if handler.path.startswith("/user/old/"):
+            handler.send(307, b"", {"Location": handler.path.replace("/old/", "/repo/")})
+            return True
+        return False
+
+    hub.answer = moved
+    assert PaceWeights.load("user/old").training == {"note": "second"}
 
 
 @pytest.mark.parametrize("mode", ["global", "pre-aa"])

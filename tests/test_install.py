@@ -4,12 +4,14 @@ import copy
 import gc
 import io
 import pickle
+import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
 import pytest
 import torch
+from fork_doubles import build_merging
 from hosts import assert_equal, fork_of_vggt, random_deltas, random_images, run, tiny_vggt, with_heads
 from torch import nn
 
@@ -18,6 +20,7 @@ from pacevggt_patch import (
     PaceError,
     PaceWeights,
     UnsupportedModelError,
+    WeightsError,
     accelerate,
     is_accelerated,
     paused,
@@ -384,20 +387,54 @@ def test_a_forward_of_the_aggregator_that_is_bound_to_this_instance_is_refused(m
     assert model.aggregator.forward is theirs and not is_accelerated(model)
 
 
-def test_a_forward_that_somebody_put_over_ours_is_not_taken_out_from_under(model):
+@pytest.mark.parametrize(
+    "name", ["aggregator.forward", "aggregator.patch_embed.forward_features", "aggregator.rope.forward"]
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_forward_that_somebody_put_over_ours_is_not_taken_out_from_under(model, name, wrapped):
     accelerate(model, weights=None)
-    ours = model.aggregator.forward
+    module, attribute = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+    ours, whole = getattr(module, attribute), nn.ModuleDict({"model": model}) if wrapped else model
 
-    def theirs(images):
-        return ours(images)
+    def theirs(*args):
+        return ours(*args)
 
-    model.aggregator.forward = theirs
-    for call in (remove, lambda m: accelerate(m, 0.5, weights=None)):
-        with pytest.raises(PaceError, match="aggregator.forward was replaced after accelerate"):
-            call(model)
+    setattr(module, attribute, theirs)
+    for call in [remove] + [lambda m: accelerate(m, 0.5, weights=None)] * (not wrapped):
+        with pytest.raises(PaceError, match=f"{name} was replaced after accelerate"):
+            call(whole)
     assert is_accelerated(model)
-    model.aggregator.forward = ours
-    assert not is_accelerated(remove(model))
+    setattr(module, attribute, ours)
+    assert not is_accelerated(remove(whole))
+
+
+def test_other_parameters_after_accelerate_are_warned_of(model):
+    """Once, and not where the values are the same."""
+    accelerate(model, weights=with_heads(model, (1, 0)))
+    images = random_images()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        run(model, images)
+        model.load_state_dict(tiny_vggt().state_dict())
+        run(model, images)
+    model.load_state_dict(tiny_vggt(seed=1).state_dict())
+    with pytest.warns(UserWarning, match="other parameters after accelerate"):
+        run(model, images)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        run(model, images)
+    with pytest.raises(WeightsError, match="another checkpoint"):
+        accelerate(model, weights=with_heads(tiny_vggt(), (1, 0)))
+
+
+def test_a_model_that_is_loaded_later_is_tried_then():
+    """Nothing can be tried on the meta device."""
+    model = build_merging()
+    values = {name: value.clone() for name, value in model.state_dict().items()}
+    accelerate(model.to("meta"), 0.5, weights=None)
+    model.load_state_dict(values, assign=True)
+    with pytest.raises(UnsupportedModelError):
+        accelerate(model, 0.5, weights=None)
 
 
 # ---- weights in force

@@ -187,6 +187,16 @@ def test_an_interceptor_is_handed_every_call_as_it_was_made(by_name):
     torch.testing.assert_close(found, 2 * expected)
 
 
+@pytest.mark.parametrize("mode", ["global", "pre-aa"])
+def test_it_leaves_a_model_that_keeps_all_tokens_alone(fake, mode):
+    model, images = tiny_vggt().bfloat16(), random_images(3).bfloat16()
+    with torch.inference_mode():
+        stock = model.aggregator(images)[0][3]
+        accelerate(model, 1.0, weights=None, mode=mode)
+        fake.calls.clear()  # those of the trial
+        assert torch.equal(model.aggregator(images)[0][3], stock) and not fake.calls
+
+
 # Sequences and their tokens: of DINO, of frame blocks, of global blocks.
 SHAPES = {"global": [(3, 25), (3, 25), (1, 39)], "pre-aa": [(3, 25), (3, 13), (1, 39)]}
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import itertools
+import os
+import zipfile
 
 import numpy as np
 import pytest
 import torch
 from hosts import write_images
+from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from pacevggt_patch import PaceError
@@ -15,7 +19,7 @@ from pacevggt_patch.clips import save_clip
 from pacevggt_patch.evaluation import decode_pose_encoding, unproject
 from pacevggt_patch.mini.scenes.rooms import render_room
 from pacevggt_patch.mini.scenes.sweeps import Sweeps, render_sweeps
-from pacevggt_patch.mini.scenes.textures import brightened, texture_atlas
+from pacevggt_patch.mini.scenes.textures import brightened, load_photographs, texture_atlas
 from pacevggt_patch.mini.sources import PlainRooms, RenderedScenes
 from pacevggt_patch.training.losses import (
     Target,
@@ -74,7 +78,8 @@ def test_ground_truth_comes_along_where_all_clips_have_it(tmp_path):
 @pytest.mark.parametrize(
     ("make", "named"),
     [
-        (lambda p: None, "not a folder"),
+        (lambda p: None, "does not exist"),
+        (lambda p: (p / "none").write_text("file"), "not a folder"),
         (lambda p: (p / "none").mkdir(), "no images"),
         (lambda p: write_images(p / "none", 2), "2 frames"),
     ],
@@ -89,9 +94,141 @@ def test_folders_that_will_not_do(tmp_path, make, named):
 def test_a_broken_image_is_named(tmp_path):
     folder = write_images(tmp_path, 3)
     (folder / "001.png").write_bytes(b"no picture")
-    source = FolderSource(folder, 3, 28, "square")
     with pytest.raises(PaceError, match=r"001\.png cannot be read as an image"):
+        FolderSource(folder, 3, 28, "square")
+
+
+def test_pictures_are_decoded_beforehand_where_these_are_few(tmp_path, monkeypatch):
+    folder = write_images(tmp_path, 3)
+    file = folder / "002.png"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(PaceError, match=r"002\.png cannot be read as an image"):
+        FolderSource(folder, 1, 28, "square")
+    monkeypatch.setattr("pacevggt_patch.training.sources.DECODED_FIRST", 100)
+    source = FolderSource(folder, 3, 28, "square")
+    with pytest.raises(PaceError, match=r"002\.png cannot be read as an image"):
         source.draw(0, 1, 3)
+
+
+def test_sizes_and_widths_that_do_not_fit_are_found_beforehand(tmp_path):
+    folder = write_images(tmp_path, 3, (56, 42))
+    Image.new("RGB", (42, 56)).save(folder / "002.png")
+    with pytest.raises(PaceError, match=r"002\.png is 42x56"):
+        FolderSource(folder, 2, 28, "crop")
+    with pytest.raises(PaceError, match="width"):
+        FolderSource(folder, 2, 57, "square")
+    assert FolderSource(folder, 2, 28, "square").draw(0, 1, 2)[0].width == 28
+
+
+def test_scenes_that_are_left_out_are_named_and_hidden_ones_are_not(tmp_path):
+    for name in ("a", ".thumbnails", "__MACOSX", "deep/b", "deep/c", "deep/er/d", "a/.thumbnails"):
+        write_images(tmp_path / name, 2)
+    (tmp_path / "phone").mkdir()
+    (tmp_path / "phone" / "0.heic").write_bytes(b"")
+    (tmp_path / "back").symlink_to(tmp_path)
+    save_clip(render_room(1, 2, 28, 28), tmp_path / "z")  # whose pictures lie in a folder of their own
+    with pytest.warns(UserWarning, match="left out") as caught:
+        source = FolderSource(tmp_path, 2, 28, "square")
+    assert source.description == "2 clips of 4 images"
+    (warning,) = caught
+    assert f"{tmp_path}: left out 4 (deep/b, deep/c, deep/er/d, ...)" in str(warning.message)
+    write_images(tmp_path / "a" / "inner", 2)
+    with pytest.warns(UserWarning, match=r"left out 1 \(inner\)"):
+        FolderSource(tmp_path / "a", 2, 28, "square")
+    write_images(tmp_path / "only" / "deep" / "b", 2)
+    with pytest.raises(PaceError, match=r"no images, .*1 \(deep/b\)"):
+        FolderSource(tmp_path / "only", 2, 28, "square")
+
+
+# ---- photographs
+
+
+def photograph(size: tuple[int, int] = (60, 40), kind: str = "JPEG", **options) -> bytes:
+    """A picture file, red above and blue below."""
+    image = Image.new("RGB", size, (250, 0, 0))
+    image.paste((0, 0, 250), (0, size[1] // 2, *size))
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def packed(path, files: dict[str, bytes]):
+    """A zip file of files."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+def test_photographs_are_read_as_clips_are(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 8  # to be turned to the left: blue from below comes to the right
+    (tmp_path / "0.jpg").write_bytes(photograph((40, 40), exif=exif))
+    Image.new("RGBA", (40, 40), (255, 0, 0, 0)).save(tmp_path / "1.png")
+    Image.fromarray(np.full((40, 40), 32768, np.uint16)).save(tmp_path / "2.png")
+    Image.new("CMYK", (40, 40), (0, 255, 255, 0)).save(tmp_path / "3.tif")
+    (tmp_path / "4.png").symlink_to("nowhere.png")
+    (tmp_path / "b.jpg").mkdir()
+    for hidden in (".thumbnails", "__MACOSX"):
+        (tmp_path / hidden).mkdir()
+        (tmp_path / hidden / "5.jpg").write_bytes(b"hidden")
+    (tmp_path / "._0.jpg").write_bytes(b"hidden")
+    with pytest.warns(UserWarning, match=r"left out 1 \(4\.png\)"):
+        found = load_photographs(tmp_path, 32).int()
+    assert len(found) == 4
+    assert found[0, 0, :, 2].min() > 200 and found[0, 2, :, -3].min() > 200
+    assert (found[1] == 255).all()
+    assert (found[2] == 128).all()
+    assert found[3, :, 0, 0].tolist() == [255, 0, 0]
+
+
+def test_archives_of_photographs_have_hidden_files_and_folders(tmp_path):
+    content = photograph()
+    hidden = {
+        "__MACOSX/._a.jpg": b"",
+        "._a.jpg": b"",
+        ".thumbnails/a.jpg": b"",
+        "b.jpg/": b"",
+        "notes.txt": b"",
+    }
+    file = packed(tmp_path / "a.zip", hidden | {"./a.jpg": content, "c/a.jpg": content, "x.heic": b""})
+    with pytest.warns(UserWarning, match=r"left out 1 \(x\.heic\)"):
+        assert len(load_photographs(file, 32)) == 2
+
+
+@pytest.mark.parametrize(
+    ("local", "central", "value", "reason"),
+    [
+        (6, 8, b"\x01\x00", "encrypted"),
+        (8, 10, b"\x61\x00", "compression"),
+        (14, 16, b"\0\0\0\0", "CRC"),
+        (22, 24, b"\0\0\0\x40", "larger"),
+    ],
+)
+def test_archives_that_cannot_be_unpacked_are_named(tmp_path, local, central, value, reason):
+    file = packed(tmp_path / "a.zip", {"some/a.jpg": photograph()})
+    content = bytearray(file.read_bytes())
+    for start in (local, content.find(b"PK\x01\x02") + central):
+        content[start : start + len(value)] = value
+    file.write_bytes(content)
+    with pytest.raises(PaceError, match=rf"a\.zip: some/a\.jpg cannot be unpacked: .*{reason}"):
+        load_photographs(file, 32)
+
+
+def test_photographs_that_cannot_be_used_are_named(tmp_path):
+    file = packed(tmp_path / "a.zip", {"a.jpg": photograph()[:-300]})
+    with pytest.raises(PaceError, match=r"a\.zip: a\.jpg cannot be read as an image"):
+        load_photographs(file, 32)
+    os.mkfifo(tmp_path / "fifo.zip")
+    (tmp_path / "cut.zip").write_bytes(file.read_bytes()[:100])
+    for name in ("fifo.zip", "cut.zip", "none.zip"):
+        with pytest.raises(PaceError, match=rf"{name} is neither a folder nor a zip file"):
+            load_photographs(tmp_path / name)
+    with pytest.raises(PaceError, match="path"):
+        load_photographs(3)
+    (tmp_path / "narrow").mkdir()
+    Image.new("L", (1, 1_000_000)).save(tmp_path / "narrow" / "a.png")
+    assert load_photographs(tmp_path / "narrow", 32).shape == (1, 3, 32, 32)
 
 
 def test_some_steps_see_photographs_alone():

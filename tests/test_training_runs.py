@@ -2,29 +2,49 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
 import sys
+import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from hosts import random_images, run, tiny_vggt, write_images
+from safetensors import safe_open
 from safetensors.torch import load_file
+from test_train import ARGUMENTS as MINI_ARGUMENTS
 
 import pacevggt_patch
 from pacevggt_patch import PaceError, PaceWeights, WeightsError, accelerate, summary
 from pacevggt_patch.cli.main import main
 from pacevggt_patch.method import full_heads
 from pacevggt_patch.method.block_deltas import BlockDeltas
+from pacevggt_patch.mini.training.train import main as train_mini
+from pacevggt_patch.mini.training.trainer import Trainer
 from pacevggt_patch.training import curve
 from pacevggt_patch.training import run as command
 from pacevggt_patch.training.backbones import load_backbone
 from pacevggt_patch.training.fit import Fit, Settings
+from pacevggt_patch.training.run import run_training
+from pacevggt_patch.training.signals import Signals, Stopped
+from pacevggt_patch.training.states import save_state
 
 MODES = ["global", "pre-aa"]
 SETTINGS = Settings(
     steps=6, distil=0.34, clips=2, views=(2, 3), supervised=2, warm_up=2, calibration=2, checks=2, rate=1e-3
 )
+
+
+def with_own_settings(options):
+    """`run_training`, whatever settings a command line gives."""
+    return run_training(replace(options, settings=SETTINGS))
 
 
 def settings(**changes) -> Settings:
@@ -48,6 +68,28 @@ def tiny(monkeypatch):
 def place(request, folder):
     """Where the frames come from."""
     return {"images": folder} if request.param == "folder" else {"rooms": "plain"}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run on images like those of `folder`."""
+    base = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "load_backbone", lambda _: tiny_vggt())
+        patch.setattr(command, "LOG_EVERY", 2)
+        patch.setattr(full_heads, "LEAST_ERROR", 0.0)
+        command.run_training(options(write_images(base / "images", 9), base / "out"))
+    return base / "out"
+
+
+class Harmful:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
 
 
 def options(folder, out, **changes):
@@ -283,9 +325,59 @@ def test_another_run_can_not_be_resumed(tiny, folder, tmp_path, monkeypatch):
         patch.setattr(command, "load_backbone", lambda _: tiny_vggt(seed=1))
         with pytest.raises(PaceError, match="backbone"):
             command.run_training(options(folder, tmp_path, resume=True))
-    (tmp_path / "state.pt").write_bytes(b"torn")
-    with pytest.raises(PaceError, match=r"state\.pt is damaged"):
-        command.run_training(options(folder, tmp_path, resume=True))
+
+
+def damaged(change):
+    """Something that changes a state, or puts something else in its place."""
+
+    def write(path):
+        state = torch.load(path, weights_only=True)
+        changed = change(state)
+        torch.save(state if changed is None else changed, path)
+
+    return write
+
+
+def first_moments(state):
+    return state["optimizer"]["state"][0]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(b"torn"),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes()[:-2000]),
+        lambda path: torch.save(Harmful(path.with_name("harmed")), path),
+        lambda path: torch.save(None, path),
+        damaged(lambda _: []),
+        damaged(lambda _: {}),
+        damaged(lambda state: [state]),
+        damaged(lambda state: state.update(step=10**9)),
+        damaged(lambda state: state.update(step=-1)),
+        damaged(lambda state: state.update(step=2.0)),
+        damaged(lambda state: state.update(full_heads=((0, 99),))),
+        damaged(lambda state: state.update(full_heads=3)),
+        damaged(lambda state: state.update(checks=[])),
+        damaged(lambda state: state.update(checks=[{"stage": "calibrated"}])),
+        damaged(lambda state: state.update(losses=[1.0])),
+        damaged(lambda state: state.update(settings=None)),
+        damaged(lambda state: state["modules"].popitem() and None),
+        damaged(lambda state: state["modules"].update({"scorer.out.weight": torch.ones(3)})),
+        damaged(lambda state: state["modules"]["scorer.out.weight"].fill_(float("nan")) is None),
+        damaged(lambda state: state["optimizer"].update(state={})),
+        damaged(lambda state: state["optimizer"]["state"].popitem() and None),
+        damaged(lambda state: first_moments(state).update(exp_avg=torch.ones(1))),
+        damaged(lambda state: first_moments(state).pop("exp_avg_sq") is None),
+    ],
+)
+def test_a_damaged_state_is_named(tiny, folder, finished, tmp_path, damage):
+    shutil.copytree(finished, tmp_path / "out")
+    damage(tmp_path / "out" / "state.pt")
+    with pytest.raises(PaceError, match=r"state\.pt") as caught:
+        command.run_training(options(folder, tmp_path / "out", resume=True))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out" / "harmed").exists()
 
 
 def test_a_loss_that_is_no_number_ends_the_run(tiny, folder, tmp_path, monkeypatch):
@@ -307,11 +399,258 @@ def test_without_a_drawing_library_the_weights_are_written_all_the_same(
     tiny, folder, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
+    (tmp_path / "curve.png").write_bytes(b"of another run")
     command.run_training(options(folder, tmp_path, settings=settings(steps=0)))
-    assert "matplotlib" in capsys.readouterr().out
+    assert "matplotlib" in capsys.readouterr().err
     assert files(tmp_path) == [
         "calibrated.safetensors", "images", "pace.safetensors", "report.json", "state.pt",
     ]  # fmt: skip
+
+
+# ---- runs that are told to stop
+
+
+@pytest.fixture
+def default_handlers():
+    """Signals do what they do in a program of its own, and do so afterwards."""
+    own = dict.fromkeys((signal.SIGTERM, signal.SIGHUP), signal.SIG_DFL)
+    own[signal.SIGINT] = signal.default_int_handler
+    before = {number: signal.signal(number, handler) for number, handler in own.items()}
+    yield
+    now = {number: signal.getsignal(number) for number in own}
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert now == own
+
+
+def told(number, monkeypatch, place, after=0, times=1):
+    """Let a signal come where `Fit` does something, when it was done `after` times before."""
+    own, calls = getattr(Fit, place), []
+
+    def method(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == after + 1:
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(Fit, place, method)
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "after"), [("SIGINT", 130, 0), ("SIGTERM", 143, 3), ("SIGHUP", 129, 5)]
+)
+def test_a_signal_ends_a_run_after_its_step_and_it_can_go_on(
+    tiny, folder, finished, tmp_path, monkeypatch, capsys, default_handlers, number, status, after
+):
+    """Long before the first periodic state."""
+    out = tmp_path / "out"
+    given = ["train", "--images", str(folder), "--width", "56", "--out", str(out), "--device", "cpu"]
+    monkeypatch.setattr(command, "run_training", with_own_settings)
+    with monkeypatch.context() as patch:
+        told(getattr(signal, number), patch, "step", after)
+        assert main(given) == status
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert number in error and f"step {after + 1}" in error and "--resume" in error
+    assert torch.load(out / "state.pt", weights_only=True)["step"] == after + 1
+    assert main([*given, "--resume"]) == 0
+    assert same_files(finished / "pace.safetensors", out / "pace.safetensors")
+
+
+def test_a_second_signal_ends_a_run_at_once(tiny, folder, tmp_path, monkeypatch, default_handlers):
+    told(signal.SIGINT, monkeypatch, "step", 3, times=2)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        command.run_training(options(folder, tmp_path, save_every=1000))
+    assert not isinstance(caught.value, Stopped)
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 2  # the end of the first stage
+
+
+@pytest.mark.parametrize(
+    ("place", "after", "said"),
+    [("calibrate", 0, "before the first step"), ("begin_refinement", 0, "step 2"), ("check", 3, "step 6")],
+)
+def test_between_the_stages_a_signal_ends_a_run_at_once_and_no_step_is_lost(
+    tiny, folder, finished, tmp_path, monkeypatch, default_handlers, place, after, said
+):
+    with monkeypatch.context() as patch:
+        told(signal.SIGTERM, patch, place, after)
+        with pytest.raises(Stopped, match=said):
+            command.run_training(options(folder, tmp_path, save_every=1000))
+    report = command.run_training(options(folder, tmp_path, resume=True))
+    assert [c["stage"] for c in report["checks"]] == ["training-free", "calibrated", "distilled", "refined"]
+    assert same_files(finished / "pace.safetensors", tmp_path / "pace.safetensors")
+
+
+def test_signals_that_are_ignored_or_handled_by_others_stay_so(default_handlers):
+    def own(*_):
+        pass
+
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, own)
+    with Signals() as signals:
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) is own
+        assert signal.getsignal(signal.SIGINT) == signals.receive
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def test_a_run_in_another_thread_leaves_signals_alone(tiny, folder, tmp_path, monkeypatch, default_handlers):
+    seen, step = set(), Fit.step
+    monkeypatch.setattr(Fit, "step", lambda *args: seen.add(signal.getsignal(signal.SIGTERM)) or step(*args))
+    thread = threading.Thread(target=lambda: command.run_training(options(folder, tmp_path)))
+    thread.start()
+    thread.join()
+    assert seen == {signal.SIG_DFL} and (tmp_path / "pace.safetensors").is_file()
+
+
+PROGRAM = """
+import sys, torch
+torch.set_num_threads(1)
+from hosts import tiny_vggt
+from pacevggt_patch.cli.main import main
+from pacevggt_patch.training import fit, run
+from test_training_runs import with_own_settings
+run.load_backbone, run.run_training, step = (lambda _: tiny_vggt()), with_own_settings, fit.Fit.step
+def says(self, drawn):
+    print("step", self.step_number, flush=True)
+    step(self, drawn)
+fit.Fit.step = says
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def started(*arguments, **environment):
+    """`pacevggt train` of the tiny model in a process of its own, which says the number of each step."""
+    tests = Path(__file__).parent
+    path = os.pathsep.join([str(tests), str(tests.parent), *filter(None, sys.path)])
+    own = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, "train", "--device", "cpu", "--width", "56", *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=own,
+    )  # fmt: skip
+
+
+def wait_for(process, step):
+    for line in process.stdout:
+        if line.split() == ["step", str(step)]:
+            return
+    raise AssertionError(process.stderr.read())
+
+
+def test_a_process_that_is_terminated_goes_on_to_the_same_weights(folder, tmp_path):
+    given = ["--images", folder, "--out"]
+    whole, killed = (started(*given, tmp_path / name) for name in ("whole", "killed"))
+    wait_for(killed, 3)
+    killed.terminate()
+    error = killed.communicate()[1].splitlines()[-1]
+    step = torch.load(tmp_path / "killed" / "state.pt", weights_only=True)["step"]
+    assert killed.returncode == 143 and step >= 4 and f"SIGTERM after step {step}" in error
+    resumed = started(*given, tmp_path / "killed", "--resume")
+    for process in (whole, resumed):
+        assert process.communicate()[0] and process.returncode == 0
+    one, other = (tmp_path / name / "pace.safetensors" for name in ("whole", "killed"))
+    assert same_files(one, other)
+    with safe_open(one, "pt") as first, safe_open(other, "pt") as second:
+        assert first.metadata() == second.metadata()
+
+
+def test_of_two_processes_both_stop_if_one_is_told_to(folder, tmp_path):
+    common = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(29000 + os.getpid() % 3000))
+    processes = [
+        started("--images", folder, "--out", tmp_path / "out", RANK=str(rank), **common) for rank in range(2)
+    ]
+    wait_for(processes[1], 3)
+    processes[1].terminate()
+    errors = [process.communicate(timeout=100)[1].splitlines()[-1] for process in processes]
+    assert [process.returncode for process in processes] == [143, 143], errors
+    step = torch.load(tmp_path / "out" / "state.pt", weights_only=True)["step"]
+    assert all(f"after step {step}" in error for error in errors)
+
+
+def test_a_training_of_mini_that_is_told_to_stop_goes_on_too(tmp_path, monkeypatch, capsys, default_handlers):
+    out, step = tmp_path / "out", Trainer.step
+
+    def told_to(self, *args):
+        if self.step_number == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args)
+
+    given = [*MINI_ARGUMENTS, "--out", str(out), "--steps", "5", "--save-every", "1000"]
+    assert train_mini([*given, "--out", str(tmp_path / "whole")]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", told_to)
+        with pytest.raises(Stopped, match="after step 3"):
+            train_mini(given)
+    state = out / "state.pt"
+    good = state.read_bytes()
+    for damage in (
+        lambda path: path.write_bytes(good[:-2000]),
+        damaged(lambda _: []),
+        damaged(lambda _: {}),
+        damaged(lambda state: state.update(step=10**9)),
+        damaged(lambda state: state.update(step=-1)),
+        damaged(lambda state: state.update(records=[{}])),
+        damaged(lambda state: state["optimizer"]["values"].fill_(float("nan")) is None),
+        damaged(lambda state: state["optimizer"].update(mean=torch.ones(1))),
+    ):
+        damage(state)
+        with pytest.raises(PaceError, match=r"state\.pt"):
+            train_mini([*given, "--resume"])
+        state.write_bytes(good)
+    (out / ".0123abcd.state.pt").touch()
+    assert train_mini([*given, "--resume"]) == 0
+    assert same_files(tmp_path / "whole" / "mini.safetensors", out / "mini.safetensors")
+    assert not (out / ".0123abcd.state.pt").exists()
+
+
+# ---- disks
+
+
+@pytest.fixture
+def full_disk():
+    """No file may have more than some bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_is_named_and_the_old_state_stays(tmp_path, full_disk):
+    save_state({"step": torch.ones(3)}, tmp_path / "state.pt")
+    with pytest.raises(PaceError, match=r"state\.pt .*: File too large"):
+        save_state({"step": torch.ones(3000)}, tmp_path / "state.pt")
+    assert files(tmp_path) == ["state.pt"]
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["step"].shape == (3,)
+
+
+def test_a_report_that_can_not_be_written_is_named(tiny, folder, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(command, "write_json", full)
+    with pytest.raises(PaceError, match=r"report\.json .*: No space left"):
+        command.run_training(options(folder, tmp_path, settings=settings(steps=0)))
+
+
+def test_what_killed_runs_left_is_removed_and_nothing_else(tiny, folder, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    left = {".0123abcd.state.pt", ".deadbeef.pace.safetensors"}
+    mine = {".0123abcd.notes.txt", ".state.pt", ".0123abcg.state.pt", "0123abcd.state.pt"}
+    for name in left | mine:
+        (out / name).touch()
+    command.run_training(options(folder, out, settings=settings(steps=0)))
+    assert mine <= {*files(out)} and not left & {*files(out)}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("steps", [0, 2])
+def test_the_report_counts_the_parameters_that_were_written(tiny, folder, tmp_path, steps, mode):
+    report = command.run_training(options(folder, tmp_path, settings=settings(mode=mode, steps=steps)))
+    modules = PaceWeights.load(tmp_path / "pace.safetensors").modules()
+    assert report["parameters"] == sum(p.numel() for p in modules.parameters())
+    assert bool(report["parameters"]) == (steps > 0 or mode == "pre-aa")
 
 
 # ---- the command
@@ -336,9 +675,10 @@ def test_the_command_line(tiny, folder, tmp_path, capsys, mode):
     ]
     given += ["--supervised-frames", "2"]
     assert main([*given, "--out", str(out), "--steps", "2", "--distil", "0.5"]) == 0
-    shown = capsys.readouterr().out
-    for said in ("training-free", "calibrating on 8 clips", "refined", "pace.safetensors"):
+    shown, progress = capsys.readouterr()
+    for said in ("training-free", "refined", "pace.safetensors"):
         assert said in shown, said
+    assert "calibrating" in progress and "8/8" in progress
     weights = PaceWeights.load(out / "pace.safetensors")
     assert weights.mode == mode and weights.training["settings"]["supervised"] == 2
     for block, head in weights.full_heads:
@@ -350,7 +690,7 @@ def test_the_command_line(tiny, folder, tmp_path, capsys, mode):
     capsys.readouterr()
     start = ["--start", str(tmp_path / "fit" / "pace.safetensors"), "--out", str(tmp_path / "more")]
     assert main([*given, *start, "--steps", "20"]) == 0
-    assert "calibrating" not in capsys.readouterr().out
+    assert "calibrating" not in capsys.readouterr().err
     training = PaceWeights.load(tmp_path / "more" / "pace.safetensors").training
     assert training["settings"]["distil"] == 0 and training["checks"][-1]["stage"] == "refined"
 
@@ -377,7 +717,7 @@ def test_the_mode_of_the_command_is_the_default_one(tiny, folder, tmp_path):
     [
         ([], "--images"),
         (["--images", "none", "--rooms"], "not both"),
-        (["--images", "none"], "none is not a folder"),
+        (["--images", "none"], "none does not exist"),
         (["--images", ".", "--textures", "none"], "--textures"),
         (["--rooms", "plain", "--textures", "none"], "--textures"),
         (["--rooms", "plain", "--steps", "-1"], "-1"),
@@ -405,7 +745,7 @@ def test_a_large_model_wants_a_gpu(folder, tmp_path, monkeypatch, capsys):
     assert main(["train", *out, "--calibrate"]) == 0
     out[1] += "-2"
     assert main(["train", *out, "--steps", "2", "--device", "cpu", "--resume"]) == 0
-    assert f"{out[1]} holds no run to resume" in capsys.readouterr().out
+    assert f"{out[1]} holds no run to resume" in capsys.readouterr().err
 
 
 # ---- backbones

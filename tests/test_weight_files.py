@@ -1,17 +1,33 @@
 """Weight files that are refused: damaged ones, and those of another kind or format."""
 
 import json
+import os
+from dataclasses import replace
 
 import pytest
 import torch
 from hosts import tiny_vggt
+from mutations import File, cost, mutations
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pacevggt_patch import PaceWeights, WeightsError, accelerate
 from pacevggt_patch.hosts.base import find_host
+from pacevggt_patch.method.block_deltas import BlockDeltas
+from pacevggt_patch.method.scoring import TokenScorer
 from pacevggt_patch.weights.pace import FORMAT, KIND
-from pacevggt_patch.weights.tensorfile import DIGEST, digest, in_8_bits, read_metadata, read_tensors, write
+from pacevggt_patch.weights.tensorfile import (
+    DIGEST,
+    LARGEST_FILE,
+    LONGEST_HEADER,
+    digest,
+    in_8_bits,
+    read_metadata,
+    read_tensors,
+    write,
+)
+
+MIB = 2**20
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +75,123 @@ def refused(path, *words):
         assert word in str(caught.value)
 
 
+def cheaply_refused(path, *words):
+    """As `refused`, in two seconds and in memory of at most twice the file and a little."""
+    seconds, memory = cost(lambda: refused(path, *words))
+    assert seconds < 2 and memory < 2 * path.stat().st_size + 16 * MIB
+
+
 def test_missing_file_and_folder(tmp_path):
     refused(tmp_path / "none.safetensors", "does not exist")
     refused(tmp_path, "is a folder")
+    (tmp_path / "link.safetensors").symlink_to("none.safetensors")
+    refused(tmp_path / "link.safetensors", "does not exist")
+
+
+def test_a_home_that_does_not_exist():
+    with pytest.raises(WeightsError, match="~nosuchuser/pace.safetensors"):
+        PaceWeights.load("~nosuchuser/pace.safetensors")
+
+
+def test_pipes_and_devices_are_not_opened(tmp_path):
+    path = tmp_path / "pace.safetensors"
+    os.mkfifo(path)
+    refused(path, "no plain file")
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    refused(path, "no plain file")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read(file):
+    file.chmod(0)
+    refused(file, "can't be read")
+
+
+def test_mutations_are_refused(model, tmp_path):
+    """Every one by a WeightsError of one line that names the file, in two seconds and little memory."""
+    path = tmp_path / "pace.safetensors"
+    shapes = {"global_blocks.0.attn.proj.weight": (32, 32), "global_blocks.0.attn.proj.bias": (32,)}
+    whole = PaceWeights.new(model, mode="pre-aa", keep_ratios=(0.3,), training={"steps": 3})
+    replace(whole, restoration=None, block_deltas=BlockDeltas(shapes, 2), full_heads=((1, 0),)).save(
+        path, eight_bits=True
+    )
+    content = path.read_bytes()
+    path.write_bytes(File(content).content())
+    PaceWeights.load(path)  # only what is changed makes the others fail
+    count = 0
+    for name, mutated in mutations(content):
+        path.write_bytes(mutated)
+        try:
+            cheaply_refused(path)
+        except BaseException as error:
+            pytest.fail(f"{name}: {type(error).__name__}: {error}")
+        count += 1
+    assert count > 300
+
+
+def sparse(path, hidden_dim, backbone=None, columns=32):
+    """A scorer's file with a matrix of zeros that takes no room on disk, right in all but its digest."""
+    scorer = TokenScorer(32, 8)
+    PaceWeights.new(tiny_vggt()).save(path)
+    file = File(path.read_bytes())
+    sizes = {"scorer": {"hidden_dim": hidden_dim, "distinctness_weight": 0.5}}
+    file.metadata["modules"] = json.dumps(sizes)
+    file.metadata["backbone"] = json.dumps({**json.loads(file.metadata["backbone"]), **(backbone or {})})
+    shapes = {f"scorer.{name}": list(tensor.shape) for name, tensor in scorer.state_dict().items()}
+    shapes |= {"scorer.hidden.bias": [hidden_dim], "scorer.out.weight": [1, hidden_dim]}
+    shapes["scorer.hidden.weight"] = [hidden_dim, columns]
+    header, position = {"__metadata__": file.metadata}, 0
+    for name, shape in shapes.items():
+        size = 4 * torch.Size(shape).numel()
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [position, position + size]}
+        position += size
+    text = json.dumps(header).encode()
+    with open(path, "wb") as opened:
+        opened.write(len(text).to_bytes(8, "little") + text)
+        opened.truncate(8 + len(text) + position)
+
+
+def test_a_large_file_is_read_only_if_its_header_fits(tmp_path):
+    path = tmp_path / "pace.safetensors"
+    sparse(path, 2**20, columns=31)
+    assert path.stat().st_size > 100 * MIB
+    seconds, memory = cost(
+        lambda: refused(path, "scorer.hidden.weight is [1048576, 31] instead of [1048576, 32]")
+    )
+    assert seconds < 2 and memory < 16 * MIB
+    sparse(path, 2**20)
+    cheaply_refused(path, "digest")
+
+
+def test_a_large_file_of_another_model_is_not_read(model, tmp_path):
+    path = tmp_path / "pace.safetensors"
+    sparse(path, 2**20, {"depth": 99})
+
+    def accelerated():
+        with pytest.raises(WeightsError, match=r"99\+99 blocks"):
+            accelerate(model, weights=path)
+
+    seconds, memory = cost(accelerated)
+    assert seconds < 2 and memory < 16 * MIB
+
+
+@pytest.mark.parametrize("length", [LONGEST_HEADER + 1, 2**29, 2**60])
+def test_a_long_header_is_not_read(tmp_path, length):
+    """Ten million names of tensors would be more than half a gigabyte."""
+    path = tmp_path / "pace.safetensors"
+    with open(path, "wb") as file:
+        file.write(length.to_bytes(8, "little"))
+        file.truncate(min(length, 2**29) + 8)
+    seconds, memory = cost(lambda: refused(path, "not a safetensors file"))
+    assert seconds < 2 and memory < 16 * MIB
+
+
+def test_what_is_larger_than_any_weight_file(tmp_path):
+    path = tmp_path / "pace.safetensors"
+    with open(path, "wb") as file:
+        file.truncate(LARGEST_FILE + 1)
+    refused(path, "larger")
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x80\x04\x95" + b"\x00" * 100, b"\xff" * 4096])
@@ -263,9 +393,14 @@ def rewrite_without(file, name):
     save_file({key: value for key, value in load_file(file).items() if key != name}, file, metadata)
 
 
-def test_huge_widths_in_damaged_metadata_allocate_nothing(file):
-    rewrite(file, metadata=modules(file, scorer={"hidden_dim": 2**40}, block_deltas={"rank": 2**30}))
-    refused(file, "wrong tensors")
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [("scorer", "hidden_dim"), ("block_deltas", "rank"), ("block_deltas", "full_strength")],
+)
+@pytest.mark.parametrize("value", [10**9, 2**40, 10**400, -1, True, None, "8", []])
+def test_sizes_that_can_not_be_are_named(file, module, name, value):
+    rewrite(file, metadata=modules(file, **{module: {name: value}}))
+    cheaply_refused(file, f"modules.{module}.{name}")
 
 
 def test_weights_of_another_checkpoint_are_refused_from_a_path(file):
@@ -300,3 +435,33 @@ def test_every_tensor_comes_back_as_float32(tmp_path, dtype):
             else wanted.abs().flatten(1).amax(1).view(-1, *[1] * (wanted.ndim - 1))
         )
         assert ((found[name] - wanted).abs() <= largest / 200).all(), name
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int16, torch.int64, torch.uint8, torch.bool, torch.float64, torch.complex64]
+)
+def test_dtypes_that_are_not_written_are_refused_in_every_weight_file(tmp_path, dtype):
+    path = tmp_path / "tensors.safetensors"
+    save_file({"matrix": torch.ones(5, 3).to(dtype)}, path)
+    with pytest.raises(WeightsError, match="matrix"):
+        read_tensors(path, "tensors")
+
+
+def test_tensors_that_are_wanted_are_compared_with_the_header(tmp_path):
+    path = tmp_path / "tensors.safetensors"
+    write(path, in_8_bits({"matrix": torch.ones(5, 3)}), "tensors", 1, {})
+    wanted = {"matrix": torch.empty(5, 3, device="meta")}
+    assert read_tensors(path, "tensors", wanted)["matrix"].shape == (5, 3)
+    with pytest.raises(WeightsError, match=r"\[5, 3\] instead of \[5, 4\]"):
+        read_tensors(path, "tensors", {"matrix": torch.empty(5, 4, device="meta")})
+
+
+def test_what_could_not_be_read_again_is_not_written(tmp_path):
+    path = tmp_path / "tensors.safetensors"
+    deep = []
+    for _ in range(60):
+        deep = [deep]
+    for fields in ({"note": "x" * LONGEST_HEADER}, {"note": deep}):
+        with pytest.raises(WeightsError, match=str(path)):
+            write(path, {}, "tensors", 1, fields)
+    assert not path.exists()

@@ -1,8 +1,11 @@
 """Pace weights: made, saved and loaded, matched with a model, and chosen by `accelerate`."""
 
+import errno
 import json
 import os
+import stat
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +26,7 @@ from pacevggt_patch import (
     summary,
 )
 from pacevggt_patch.hosts.base import find_host
+from pacevggt_patch.runtime.files import whole_file
 from pacevggt_patch.weights import cache as kept
 from pacevggt_patch.weights import pace
 from pacevggt_patch.weights.resolve import resolve
@@ -252,6 +256,84 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(weights, file, monkeypat
     assert file.read_bytes() == old and os.listdir(file.parent) == [file.name]
 
 
+def test_a_full_disk_is_named_and_leaves_the_old_file_and_no_other(weights, file, monkeypatch):
+    old = file.read_bytes()
+
+    def half(path, content):
+        with open(path, "wb") as opened:
+            opened.write(content[: len(content) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", half)
+    with pytest.raises(WeightsError, match="No space left") as caught:
+        weights.save(file)
+    assert str(file) in str(caught.value)
+    assert file.read_bytes() == old and os.listdir(file.parent) == [file.name]
+
+
+def test_saving_through_links(weights, tmp_path):
+    """Links stay; what they lead to is written, in its own folder, whether it is there or not."""
+    (tmp_path / "folder").mkdir()
+    target, link = tmp_path / "folder" / "target.safetensors", tmp_path / "link.safetensors"
+    (tmp_path / "folder" / "middle").symlink_to("target.safetensors")
+    link.symlink_to(os.path.join("folder", "middle"))
+    for _ in range(2):
+        weights.save(link)
+        assert link.is_symlink() and not target.is_symlink()
+        assert same(PaceWeights.load(target), weights)
+    assert sorted(os.listdir(tmp_path)) == ["folder", "link.safetensors"]
+    assert sorted(os.listdir(tmp_path / "folder")) == ["middle", "target.safetensors"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "device", "circle", "link to a device"])
+def test_what_is_no_plain_file_is_not_replaced(weights, tmp_path, kind):
+    path = tmp_path / "pace.safetensors"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "circle":
+        path.symlink_to(path)
+    elif kind == "link to a device":
+        path.symlink_to(os.devnull)
+    else:
+        path = Path(os.devnull)
+    before = path.lstat()
+    with pytest.raises(WeightsError, match=str(path)):
+        weights.save(path)
+    with pytest.raises(PaceError, match=str(path)), whole_file(path):
+        pytest.fail("nothing may be written")
+    assert (path.lstat().st_ino, path.lstat().st_mode) == (before.st_ino, before.st_mode)
+    assert os.listdir(tmp_path) == ([] if kind == "device" else [path.name])
+
+
+def test_permissions(weights, file):
+    """Those of a file that is there stay, and a new one has those that the process gives."""
+    file.chmod(0o640)
+    weights.save(file)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o640
+    file.unlink()
+    before = os.umask(0o077)
+    try:
+        weights.save(file)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+def test_folders_that_are_none(weights, tmp_path):
+    (tmp_path / "file").write_text("")
+    for path, what in (
+        (tmp_path / "none" / "a.safetensors", "does not exist"),
+        (tmp_path / "file" / "a.safetensors", "is not a folder"),
+        ("~nosuchuser/a.safetensors", "does not exist"),
+        (tmp_path / "a\0.safetensors", "null"),
+    ):
+        with pytest.raises(WeightsError, match=what) as caught:
+            weights.save(path)
+        assert str(path) in str(caught.value)
+
+
 def test_eight_bits_are_a_quarter_of_the_size_and_close(weights, file, tmp_path):
     small = tmp_path / "small.safetensors"
     weights.save(small, eight_bits=True)
@@ -300,6 +382,8 @@ def test_what_can_not_be_saved(model, tmp_path):
         trained(model, "global").save(tmp_path / "none" / "pace.safetensors")
     with pytest.raises(WeightsError, match="not JSON"):
         trained(model, "global", training={"loss": torch.ones(1)}).save(path)
+    with pytest.raises(WeightsError, match="keep_ratios"):
+        trained(model, "global", keep_ratios=(5.0,)).save(path)
     for eight_bits in (False, True):
         broken = trained(model, "global")
         with torch.no_grad():
@@ -509,6 +593,12 @@ def test_auto_takes_a_calibration_that_is_kept_on_this_machine(host, cache):
     content[len(content) // 2] ^= 4
     path.write_bytes(content)
     assert chosen("auto", host)[0] is None  # a damaged one is none
+
+
+def test_a_cache_in_a_home_that_does_not_exist_keeps_nothing(host, monkeypatch):
+    monkeypatch.setenv("PACEVGGT_CACHE", "~nosuchuser/kept")
+    assert kept.folder() is None and kept.entries() == []
+    assert kept.store(PaceWeights.of_heads(host, ((1, 1),), {})) is None
 
 
 def test_paths(host, weights, file, monkeypatch):

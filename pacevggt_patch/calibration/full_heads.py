@@ -55,7 +55,7 @@ def find_full_heads(
             return out
 
         with observing(model, observer), half_precision(images):
-            (run or host.run_trunk)(images)
+            (run or host.trunk)(images)
         if len(errors) != host.depth:
             raise PaceError(
                 f"{len(errors)} of {host.depth} global blocks ran, so what their heads lose can't be told: pass run= "

@@ -8,38 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import PRE_AA, PaceConfig
 from ..errors import PaceError
-from ..hosts.base import find_host
 from ..method.regression import solve_ridge
 from ..method.restoration import reading
 from ..method.restored_tokens import RestoredTokens
 from ..patching.heads import TokenList, tokens_of
-from ..patching.install import install, remove, retune, state_of
+from ..patching.install import retune, state_of
 from ..runtime.attention import half_precision
 from ..weights.pace import PaceWeights
 
 KEEP_RATIOS = (0.5, 0.3, 0.15)
 RIDGE = 0.01  # relative to the mean eigenvalue
 FRAMES = 8  # frames whose dense tokens exist at a time
-
-
-def fit_restoration(
-    model: nn.Module,
-    clips: Iterable[Tensor],
-    weights: PaceWeights,
-    keep_ratios: Sequence[float] = KEEP_RATIOS,
-) -> None:
-    """`fit_linear` for a model that is not accelerated; it is left as it was."""
-    training = [(module, module.training) for module in model.modules()]
-    install(model, find_host(model), PaceConfig(mode=PRE_AA, min_frames=1), weights)
-    try:
-        model.eval()
-        fit_linear(model, clips, weights, keep_ratios)
-    finally:
-        for module, flag in training:
-            module.training = flag
-        remove(model)
 
 
 @torch.no_grad()
@@ -86,7 +66,7 @@ def _tokens(model: nn.Module, images: Tensor, keep_ratio: float) -> RestoredToke
     host = state_of(model).host
     grid = images.shape[-2] // host.patch_size, images.shape[-1] // host.patch_size
     with half_precision(images):
-        return tokens_of(host.run_trunk(images)[0], grid, host.special_tokens)
+        return tokens_of(host.trunk(images)[0], grid, host.special_tokens)
 
 
 def accumulate(sums: dict[int, tuple[Tensor, Tensor]], student: Any, teacher: Any, frames: range) -> None:

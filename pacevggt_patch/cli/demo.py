@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ..clips import Clip, count_frames, load_clip
+from ..config import PaceConfig
 from ..errors import PaceError
 from ..evaluation import decode_pose_encoding, evaluate_predictions, unproject
 from ..evaluation.timing import Timing, time_interleaved
@@ -18,7 +20,9 @@ from ..patching.install import accelerate, paused, summary
 from ..patching.summary import Summary
 from ..runtime.device import usable_device
 from ..runtime.files import environment, write_json
-from .pictures import save_depth_picture, save_points, save_points_picture, save_token_picture
+from ..runtime.plotting import load_pyplot
+from ..training.states import writing
+from .pictures import load_plyfile, save_depth_picture, save_points, save_points_picture, save_token_picture
 
 BUNDLED_CLIP = Path(__file__).resolve().parent.parent / "data" / "room"
 MINI_WIDTH = 224  # pixels; VGGT-mini was trained on squares of this size
@@ -26,14 +30,6 @@ MOST_FRAMES = 24
 MOST_POINTS = 500_000
 RANGES = ("seconds_range_stock", "seconds_range_pace")
 METRICS = ("auc30", "rotation_deg", "absrel")
-
-
-class Demo(NamedTuple):
-    """What `run_demo` did: the content of report.json, the files it wrote, and which it left out and why."""
-
-    report: dict[str, Any]
-    written: list[str]
-    skipped: list[str]
 
 
 def run_demo(
@@ -47,7 +43,7 @@ def run_demo(
     mode: str | None = None,
     device: str | None = None,
     repeats: int = 3,
-) -> Demo:
+) -> dict[str, Any]:
     """Run VGGT-mini on a clip, stock and accelerated, and write report and pictures to `out`.
 
     Writes `report.json`, `tokens.png`, `depth.png`, `points.png` and `points.ply`, each whole or not at all.
@@ -61,13 +57,13 @@ def run_demo(
         repeats: timed runs of each, interleaved.
 
     Returns:
-        The report and the names of the files.
+        The content of report.json.
 
     Raises:
-        PaceError: a setting, the clip or the weights do not fit.
+        PaceError: a library is missing, a setting, the clip or the weights do not fit, or a file can't be written.
     """
-    from tqdm import tqdm
-
+    # What is missing or does not go together is told before a minute of work.
+    load_pyplot(), load_plyfile(), PaceConfig(keep_ratio, merge_budget, mode)
     chosen = usable_device(device)
     clip = load_evenly(clip_folder or BUNDLED_CLIP, frames).to(chosen)
     model = build_mini().to(chosen)
@@ -106,14 +102,10 @@ def run_demo(
         "points.png": lambda path: save_points_picture(path, clouds),
         "points.ply": lambda path: save_points(path, points, colours),
     }
-    written, skipped = [], []
     for name, write in tqdm(writers.items(), desc="report", unit="file"):
-        try:
+        with writing(out / name):
             write(out / name)
-            written.append(name)
-        except PaceError as error:  # a picture whose library is not installed does not take the table along
-            skipped.append(f"{name}: {error}")
-    return Demo(report, written, skipped)
+    return report
 
 
 def load_evenly(folder: Path, frames: int | None) -> Clip:

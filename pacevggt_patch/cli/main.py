@@ -24,9 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         print(f"pacevggt: {error}: pip install 'pacevggt-patch[{arguments.extra}]'", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("pacevggt: interrupted; files already reported as written are whole", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        what = str(stop) or "interrupted; files already reported as written are whole"
+        print(f"pacevggt: {what}", file=sys.stderr)
+        return getattr(stop, "status", 130)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -84,8 +85,9 @@ def add_train(commands) -> None:
         "train",
         help="train pace weights for a VGGT on your own images",
         description="Train scorer, merge, block changes and restoration for a VGGT on your own images; no labels are "
-        "needed. Writes pace.safetensors, report.json, curve.png and state.pt. Several GPUs: torchrun "
-        "--nproc-per-node N --no-python pacevggt train ...",
+        "needed. Calibrates, distils, refines. Writes pace.safetensors, report.json, curve.png and state.pt, from "
+        "which --resume goes on after a Ctrl-C or a SIGTERM. Several GPUs: torchrun --nproc-per-node N --no-python "
+        "pacevggt train ...",
     )
     train.add_argument(
         "--backbone",
@@ -107,7 +109,9 @@ def add_train(commands) -> None:
     train.add_argument("--steps", type=int, default=4000, help="gradient steps (4000)")
     train.add_argument("--calibrate", action="store_true", help="calibration only: no gradient steps")
     train.add_argument(
-        "--distil", type=float, help="share of the steps for the first stage (0.1; none of them with --start)"
+        "--distil",
+        type=float,
+        help="share of the steps for the distillation (0.1; none of them with --start)",
     )
     train.add_argument(
         "--views", type=int, nargs="+", default=[8], help="frames of a clip, one of these a step (8)"
@@ -126,7 +130,10 @@ def add_train(commands) -> None:
     )
     train.add_argument("--rate", type=float, default=2e-3, help="learning rate (0.002)")
     train.add_argument(
-        "--scorer-rate", type=float, default=0.0, help="share of it for the scorer in the second stage (0)"
+        "--scorer-rate",
+        type=float,
+        default=0.0,
+        help="of pre-AA pruning: share of it for the scorer in the refinement (0)",
     )
     train.add_argument("--mode", choices=MODES, default=GLOBAL, help="what is pruned (global)")
     train.add_argument("--seed", type=int, default=0)
@@ -159,7 +166,7 @@ def add_push(commands) -> None:
 def demo_command(arguments: argparse.Namespace) -> int:
     from .demo import format_table, run_demo
 
-    report, written, skipped = run_demo(
+    report = run_demo(
         arguments.out,
         arguments.clip,
         frames=arguments.frames,
@@ -170,9 +177,7 @@ def demo_command(arguments: argparse.Namespace) -> int:
         device=arguments.device,
     )
     print(format_table(report))
-    print(f"wrote {arguments.out}/: {', '.join(written)}")
-    for problem in skipped:
-        print(f"left out: {problem}", file=sys.stderr)
+    print(f"wrote {arguments.out}/: report.json, tokens.png, depth.png, points.png, points.ply")
     return 0
 
 
@@ -200,7 +205,8 @@ def train_command(arguments: argparse.Namespace) -> int:
         print(format_checks(report["checks"]))
         if report["mode"] == GLOBAL:
             heads = ", ".join(f"block {block} head {head}" for block, head in report["full_heads"])
-            print(f"heads of global attention that see all tokens: {heads or 'none'}")
+            none = "none was found that loses much without, so the calibration changes nothing"
+            print(f"heads of global attention that see all tokens: {heads or none}")
         print(f"wrote {arguments.out}/: pace.safetensors, report.json, curve.png, state.pt")
     return 0
 

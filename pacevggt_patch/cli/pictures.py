@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -153,17 +154,27 @@ def save_points(path: Path, points: Tensor, colours: Tensor) -> None:
         points: [N, 3].
         colours: RGB [N, 3] in [0, 1].
     """
-    try:
-        from plyfile import PlyData, PlyElement
-    except ImportError as error:
-        raise PaceError("point clouds need plyfile: pip install 'pacevggt-patch[demo]'") from error
+    plyfile = load_plyfile()
     names = [(name, "<f4") for name in ("x", "y", "z")] + [(name, "u1") for name in ("red", "green", "blue")]
     vertices = np.empty(len(points), dtype=names)
     for i, (name, _) in enumerate(names):
         values = points[:, i] if i < 3 else (colours[:, i - 3] * 255).round()
         vertices[name] = values.cpu().numpy()
     with whole_file(path) as temporary:
-        PlyData([PlyElement.describe(vertices, "vertex")]).write(temporary)
+        plyfile.PlyData([plyfile.PlyElement.describe(vertices, "vertex")]).write(temporary)
+
+
+def load_plyfile() -> Any:
+    """The module.
+
+    Raises:
+        PaceError: it is not installed.
+    """
+    try:
+        import plyfile
+    except ImportError as error:
+        raise PaceError("point clouds need plyfile: pip install 'pacevggt-patch[demo]'") from error
+    return plyfile
 
 
 def _rgb(image: Tensor) -> np.ndarray:

@@ -49,6 +49,9 @@ class Clip:
     valid: Tensor | None = None
 
     def __post_init__(self) -> None:
+        for field, value in vars(self).items():
+            if field != "name" and not isinstance(value, Tensor) and (field == "images" or value is not None):
+                raise ClipError(f"clip {self.name!r}: {field} must be a tensor, got {type(value).__name__}")
         if self.images.ndim != 4 or self.images.shape[1] != 3 or 0 in self.images.shape:
             raise ClipError(f"clip {self.name!r}: images must be [S, 3, H, W], got {list(self.images.shape)}")
         if self.images.dtype != torch.float32:
@@ -104,14 +107,22 @@ class Clip:
             indices: Frame numbers; negative ones count from the end, as in a list.
 
         Raises:
-            ClipError: `indices` is empty or names a frame that the clip does not have.
+            ClipError: `indices` is empty, holds something else than whole numbers, or names a frame that the clip
+                does not have.
         """
-        if len(indices) == 0:
+        try:
+            order = torch.tensor(list(indices))
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            order = torch.tensor(0.5)
+        if order.numel() == 0:
             raise ClipError(f"clip {self.name!r}: no frames selected")
-        outside = [int(index) for index in indices if not -len(self) <= index < len(self)]
+        if order.ndim != 1 or order.dtype == torch.bool or order.is_floating_point() or order.is_complex():
+            raise ClipError(f"clip {self.name!r}: indices must be a list of whole numbers")
+        order = order.long()
+        outside = order[(order < -len(self)) | (order >= len(self))].tolist()
         if outside:
             raise ClipError(f"clip {self.name!r} has {len(self)} frames, there is no frame {outside[0]}")
-        order = torch.tensor([int(index) % len(self) for index in indices], device=self.images.device)
+        order = order.remainder(len(self)).to(self.images.device)
         return replace(self, **{field: value[order] for field, value in self._tensors().items()})
 
     def to(self, device: torch.device | str) -> Clip:

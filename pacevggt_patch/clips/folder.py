@@ -2,7 +2,7 @@
 
 `clip.json` holds `width`, `height`, `intrinsics` (`fx fy cx cy`, pixels of the stored frames, **the centre of
 the top-left pixel at (0, 0)**), `pose_unit`, and `frames`: a list of `{file, depth, cam_to_world}` with paths
-relative to the folder, `depth` a 16-bit PNG of z-depth in millimetres (0 = not measured) or null, and
+relative to the folder and within it, `depth` a 16-bit PNG of z-depth in millimetres (0 = not measured) or null, and
 `cam_to_world` a 4x4 matrix. `intrinsics`, `depth` and `cam_to_world` may be missing or null.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,16 +18,21 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from ..errors import ClipError
+from ..arguments import file_path, shown, whole
+from ..errors import ClipError, first_line
 from ..runtime.files import write_json
 from .clip import Clip
+from .images import MOST_PIXELS, check_file, image_names, listed, read_header, read_image, read_rgb
 
 PATCH_SIZE = 14
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 MILLIMETRES_PER_METRE = 1000.0
+MOST_JSON = 2**25  # bytes; tens of thousands of frames
+LARGEST = 1e18  # of the numbers in a clip.json, with which float32 still computes
+
+Source = tuple[str, tuple[int, int]]  # name, and width and height
 
 # clip.json puts pixel centres on whole numbers, a Clip on halves.
 PIXEL_CENTRE = 0.5
@@ -48,8 +54,9 @@ class Framing:
 
     def image(self, image: Image.Image) -> np.ndarray:
         """`[H, W, 3]` uint8 of an RGB image, resized with the bicubic filter."""
-        resized = image.crop(self.box).resize(self.resized, Image.Resampling.BICUBIC)
-        return np.asarray(resized)[self.band[0] : self.band[1]]
+        cropped = image if self.box == (0, 0, *image.size) else image.crop(self.box)
+        resized = cropped.resize(self.resized, Image.Resampling.BICUBIC)
+        return np.asarray(resized.crop((0, self.band[0], self.resized[0], self.band[1])))
 
     def depth(self, depth: np.ndarray) -> np.ndarray:
         """`[H, W]` of a source depth map, the nearest source pixel for each pixel.
@@ -108,8 +115,9 @@ def load_clip(
     """Load a clip from a folder of images, or from a folder with a `clip.json`.
 
     The format of `clip.json` is in this module's description. A folder of images is read in natural order
-    (`frame2` before `frame10`); hidden files are passed over. Camera orientation tags are applied,
-    transparency is laid on white, and 16-bit greyscale is scaled to the full range.
+    (`frame2` before `frame10`); hidden files are passed over, and a warning names pictures of other formats and broken
+    links, which are left out. Camera orientation tags are applied, transparency is laid on white, and 16-bit greyscale
+    is scaled to the full range; of several pages or moments in one file the first is taken.
 
     Args:
         path: The folder.
@@ -127,17 +135,12 @@ def load_clip(
         depth in metres by nearest pixel. Named after the folder, or as `clip.json` says.
 
     Raises:
-        ClipError: An argument is out of range, the folder has no (or too few) images, a file is missing or cannot
-            be read, the frames differ in size (pictures cut to squares may), or `clip.json` is broken or incomplete.
-            The message names the file.
+        ClipError: An argument is out of range or of another type, the folder has no (or too few) images, a file is
+            missing, too large or cannot be read, the frames differ in size (pictures cut to squares may), or
+            `clip.json` is broken, incomplete or names files outside the folder. The message names the file.
     """
-    folder = existing_folder(path)
-    check_arguments(frames, start, stride, width, mode)
-    if (folder / "clip.json").is_file():
-        return load_described_folder(folder, frames, start, stride, width, mode)
-    chosen = choose(image_files(folder), folder, frames, start, stride)
-    images, _ = load_images(chosen, width, mode, one_size=mode != "square")
-    return Clip(folder.resolve().name, images)
+    check_arguments(frames, start, stride, width, mode)  # before a long list of files
+    return ClipFolder(path).load(frames, start, stride, width, mode)
 
 
 def count_frames(path: str | Path) -> int:
@@ -146,47 +149,121 @@ def count_frames(path: str | Path) -> int:
     Raises:
         ClipError: The folder or its images are missing, or its `clip.json` is broken.
     """
-    folder = existing_folder(path)
-    file = folder / "clip.json"
-    return len(read_description(file)["frames"] if file.is_file() else image_files(folder))
+    return len(ClipFolder(path))
 
 
 def existing_folder(path: str | Path) -> Path:
     """The path, if it is a folder."""
-    folder = Path(path)
-    if not folder.is_dir():
-        raise ClipError(f"{folder} is not a folder")
+    folder = file_path("path", path)
+    if not os.path.isdir(folder):
+        raise ClipError(f"{folder} {'is not a folder' if os.path.lexists(folder) else 'does not exist'}")
     return folder
 
 
 def check_arguments(frames: int | None, start: int, stride: int, width: int, mode: str) -> None:
-    """Raise `ClipError` if an argument of `load_clip` is out of range."""
-    if frames is not None and frames < 1:
-        raise ClipError(f"frames must be at least 1, got {frames}")
-    if start < 0:
-        raise ClipError(f"start must be at least 0, got {start}")
-    if stride < 1:
-        raise ClipError(f"stride must be at least 1, got {stride}")
-    if width < PATCH_SIZE or width % PATCH_SIZE:
-        raise ClipError(f"width must be a positive multiple of {PATCH_SIZE}, got {width}")
-    if mode not in FRAMINGS:
-        raise ClipError(f"mode must be one of {', '.join(FRAMINGS)}, got {mode!r}")
+    """Raise `PaceError` if an argument of `load_clip` is out of range or no whole number."""
+    if frames is not None:
+        whole("frames", frames, 1)
+    whole("start", start, 0)
+    whole("stride", stride, 1)
+    whole("width", width, PATCH_SIZE)
+    if width % PATCH_SIZE:
+        raise ClipError(f"width must be a multiple of {PATCH_SIZE}, got {width}")
+    if mode not in tuple(FRAMINGS):
+        raise ClipError(f"mode must be one of {', '.join(FRAMINGS)}, got {shown(mode)}")
 
 
-def image_files(folder: Path) -> list[Path]:
-    """Image files of the folder in natural order, at least one."""
-    files = (file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
-    # Copies from macOS bring a hidden "._name.jpg" beside each picture, which is not one.
-    found = sorted((file for file in files if not file.name.startswith(".")), key=natural_key)
-    if not found:
-        raise ClipError(f"{folder} has no images (looked for {' '.join(IMAGE_SUFFIXES)})")
-    return found
+class ClipFolder:
+    """A folder with a clip: what it holds is looked at once, its pictures are read by `load`.
+
+    Raises:
+        ClipError: The folder or its images are missing, or its `clip.json` is broken.
+    """
+
+    def __init__(self, path: str | Path):
+        self.folder = existing_folder(path)
+        file = self.folder / "clip.json"
+        # A folder without one is as one whose `clip.json` says nothing but the names of its images.
+        self.description = read_description(file) if os.path.lexists(file) else {}
+        if self.description:
+            self.entries: list[dict[str, Any]] = self.description["frames"]
+        else:
+            names = image_names(self.folder, listed(self.folder)[0])
+            self.entries = [{"file": name} for name in sorted(names, key=natural_key)]
+
+    def __len__(self) -> int:
+        """Number of frames."""
+        return len(self.entries)
+
+    def files(self) -> list[Path]:
+        """Pictures and depth maps, in the order of the frames."""
+        names = (entry.get(key) for entry in self.entries for key in ("file", "depth"))
+        return [self.folder / name for name in names if name is not None]
+
+    def framing(self, name: str, size: tuple[int, int], first: Source, width: int, mode: str) -> Framing:
+        """How the picture of that name and size becomes a frame; `ClipError` if not of the size of the first one."""
+        file = f"{self.folder / name} is {size[0]}x{size[1]}"
+        if self.description:
+            first = "clip.json", (self.description["width"], self.description["height"])
+        if size != first[1] and (self.description or mode != "square"):
+            raise ClipError(
+                f"{file}, but {first[0]} has {first[1][0]}x{first[1][1]}: all frames of a clip must have one size"
+            )
+        framing = FRAMINGS[mode](*size, width)
+        if math.prod(framing.resized) > MOST_PIXELS:
+            raise ClipError(
+                f"{file}, which is too large at a width of {width} pixels: crop it, or ask for a smaller width"
+            )
+        return framing
+
+    def check(self, width: int, mode: str) -> tuple[int, int]:
+        """Width and height of the first picture; `ClipError` if the header of any picture or depth map does not fit."""
+        check_arguments(None, 0, 1, width, mode)
+        first: Source | None = None
+        for entry in self.entries:
+            size, _ = read_header(self.folder / entry["file"])
+            first = first or (entry["file"], size)
+            self.framing(entry["file"], size, first, width, mode)
+            if entry.get("depth") is not None:
+                check_depth(self.folder / entry["depth"], *read_header(self.folder / entry["depth"]), size)
+        assert first is not None  # there is a frame
+        return first[1]
+
+    def load(self, frames: int | None, start: int, stride: int, width: int, mode: str) -> Clip:
+        """The clip of some of the frames; see `load_clip` for arguments and errors."""
+        check_arguments(frames, start, stride, width, mode)
+        entries = choose(self.entries, self.folder, frames, start, stride)
+        has_depth = any(entry.get("depth") is not None for entry in entries)
+        pictures, maps = [], []
+        first: Source | None = None
+        for entry in entries:
+            image = read_rgb(self.folder / entry["file"])
+            first = first or (entry["file"], image.size)
+            framing = self.framing(entry["file"], image.size, first, width, mode)
+            pictures.append(torch.from_numpy(framing.image(image).copy()))
+            if has_depth:
+                maps.append(framing.depth(read_depth(self.folder, entry.get("depth"), image.size)))
+        images = torch.stack(pictures).permute(0, 3, 1, 2).float().div_(255).contiguous()  # [S, 3, H, W]
+
+        intrinsics = None
+        if self.description.get("intrinsics") is not None:
+            fx, fy, cx, cy = (float(self.description["intrinsics"][key]) for key in ("fx", "fy", "cx", "cy"))
+            intrinsics = framing.intrinsics(fx, fy, cx + PIXEL_CENTRE, cy + PIXEL_CENTRE)
+            intrinsics = intrinsics.expand(len(entries), 3, 3).clone()  # [S, 3, 3]
+
+        world_to_camera = None
+        if entries[0].get("cam_to_world") is not None:
+            poses = [invert_pose(entry["cam_to_world"]) for entry in entries]
+            world_to_camera = torch.stack(poses)  # [S, 3, 4]
+        depth = torch.from_numpy(np.stack(maps)) if has_depth else None  # [S, H, W]
+        name = self.description.get("name") or self.folder.resolve().name
+        return Clip(name, images, intrinsics, world_to_camera, depth)
 
 
-def natural_key(file: Path) -> tuple[list[tuple[int, int | str]], str]:
+def natural_key(name: str) -> tuple[list[tuple[int, int | str]], str]:
     """Sort key that compares runs of digits as numbers; the plain name decides between `a1` and `a01`."""
-    parts = re.split(r"([0-9]+)", file.name.lower())
-    return [(0, int(part)) if part.isascii() and part.isdigit() else (1, part) for part in parts], file.name
+    parts = re.split(r"([0-9]+)", name.lower())
+    return [(0, int(part)) if part.isascii() and part.isdigit() else (1, part) for part in parts], name
 
 
 def choose(items: list[Any], source: Path, frames: int | None, start: int, stride: int) -> list[Any]:
@@ -202,100 +279,19 @@ def choose(items: list[Any], source: Path, frames: int | None, start: int, strid
     return chosen
 
 
-def load_images(files: list[Path], width: int, mode: str, one_size: bool) -> tuple[Tensor, tuple[int, int]]:
-    """`[S, 3, H, W]` float32 frames in [0, 1], and the width and height of the first source image.
-
-    Raises `ClipError` if `one_size` and the source images differ in size.
-    """
-    loaded = []
-    size = (0, 0)
-    for index, file in enumerate(files):
-        image = open_rgb(file)
-        if index == 0:
-            size = image.size
-        elif one_size and image.size != size:
-            raise ClipError(
-                f"{file} is {image.size[0]}x{image.size[1]}, but {files[0].name} is {size[0]}x{size[1]}: "
-                "all frames of a clip must have one size"
-            )
-        loaded.append(torch.from_numpy(FRAMINGS[mode](*image.size, width).image(image).copy()))
-    return torch.stack(loaded).permute(0, 3, 1, 2).float().div_(255).contiguous(), size  # [S, 3, H, W]
-
-
-def read_image(file: Path) -> Image.Image:
-    """Open and fully decode one image, turned as its orientation tag says."""
-    if not file.is_file():
-        raise ClipError(f"{file} does not exist")
-    try:
-        with Image.open(file) as image:
-            image.load()
-            return ImageOps.exif_transpose(image)
-    except Exception as error:  # Pillow's decoders raise whatever their format trips over
-        raise ClipError(f"{file} cannot be read as an image: {error}") from error
-
-
-def open_rgb(file: Path) -> Image.Image:
-    """One image file as 8-bit RGB: transparency on white, 16-bit greyscale over its full range."""
-    image = read_image(file)
-    if image.mode.startswith("I"):  # 16-bit greyscale; convert("RGB") would cut it off at 255
-        values = np.asarray(image).astype(np.float64) / 65535 * 255
-        return Image.fromarray(values.round().clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ClipError(
-            f"{file} is a floating-point image, whose range is not known: store it as 8 or 16 bit"
-        )
-    try:
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-        return image.convert("RGB")
-    except ValueError as error:  # a colour space that Pillow does not convert
-        raise ClipError(f"{file} cannot be turned into RGB: {error}") from error
-
-
-def load_described_folder(
-    folder: Path, frames: int | None, start: int, stride: int, width: int, mode: str
-) -> Clip:
-    """The clip of a folder with a `clip.json`."""
-    file = folder / "clip.json"
-    description = read_description(file)
-    entries = choose(description["frames"], folder, frames, start, stride)
-    images, size = load_images([folder / entry["file"] for entry in entries], width, mode, True)
-    framing = FRAMINGS[mode](*size, width)
-    if size != (description["width"], description["height"]):
-        raise ClipError(
-            f"{folder / entries[0]['file']} is {size[0]}x{size[1]}, "
-            f"but {file} says {description['width']}x{description['height']}"
-        )
-
-    intrinsics = None
-    if description.get("intrinsics") is not None:
-        fx, fy, cx, cy = (float(description["intrinsics"][key]) for key in ("fx", "fy", "cx", "cy"))
-        intrinsics = framing.intrinsics(fx, fy, cx + PIXEL_CENTRE, cy + PIXEL_CENTRE)
-        intrinsics = intrinsics.expand(len(entries), 3, 3).clone()  # [S, 3, 3]
-
-    world_to_camera = None
-    if entries[0].get("cam_to_world") is not None:
-        world_to_camera = torch.stack([invert_pose(entry["cam_to_world"]) for entry in entries])  # [S, 3, 4]
-
-    depth = None
-    if any(entry.get("depth") is not None for entry in entries):
-        maps = [read_depth(folder, entry.get("depth"), size) for entry in entries]
-        depth = torch.from_numpy(np.stack([framing.depth(values) for values in maps]))  # [S, H, W]
-    name = description.get("name", folder.resolve().name)
-    return Clip(str(name), images, intrinsics, world_to_camera, depth)
-
-
 def read_description(file: Path) -> dict[str, Any]:
     """The content of a `clip.json`, checked; the `ClipError` names the file and what is wrong in it."""
+    check_file(file, MOST_JSON)
     try:
-        description = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ClipError(f"{file} cannot be read as JSON: {error}") from error
+        description = json.loads(file.read_text(encoding="utf-8"), parse_int=json_number)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ClipError(f"{file} cannot be read as JSON: {first_line(error)}") from error
     if not isinstance(description, dict):
         raise ClipError(f"{file} must hold a JSON object")
+    if not isinstance(description.get("name"), str | None):
+        raise ClipError(f"{file}: 'name' must be a string")
     for key in ("width", "height"):
-        if not isinstance(description.get(key), int):
+        if type(description.get(key)) is not int:  # True is an int, too
             raise ClipError(f"{file}: {key!r} must be a whole number of pixels")
     intrinsics = description.get("intrinsics")
     if intrinsics is not None and not is_intrinsics(intrinsics):
@@ -308,6 +304,10 @@ def read_description(file: Path) -> dict[str, Any]:
             raise ClipError(f"{file}: frame {index} has no 'file'")
         if not isinstance(frame.get("depth"), str | None):
             raise ClipError(f"{file}: 'depth' of frame {index} must be a file name or null")
+        for key in ("file", "depth"):
+            path = Path(frame.get(key) or "")
+            if path.anchor or ".." in path.parts:
+                raise ClipError(f"{file}: {key!r} of frame {index} must be a path within the folder")
         pose = frame.get("cam_to_world")
         if (pose is None) != (frames[0].get("cam_to_world") is None):
             raise ClipError(
@@ -321,22 +321,30 @@ def read_description(file: Path) -> dict[str, Any]:
     return description
 
 
+def json_number(digits: str) -> int | float:
+    """A whole number of a `clip.json`; inf if it has more digits than any of use."""
+    return int(digits) if len(digits) < 20 else float(digits)
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is a finite number, no string or bool, of ordinary size."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
+
+
 def is_intrinsics(value: Any) -> bool:
-    """Whether `value` holds finite `fx fy cx cy`, the focal lengths positive."""
-    try:
-        fx, fy, cx, cy = (float(value[key]) for key in ("fx", "fy", "cx", "cy"))
-    except (TypeError, KeyError, ValueError):
+    """Whether `value` holds the numbers `fx fy cx cy`, the focal lengths positive."""
+    if not isinstance(value, dict) or not all(is_number(value.get(key)) for key in ("fx", "fy", "cx", "cy")):
         return False
-    return fx > 0 and fy > 0 and all(math.isfinite(number) for number in (fx, fy, cx, cy))
+    return min(value["fx"], value["fy"]) > 1 / LARGEST
 
 
 def is_rigid(value: Any) -> bool:
     """Whether `value` is a 4x4 rotation and translation; lost tracking is often stored as NaN or inf."""
-    try:
-        pose = np.array(value, dtype=np.float64)
-    except (TypeError, ValueError):
+    rows = value if isinstance(value, list) else []
+    if [len(row) if isinstance(row, list) and all(map(is_number, row)) else 0 for row in rows] != [4] * 4:
         return False
-    if pose.shape != (4, 4) or not np.isfinite(pose).all() or not np.allclose(pose[3], [0, 0, 0, 1]):
+    pose = np.array(rows, dtype=np.float64)
+    if not np.allclose(pose[3], [0, 0, 0, 1]):
         return False
     rotation = pose[:3, :3]
     # Published poses are off from exact rotations by some 1e-4.
@@ -353,13 +361,17 @@ def read_depth(folder: Path, name: str | None, size: tuple[int, int]) -> np.ndar
     """`[H, W]` float32 depth in metres of one stored map, 0 where not measured; all 0 if there is none."""
     if name is None:
         return np.zeros((size[1], size[0]), np.float32)
-    file = folder / name
-    image = read_image(file)
-    if not image.mode.startswith("I"):
-        raise ClipError(f"{file} is not a 16-bit depth map (its mode is {image.mode})")
-    if image.size != size:
-        raise ClipError(f"{file} is {image.size[0]}x{image.size[1]}, but its frame is {size[0]}x{size[1]}")
+    image = read_image(folder / name)
+    check_depth(folder / name, image.size, image.mode, size)
     return (np.asarray(image) / MILLIMETRES_PER_METRE).astype(np.float32)
+
+
+def check_depth(file: Path, size: tuple[int, int], mode: str, frame: tuple[int, int]) -> None:
+    """Raise `ClipError` if a depth map of that size and mode is not one of a frame of size `frame`."""
+    if not mode.startswith("I"):
+        raise ClipError(f"{file} is not a 16-bit depth map (its mode is {mode})")
+    if size != frame:
+        raise ClipError(f"{file} is {size[0]}x{size[1]}, but its frame is {frame[0]}x{frame[1]}")
 
 
 def save_clip(clip: Clip, path: str | Path, *, quality: int = 92) -> None:
@@ -371,30 +383,39 @@ def save_clip(clip: Clip, path: str | Path, *, quality: int = 92) -> None:
         quality: JPEG quality of the frames.
 
     Raises:
-        ClipError: The frames' intrinsics differ, or a valid depth does not fit into 16 bits of millimetres.
+        ClipError: The frames' intrinsics differ, a valid depth does not fit into 16 bits of millimetres, or the folder
+            can't be written.
     """
-    folder = Path(path)
+    folder = file_path("path", path)
+    for field in ("intrinsics", "world_to_camera"):
+        value = getattr(clip, field)
+        if value is not None and not bool(value.isfinite().all()):
+            raise ClipError(f"clip {clip.name!r}: {field} is not finite, which a clip.json cannot hold")
     description: dict[str, Any] = {"name": clip.name, "width": clip.width, "height": clip.height}
     description["intrinsics"] = describe_intrinsics(clip)
     description["pose_unit"] = "metres"
     description["frames"] = []
-    (folder / "frames").mkdir(parents=True, exist_ok=True)
-    if clip.depth is not None:
-        (folder / "depth").mkdir(exist_ok=True)
-    pixels = (clip.images * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1)  # [S, H, W, 3]
-    for index in range(len(clip)):
-        entry = {"file": f"frames/{index:06d}.jpg", "depth": None, "cam_to_world": None}
-        Image.fromarray(pixels[index].cpu().numpy()).save(
-            folder / entry["file"], quality=quality, subsampling=0
-        )
-        if clip.depth is not None and clip.valid is not None:
-            entry["depth"] = f"depth/{index:06d}.png"
-            stored = millimetres(clip.depth[index], clip.valid[index], f"clip {clip.name!r}, frame {index}")
-            Image.fromarray(stored).save(folder / entry["depth"], optimize=True)
-        if clip.world_to_camera is not None:
-            entry["cam_to_world"] = describe_pose(clip.world_to_camera[index])
-        description["frames"].append(entry)
-    write_json(folder / "clip.json", description)
+    try:
+        (folder / "frames").mkdir(parents=True, exist_ok=True)
+        if clip.depth is not None:
+            (folder / "depth").mkdir(exist_ok=True)
+        pixels = (clip.images * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1)  # [S, H, W, 3]
+        for index in range(len(clip)):
+            entry = {"file": f"frames/{index:06d}.jpg", "depth": None, "cam_to_world": None}
+            Image.fromarray(pixels[index].cpu().numpy()).save(
+                folder / entry["file"], quality=quality, subsampling=0
+            )
+            if clip.depth is not None and clip.valid is not None:
+                entry["depth"] = f"depth/{index:06d}.png"
+                frame = f"clip {clip.name!r}, frame {index}"
+                stored = millimetres(clip.depth[index], clip.valid[index], frame)
+                Image.fromarray(stored).save(folder / entry["depth"], optimize=True)
+            if clip.world_to_camera is not None:
+                entry["cam_to_world"] = describe_pose(clip.world_to_camera[index])
+            description["frames"].append(entry)
+        write_json(folder / "clip.json", description)
+    except OSError as error:
+        raise ClipError(f"{folder} cannot be written: {first_line(error)}") from error
 
 
 def describe_intrinsics(clip: Clip) -> dict[str, float] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -187,17 +187,9 @@ class Host:
         """Positions [P, 2] of the patch tokens of a grid, or None."""
         raise NotImplementedError
 
-    def run_trunk(self, images: Tensor) -> Any:
-        """The trunk's output for images [B, S, 3, H, W]."""
-        return self.trunk(images)
-
-    @property
-    def cached_by_heads(self) -> tuple[int, ...]:
-        """Layers that the dense heads read; all cached ones where there are none."""
-        read = {i % self.depth for head in self.dense_heads.values() for i in head.intermediate_layer_idx}
-        return tuple(sorted(read)) or self.cached_layers
-
     def spec(self) -> BackboneSpec:
+        """Its dimensions."""
+        read = {i % self.depth for head in self.dense_heads.values() for i in head.intermediate_layer_idx}
         attention = getattr(unwrapped(self.of_kind("global")[0]), "attn", None)
         return BackboneSpec(
             embed_dim=self.embed_dim,
@@ -205,7 +197,7 @@ class Host:
             num_heads=int(getattr(attention, "num_heads", 0)),
             patch_size=self.patch_size,
             special_tokens=self.special_tokens,
-            cached_layers=self.cached_by_heads,
+            cached_layers=tuple(sorted(read)) or self.cached_layers,
             family=self.family,
         )
 
@@ -297,16 +289,12 @@ def find_host(model: Any) -> Host:
             _check_parameters(kind, found)
             return found
         reasons += [found] if found else []
-    for name, inner in _inner_modules(model):
-        if any(isinstance(finder(inner), Host) for finder in FAMILIES.values()):
+    for name, inner in model.named_modules():
+        if name and any(isinstance(finder(inner), Host) for finder in FAMILIES.values()):
             raise UnsupportedModelError(f"{kind} wraps the model: pass the model itself (model.{name})")
     raise UnsupportedModelError(
         reasons[0] if reasons else f"{kind} has no submodule 'aggregator', so it is not a VGGT"
     )
-
-
-def _inner_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
-    return ((name, inner) for name, inner in model.named_modules() if name and hasattr(inner, "aggregator"))
 
 
 def _check_parameters(kind: str, host: Host) -> None:

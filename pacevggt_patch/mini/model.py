@@ -91,9 +91,7 @@ def build_mini(weights: bool | str | PathLike[str] = True, config: MiniConfig | 
     except (KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{path} has damaged metadata: {type(error).__name__}: {error}") from error
     model = _build(config)
-    tensors = tensorfile.read_tensors(path, KIND)
-    tensorfile.check_tensors(path, tensors, model.state_dict())
-    model.load_state_dict(tensors)
+    model.load_state_dict(tensorfile.read_tensors(path, KIND, model.state_dict()))
     return model
 
 

@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import PaceError, first_line
+from ..errors import PaceError, UnsupportedModelError, first_line
 from ..hosts.base import BlockCall
 from ..method.full_heads import KEEP_RATIO, choose_full_heads, head_errors
 from ..method.global_pruning import Plan, keep_best
-from ..runtime.attention import InterceptAttention
+from ..runtime.attention import InterceptAttention, is_plain
 from ..weights import cache
 from ..weights.pace import PaceWeights
 from .state import Clip, State
 
 LEAST_FRAMES, MOST_FRAMES = 4, 24
+ADVICE = "call pacevggt_patch.remove(model), then accelerate it with weights=pacevggt_patch.calibrate(model, clips)"
 LOGGER = logging.getLogger("pacevggt_patch")
 
 
@@ -38,7 +39,7 @@ def calibrate_on(state: State, clip: Clip, call: BlockCall) -> None:
     if problem is not None:
         state.say_once(
             f"this model is not calibrated yet, and {problem}: until then clips run without full-attention heads, "
-            "which costs quality; pass weights=pacevggt_patch.calibrate(model, clips)"
+            f"which costs quality; {ADVICE}"
         )
         return
     start = time.monotonic()
@@ -59,6 +60,8 @@ def calibrate_on(state: State, clip: Clip, call: BlockCall) -> None:
     training = {"calibrated_on": f"{used} frames of the first clip", "seconds": round(seconds, 2)}
     weights = PaceWeights.of_heads(state.host, heads, training, source="calibrated on the first clip")
     state.weights, state.pending = weights, False
+    clip.weights = weights
+    state.check_values(warn=False)
     where = cache.store(weights)
     names = ", ".join(f"block {block} head {head}" for block, head in heads) or "none"
     kept = "" if where is None else f"; kept in {where}"
@@ -73,7 +76,7 @@ def _say_while_compiling() -> bool:
     """Warn from inside of code that is traced, when it is traced."""
     warnings.warn(
         "this model is not calibrated yet, and compiled code can't do it: run the model once on a clip before "
-        "torch.compile, or pass weights=pacevggt_patch.calibrate(model, clips)",
+        f"torch.compile, or {ADVICE}",
         UserWarning,
         stacklevel=2,
     )
@@ -135,6 +138,15 @@ def training_free_plan(state: State, features: Tensor) -> Plan:
     return state.plan(features, kept)
 
 
+def check_heads(index: int, options: dict[str, Any], query: Tensor, key: Tensor) -> None:
+    """Raise UnsupportedModelError for attention that is not that of all tokens to all tokens, head by head."""
+    if not is_plain(options) or query.shape != key.shape or query.ndim != 4:
+        raise UnsupportedModelError(
+            f"the attention of global block {index} has a mask, or is not over all tokens head by head, so no head can "
+            "see all tokens where others see few: pass weights=None"
+        )
+
+
 def measured(state: State, index: int, plan: Plan, own: Any, args: tuple, kwargs: dict) -> tuple[Tensor, Any]:
     """What each head of a global block would lose, [heads], over the variance of its tokens; and the block's output.
 
@@ -144,6 +156,7 @@ def measured(state: State, index: int, plan: Plan, own: Any, args: tuple, kwargs
     matrix, found = state.host.attention_output(index), []
 
     def look(run: Any, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
+        check_heads(index, options, query, key)
         scale = options.get("scale")
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         found.append(head_errors(query, key, value, scale, plan, matrix))

@@ -24,11 +24,11 @@ from ..method import pre_aa
 from ..method.full_heads import attend, joined_heads, pick
 from ..method.global_pruning import Plan, run_on_kept
 from ..method.restored_tokens import RestoredTokens
-from ..runtime.attention import InterceptAttention, attention, autocast_dtype, faster_attention, is_plain
+from ..runtime.attention import InterceptAttention, attention, autocast_dtype, faster_attention
 from ..runtime.chunks import chunk_rows, in_chunks
 from ..runtime.compiling import compiled, is_watched, unwatched
 from ..runtime.other_parameters import OtherParameters, run_with
-from .first_clip import calibrate_on
+from .first_clip import calibrate_on, check_heads
 from .heads import moved, reduced_precision, restored_argument, run_camera_head, run_dense_head, token_list
 from .state import Clip, State
 
@@ -67,8 +67,11 @@ class TrunkForward(Forward):
         self.takes_images = takes_images(self.own)
 
     def on_device(self, images: Any) -> AbstractContextManager:
-        """The images' device as torch's default device, where that was tried."""
-        some = self.state.on_device and isinstance(images, Tensor) and images.is_cuda
+        """The images' device as torch's default device, where that was tried.
+
+        Tensors that the trunk makes on its way then need no copy from the CPU, for which CUDA would wait.
+        """
+        some = self.state.trial.on_device and isinstance(images, Tensor) and images.is_cuda
         return images.device if some and not torch.compiler.is_compiling() else nullcontext()
 
     def __call__(self, *args, **kwargs):
@@ -78,6 +81,7 @@ class TrunkForward(Forward):
         images = args[0] if args else kwargs.get("images")
         if self.takes_images:
             state.host.check_images(images)
+        state.check_values()
         state.clear()
         before = threads.clip
         threads.clip = Clip(*images.shape[:2]) if isinstance(images, Tensor) and images.ndim == 5 else Clip()
@@ -101,6 +105,7 @@ class PreAATrunkForward(TrunkForward):
                 "use `with paused(model):` for such calls"
             )
         state.host.check_images(images)
+        state.check_values()
         state.clear()
         patch, before = state.host.patch_size, threads.clip
         threads.grid = images.shape[-2] // patch, images.shape[-1] // patch
@@ -161,11 +166,15 @@ class EmbeddingForward(Forward):
         tokens = len(images) * patches
         threads.embedding = True  # a forward may call the other entrance
         try:
-            with state.timer.stage("DINO", tokens, tokens, add=True), faster_attention(images.device):
-                # The unpruned model is the stock one to the bit.
-                if len(args) > 1 or kwargs or state.config.kept_tokens(patches) == patches:
-                    return self.own(*args, **kwargs)
-                return in_parts(self.own, images, chunk_rows(patches * state.host.embed_dim, images.device))
+            with state.timer.stage("DINO", tokens, tokens, add=True):
+                if state.config.kept_tokens(patches) == patches:
+                    return self.own(*args, **kwargs)  # to the bit
+                with faster_attention(images.device):
+                    if len(args) > 1 or kwargs:
+                        return self.own(*args, **kwargs)
+                    return in_parts(
+                        self.own, images, chunk_rows(patches * state.host.embed_dim, images.device)
+                    )
         finally:
             threads.embedding = False
 
@@ -214,69 +223,91 @@ class BlockForward(Forward):
     Args:
         kind: "frame", "global", or "embedding" for a block of the patch embedding.
         index: among the blocks of its kind.
+        stock: whether the functions of `hosts.blocks` can run it.
     """
 
-    def __init__(self, module: Any, state: State, name: str, kind: str, index: int):
+    def __init__(self, module: Any, state: State, name: str, kind: str, index: int, stock: bool):
         super().__init__(module, state, name)
         self.kind, self.index = kind, index
-        self.kinds = blocks.kinds(module) if id(module) in state.stock else None
+        self.kinds = blocks.kinds(module) if stock else None
         self.first = kind != "embedding" and state.host.blocks[0][2] is module
         self.last = kind != "embedding" and state.host.blocks[-1][2] is module
 
-    @property
-    def heads(self) -> list[int]:
+    def heads(self, clip: Clip | None) -> list[int]:
         """Numbers of the full-attention heads of this block."""
-        return [h for block, h in self.state.full_heads if block == self.index and self.kind == "global"]
+        found = () if clip is None or clip.weights is None else clip.weights.full_heads
+        return [head for block, head in found if block == self.index]
 
     def __call__(self, *args, **kwargs):
-        state = self.state
-        call = None if state.paused else state.host.block_call(args, kwargs)
+        state, threads = self.state, self.state.threads
+        call = state.host.block_call(args, kwargs)
         if call is None:
             return self.own(*args, **kwargs)
+        keeps = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if state.paused and not keeps:
+            return self.own(*args, **kwargs)
+        known = state.recomputed.clips
+        again = keeps and call.x in known  # for the backward pass
+        if known[call.x] is None if again else state.paused:
+            # The backward pass may run in another thread, and after the `with` block of `paused`.
+            known[call.x] = None
+            threads.paused += 1
+            try:
+                return self.own(*args, **kwargs)
+            finally:
+                threads.paused -= 1
         if self.kind == "embedding":
             return self.run(call, None)
-        clip, again = self.clip(call)
-        if state.checkpointing and torch.is_grad_enabled() and not again:
-            return checkpoint(partial(self.stage, clip), call, use_reentrant=False)
-        return self.stage(clip, call)
+        clip = known[call.x] if again else self.clip(call)
+        if keeps:
+            known[call.x] = clip
+        try:
+            if state.checkpointing and keeps and not again:
+                return checkpoint(partial(self.stage, clip), call, use_reentrant=False)
+            return self.stage(clip, call)
+        except BaseException:
+            if clip.loose and threads.clip is clip:
+                threads.clip = None
+            raise
 
-    def clip(self, call: BlockCall) -> tuple[Clip, bool]:
-        """The forward pass that a call belongs to, and whether it is a repetition for the backward pass."""
+    def clip(self, call: BlockCall) -> Clip:
+        """The forward pass that a call belongs to."""
         state, threads = self.state, self.state.threads
-        keeps = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if keeps and call.x in state.recomputed.clips:
-            return state.recomputed.clips[call.x], True
         clip = threads.clip
-        if clip is None or (self.first and clip.plan is not None):
+        if clip is None or (self.first and clip.crossed and (clip.loose or clip.plan is not None)):
             if state.config.mode == PRE_AA:
                 raise UnsupportedModelError(
                     f"{self.name} was called outside of the forward that pre-AA pruning replaces: use global pruning, "
                     'mode="global", or `with paused(model):` for such calls'
                 )
-            clip = threads.clip = Clip()
-            clip.loose = True
+            if not self.first and call.x.requires_grad and torch.is_grad_enabled():
+                raise UnsupportedModelError(
+                    f"{self.name} was called outside of a forward pass, as gradient checkpoints with "
+                    "use_reentrant=True do: pass use_reentrant=False to them, or train inside `with paused(model):`"
+                )
+            clip = threads.clip = Clip(loose=True)
+            state.remember(None)
         if self.first and (state.config.mode == GLOBAL or threads.observer is not None):
             tokens = call.x
             if self.kind == "global":
                 grid = threads.grid or (0, 0)
                 tokens = tokens.reshape(-1, grid[0] * grid[1] + state.host.special_tokens, tokens.shape[-1])
             state.look(clip, tokens)
-        if keeps:
-            state.recomputed.clips[call.x] = clip
-        return clip, False
+        return clip
 
     def stage(self, clip: Clip, call: BlockCall) -> Any:
         state, x = self.state, call.x
         tokens = x.shape[0] * x.shape[1]
+        clip.crossed = clip.crossed or self.kind == "global"
         if self.kind == "global" and state.threads.observer is not None:
             return state.threads.observer(self.index, call, self.own, clip)
         with state.timer.stage(f"{self.kind} blocks", tokens, tokens, add=True):
-            if self.kind == "global" and clip.prunes and state.config.mode == GLOBAL:
-                out = self.pruned(clip, call)
-            elif self.kind == "frame" and clip.prunes and state.config.mode == GLOBAL:
-                out = self.in_frames(clip, call)
-            else:
+            if not clip.prunes or clip.config.mode == PRE_AA:
                 out = self.run(call, clip)
+            elif self.kind == "global":
+                out = self.pruned(clip, call)
+            else:
+                out = self.in_frames(clip, call)
         if self.last and not torch.is_grad_enabled():
             clip.finish()
         if self.last and clip.loose and state.threads.clip is clip:
@@ -302,10 +333,11 @@ class BlockForward(Forward):
             if call.cached:
                 plan = self.fixed_plan(clip, len(x))
             clip.plan, clip.parts = plan, []
+            state.remember(plan)
         plan = clip.plan
-        if self.heads:
+        if heads := self.heads(clip):
             # What is given besides can't be followed head by head: such a call sees all tokens.
-            some = call.plain and len(self.heads) < state.host.spec().num_heads
+            some = call.plain and len(heads) < state.host.spec().num_heads
             return self.run(call, clip, plan if some else None)
         length = x.shape[1] * plan.batch // len(plan.kept)
         rows = plan.token_rows(length)
@@ -341,21 +373,25 @@ class BlockForward(Forward):
         needs = state.config.compile or others or full is not None
         if needs and self.fits(call):
             return self.run_open(
-                call, clip, others, None if full is None else partial(self.attend_open, full)
+                call,
+                clip,
+                others,
+                None if full is None else partial(self.attend_open, self.heads(clip), full),
             )
         args, kwargs = call.arguments()
         if torch.compiler.is_compiling() and others:
             return run_with(self.module, others, self.own, args, kwargs)
         with ExitStack() as stack:
-            stack.enter_context(faster_attention(call.x.device))
+            if clip is None or not clip.whole:
+                stack.enter_context(faster_attention(call.x.device))
             if others:
                 stack.enter_context(OtherParameters.of(self.module, others))
             if full is None:
                 return self.own(*args, **kwargs)
 
             def handler(run: Callable, query: Tensor, key: Tensor, value: Tensor, options: dict) -> Tensor:
-                self.check(options, query, key)
-                return attend(query, key, value, self.heads, full, run)
+                check_heads(self.index, options, query, key)
+                return attend(query, key, value, self.heads(clip), full, run)
 
             mode = stack.enter_context(InterceptAttention(handler))
             found = self.own(*args, **kwargs)
@@ -367,10 +403,14 @@ class BlockForward(Forward):
         return found
 
     def attend_open(
-        self, plan: Plan, project: blocks.Project, x: Tensor, rotation: blocks.Rotation | None
+        self,
+        full: list[int],
+        plan: Plan,
+        project: blocks.Project,
+        x: Tensor,
+        rotation: blocks.Rotation | None,
     ) -> Tensor:
         """Outputs of all heads; queries and keys exist of full-attention heads and of kept tokens alone."""
-        full = self.heads
         rows = plan.propagation.rows(len(x) // len(plan.kept))
         turned = None if rotation is None else tuple(t.index_select(0, rows) for t in rotation)
         few = project(x.index_select(0, rows), turned)
@@ -382,14 +422,6 @@ class BlockForward(Forward):
         return joined_heads([query, key, pick(value, full)], few, value, full, plan, attention).transpose(
             1, 2
         )
-
-    def check(self, options: dict[str, Any], query: Tensor, key: Tensor) -> None:
-        """Raise UnsupportedModelError for attention that is not that of all tokens to all tokens, head by head."""
-        if not is_plain(options) or query.shape != key.shape or query.ndim != 4:
-            raise UnsupportedModelError(
-                f"the attention of global block {self.index} has a mask, or is not over all tokens head by head, so "
-                "no head can see all tokens where others see few: pass weights=None"
-            )
 
     def run_open(
         self, call: BlockCall, clip: Clip | None, others: Mapping[str, Tensor], attend: Callable | None
@@ -437,10 +469,9 @@ class BlockForward(Forward):
 
     def changed_parameters(self, clip: Clip | None) -> dict[str, Tensor]:
         """What the block runs with in place of parameters of its own, by their names in the block."""
-        if clip is None or not clip.deltas or self.state.weights is None:
+        deltas = None if clip is None or clip.weights is None else clip.weights.block_deltas
+        if clip is None or deltas is None or not clip.prunes or clip.whole:
             return {}
-        deltas = self.state.weights.block_deltas
-        assert deltas is not None
         own = self.state.host.block_parameters(self.kind, self.index)
         prefix = self.state.host.block_name(self.kind, self.index) + "."
         gone = [name for name in deltas.names if name.startswith(prefix) and name not in own]
@@ -449,7 +480,7 @@ class BlockForward(Forward):
                 f"the pace weights change {gone[0]}, which this model has no more: if it was wrapped or quantised "
                 "after accelerate, undo that, else pass weights=None"
             )
-        changed = deltas(own, deltas.strength(self.state.config.keep_ratio))
+        changed = deltas(own, deltas.strength(clip.config.keep_ratio))
         return {name.removeprefix(prefix): value for name, value in changed.items()}
 
 
@@ -494,6 +525,11 @@ class Followed:
         if not where:
             return value
         self.masked |= len(where) > 1
+        if dims == 1 and batch > 1:
+            raise UnsupportedModelError(
+                f"one value for each of the {n} tokens of {batch} clips can't be followed: give it a batch in front, "
+                "or use `with paused(model):` for such calls"
+            )
         if dims == 3 and len(where) == 2 and 1 < batch == value.shape[0] == self.heads:
             raise UnsupportedModelError(
                 f"a mask {list(value.shape)} for {batch} clips and {self.heads} heads may be of either: give it four "

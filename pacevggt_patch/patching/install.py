@@ -131,13 +131,19 @@ def install(
     state = State(
         config, host, weights, auto=auto, pending=auto and weights is None and config.keep_ratio < 1
     )
+    heads = weights is not None and bool(weights.full_heads)
     if before is not None:
-        state.threads, state.told = before.threads, before.told
-    state.tried = trial.key(model, config.mode)
-    if before is not None and before.tried == state.tried:
-        state.on_device = before.on_device
-    else:
-        state.on_device = trial.run(model, host, config)
+        state.threads, state.told, state.recomputed = before.threads, before.told, before.recomputed
+        state.trial = before.trial
+    if state.trial.key != trial.key(model, host, config.mode, heads):
+        state.trial = trial.run(model, host, config, heads)
+    if weights is not None and state.trial.heads is not None:
+        problem = f"{weights.source} can't be used, since no head of this model can see all tokens where others see few"
+        if not auto:
+            raise UnsupportedModelError(f"{problem} ({state.trial.heads}): pass weights=None")
+        state.weights = None
+        state.say_once(f"{problem}: it runs without weights, which costs quality ({state.trial.heads})")
+    state.check_values(warn=False)
     installed = forwards_of(model)
     remove(model)
     try:
@@ -155,7 +161,7 @@ def place(state: State) -> None:
     state.rope = None if host.rope is None else static_rope(host.rope)
     every = [module for _, _, module in host.blocks]
     embedding_blocks = list(getattr(host.embedding, "blocks", ())) if config.compile else []
-    state.stock = frozenset(blocks.stock_blocks([*every, *embedding_blocks], host.embed_dim, host.rope))
+    stock = blocks.stock_blocks([*every, *embedding_blocks], host.embed_dim, host.rope)
     trunk = PreAATrunkForward if config.mode == PRE_AA else TrunkForward
     inside = f"{host.trunk_name}.{host.embedding_name}"
     parts: list[tuple[str, Any, Callable[..., Forward]]] = [(host.trunk_name, host.trunk, trunk)]
@@ -166,29 +172,26 @@ def place(state: State) -> None:
         parts.append((f"{host.trunk_name}.rope", host.rope, RopeForward))
     for kind, index, module in host.blocks:
         name = f"{host.trunk_name}.{host.block_name(kind, index)}"
-        parts.append((name, module, partial(BlockForward, kind=kind, index=index)))
+        run = partial(BlockForward, kind=kind, index=index, stock=id(module) in stock)
+        parts.append((name, module, run))
     for index, module in enumerate(embedding_blocks):
-        if id(module) in state.stock:
-            run = partial(BlockForward, kind="embedding", index=index)
+        if id(module) in stock:
+            run = partial(BlockForward, kind="embedding", index=index, stock=True)
             parts.append((f"{inside}.blocks.{index}", module, run))
     for name, head in host.dense_heads.items():
         fast = is_dense_head(head, 2 * host.embed_dim, host.depth)
         parts.append((name, head, partial(DenseHeadForward, fast=fast)))
     if host.camera_head is not None and config.mode == PRE_AA:
         parts.append(("camera_head", host.camera_head, CameraHeadForward))
-    made = [(module, make(module, state, name)) for name, module, make in parts]
-    if (
-        config.compile
-        and not state.stock
-        and not any(isinstance(f, DenseHeadForward) and f.fast for _, f in made)
-    ):
+    state.placed = [make(module, state, name) for name, module, make in parts]
+    fast = any(isinstance(forward, DenseHeadForward) and forward.fast for forward in state.placed)
+    if config.compile and not stock and not fast:
         raise UnsupportedModelError(
             f"compile=True, but no block and no dense head of this {type(host.model).__name__} is of the stock make, "
             "which is what can be compiled: pass compile=False"
         )
-    state.names = tuple(dict.fromkeys(name for name, _, _ in parts))
-    for module, forward in made:
-        module.__dict__[forward.attribute] = forward
+    for forward in state.placed:
+        forward.module.__dict__[forward.attribute] = forward
 
 
 def remove(model: Model) -> Model:
@@ -208,15 +211,14 @@ def remove(model: Model) -> Model:
 
 def check_foreign(model: nn.Module) -> None:
     """Raise PaceError where somebody put a forward over one of ours."""
-    ours = {name for forward in forwards_of(model) for name in forward.state.names}
-    modules = dict(model.named_modules())
-    for name in ours & modules.keys():
-        # A block that torch.compile wrapped meanwhile has a forward of torch's; ours is on the one inside.
-        theirs = modules[name]._modules.get("_orig_mod", modules[name]).__dict__.get("forward")
-        if theirs is not None and not isinstance(theirs, Forward):
-            raise PaceError(
-                f"{name}.forward was replaced after accelerate by {theirs!r}: undo that patch first"
-            )
+    for ours in {id(forward.state): forward.state for forward in forwards_of(model)}.values():
+        for forward in ours.placed:
+            theirs = forward.module.__dict__.get(forward.attribute)
+            if theirs is not None and not isinstance(theirs, Forward):
+                raise PaceError(
+                    f"{forward.name}.{forward.attribute} was replaced after accelerate by {theirs!r}: undo that patch "
+                    "first"
+                )
 
 
 def is_accelerated(model: nn.Module) -> bool:
@@ -288,6 +290,8 @@ def summary(model: nn.Module, images: Tensor | None = None) -> Summary:
     host = state.host
     device = host.reference.device
     if images is not None:
+        if not isinstance(images, Tensor):
+            raise PaceError(f"images must be a tensor [B, S, 3, H, W] in [0, 1], got {type(images).__name__}")
         with torch.inference_mode(), current_device(device), state.timer.measuring():
             if state.config.compile or state.pending:
                 state.timer.timing = False

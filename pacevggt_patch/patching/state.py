@@ -6,7 +6,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,10 +16,10 @@ from ..errors import UnsupportedModelError
 from ..hosts.base import BlockCall, Host
 from ..hosts.rope import ROPE_TABLE, Rotations
 from ..method.cost import pruning_pays
-from ..method.full_heads import Heads
 from ..method.global_pruning import Plan, joined, keep_best
 from ..method.propagation import make_propagation
 from ..runtime.attention import autocast_dtype
+from ..weights.fingerprint import agree, fingerprints
 from ..weights.pace import PaceWeights
 from .summary import StageTimer
 
@@ -30,17 +30,19 @@ class Clip:
     Attributes:
         batch, frames: B and S, if the trunk was called with images [B, S, 3, H, W]; else None.
         prunes: whether it is pruned; None before that is decided.
-        deltas: whether block deltas are in force.
+        config, weights: those of the model when it was decided: a gradient checkpoint may run a block later.
+        whole: whether all tokens are kept: the stock model, to the bit.
         parts: for each call of the first block, the patch tokens [n, P, C] that entered and their plan.
         plan: of all frames; None before the first global block.
         rotations: of its positions.
         loose: whether it ends with the last block, since the trunk was not called.
+        crossed: whether a global block ran.
     """
 
-    def __init__(self, batch: int | None = None, frames: int | None = None):
-        self.batch, self.frames, self.loose = batch, frames, False
+    def __init__(self, batch: int | None = None, frames: int | None = None, loose: bool = False):
+        self.batch, self.frames, self.loose = batch, frames, loose
         self.prunes: bool | None = None
-        self.deltas = False
+        self.config, self.weights, self.whole, self.crossed = PaceConfig(), None, False, False
         self.parts: list[tuple[Tensor, Plan | None]] = []
         self.plan: Plan | None = None
         self.rotations = Rotations()
@@ -49,7 +51,7 @@ class Clip:
     def finish(self) -> None:
         """Let go of all that only blocks needed."""
         self.parts, self.gathered, self.rotations = [], {}, Rotations()
-        self.plan = None if not self.loose else self.plan
+        self.plan = None
 
     def last_frames(self, count: int) -> list[tuple[Tensor, Plan | None]]:
         """The last parts that are `count` frames together; empty where there are none such."""
@@ -121,6 +123,20 @@ class Recomputed:
         return Recomputed, ()
 
 
+class Outcome(NamedTuple):
+    """What a trial told.
+
+    Attributes:
+        key: of what was tried, see `trial.key`; None where there was nothing to try it on.
+        on_device: whether the trunk gives the same with a CUDA device as torch's default device.
+        heads: why none of its heads can see all tokens where others see few, or None.
+    """
+
+    key: tuple | None = None
+    on_device: bool = False
+    heads: str | None = None
+
+
 @dataclass
 class State:
     """What the replaced forwards of one model share.
@@ -131,12 +147,10 @@ class State:
         weights: on the model's device, or None.
         auto: whether weights are found by themselves.
         pending: whether full-attention heads are still to be found, on the first clip that will do.
-        names: of the replaced modules.
-        tried: what the trial was of, see `trial.key`.
-        stock: `id` of blocks that `hosts.blocks` can run.
+        placed: the replaced forwards.
+        trial: what the trial told.
+        values: which tensors hold the values that the weights fit, and their versions.
         rope: the host's rotary embedding for `hosts.rope.rotation`, or None.
-        on_device: whether the trunk runs with the images' device as default device. Tensors that it makes on its
-            way then need no copy from the CPU, for which CUDA would wait.
         forced: prune even where all tokens are kept; for the trial.
         given: what global blocks are given beside tokens and positions, by name.
         kept: [B, S, K] indices of the patch tokens that the last forward pass kept, or None.
@@ -149,11 +163,10 @@ class State:
     weights: PaceWeights | None = None
     auto: bool = False
     pending: bool = False
-    names: tuple[str, ...] = ()
-    tried: tuple = ()
-    stock: frozenset[int] = frozenset()
+    placed: list[Any] = field(default_factory=list)
+    trial: Outcome = field(default_factory=Outcome)
+    values: list[tuple[int, int]] = field(default_factory=list)
     rope: Any = None
-    on_device: bool = False
     forced: bool = False
     given: set[str] = field(default_factory=set)
     kept: Tensor | None = None
@@ -165,18 +178,34 @@ class State:
     recomputed: Recomputed = field(default_factory=Recomputed)
 
     @property
-    def full_heads(self) -> Heads:
-        return () if self.weights is None else self.weights.full_heads
-
-    @property
     def paused(self) -> bool:
         return self.threads.paused > 0
+
+    def check_values(self, warn: bool = True) -> None:
+        """Warn where the model was given other parameters since its weights were last found to fit them."""
+        if self.weights is None or torch.compiler.is_compiling():
+            return
+        tensors = self.host.fingerprint_tensors()
+        if any(t.is_meta or hasattr(t, "placements") or t.numel() == 0 for t in tensors):
+            return  # offloaded or sharded: their values are elsewhere
+        # Writing into a tensor counts its version up; those made in inference mode have none.
+        values = [(id(t), 0 if t.is_inference() else t._version) for t in tensors]
+        if warn and values != self.values and not agree(self.weights.fingerprints, fingerprints(self.host)):
+            self.say_once(
+                f"this model was given other parameters after accelerate, and {self.weights.source} are for the ones "
+                "before: call accelerate again"
+            )
+        self.values = values
 
     def clear(self) -> None:
         """Forget what the last forward pass did: another begins."""
         self.timer.clear()
+        self.remember(None)
+
+    def remember(self, plan: Plan | None) -> None:
+        """Keep in mind which tokens a forward pass kept, for `summary`."""
         if not torch.compiler.is_compiling():
-            self.kept = None
+            self.kept = None if plan is None else plan.kept.unflatten(0, (plan.batch, -1))
 
     def say_once(self, message: str) -> None:
         """Warn, the first time only."""
@@ -205,14 +234,13 @@ class State:
         )
 
     def begin(self, clip: Clip, frames: int, patches: int) -> None:
-        """Decide, once, whether a clip is pruned and runs with block deltas."""
+        """Decide, once, whether a clip is pruned."""
         if clip.prunes is None:
             if self.weights is not None and self.weights.device not in (None, self.host.reference.device):
                 self.weights.to(self.host.reference.device)  # our own copy: the model was moved
             clip.prunes = self.threads.observer is None and self.prunes(frames, patches)
-            deltas = None if self.weights is None else self.weights.block_deltas
-            fewer = self.config.kept_tokens(patches) < patches
-            clip.deltas = clip.prunes and deltas is not None and fewer
+            clip.config, clip.weights = self.config, self.weights
+            clip.whole = self.config.kept_tokens(patches) == patches
 
     def look(self, clip: Clip, tokens: Tensor) -> None:
         """Take note of tokens [n, L, C] that enter the first block, and choose those that are kept.
@@ -265,7 +293,4 @@ class State:
                 "before it: use `with paused(model):` for such calls"
             )
         clip.parts = parts
-        plan = joined([plan for _, plan in parts if plan is not None], batch)
-        if not torch.compiler.is_compiling():
-            self.kept = plan.kept.unflatten(0, (batch, -1))
-        return plan
+        return joined([plan for _, plan in parts if plan is not None], batch)

@@ -14,6 +14,8 @@ from ..errors import UnsupportedModelError, first_line
 from ..hosts.base import Host, find_host
 from ..runtime.bare_copy import bare_copy
 from ..runtime.compiling import outside_modes
+from ..weights.pace import PaceWeights
+from .state import Outcome, State
 
 FRAMES, ROWS, COLUMNS = 3, 2, 3  # of the clip
 KEEP = 0.5
@@ -21,24 +23,25 @@ LARGEST_ERROR = {torch.float32: 1e-3, torch.float64: 1e-3}  # relative; narrower
 LARGEST_NARROW_ERROR = 5e-2
 
 
-def key(model: nn.Module, mode: str | None) -> tuple:
+def key(model: nn.Module, host: Host, mode: str | None, heads: bool) -> tuple:
     """What decides whether a trial passes: it need not be repeated while that stays the same."""
-    return (mode, *(type(module) for module in model.modules()))
+    return (mode, heads, host.reference.device, *(type(module) for module in model.modules()))
 
 
-def run(model: nn.Module, host: Host, config: PaceConfig) -> bool:
+def run(model: nn.Module, host: Host, config: PaceConfig, heads: bool = False) -> Outcome:
     """Try a model: unpruned it must give what it gives without us, and pruned something must have been left out.
 
-    The model itself is not run: no hooks are called, no caches are filled, and the random state stays as it is.
+    The model itself is not run: no hooks are called, no caches of modules are filled, and the random state stays as it
+    is.
 
-    Returns:
-        Whether the trunk gives the same with a CUDA device as torch's default device.
+    Args:
+        heads: try it with a full-attention head, too.
 
     Raises:
         UnsupportedModelError: it does not fit, in one sentence.
     """
     if any(p.is_meta for p in model.parameters()):
-        return False  # nothing to try it on: it is offloaded, or will be loaded later
+        return Outcome()  # nothing to try it on: it is offloaded, or will be loaded later
     kind = type(model).__name__
     if config.mode == PRE_AA:
         missing = host.missing_stock_parts()
@@ -55,12 +58,11 @@ def run(model: nn.Module, host: Host, config: PaceConfig) -> bool:
                 "leave aside: undo that patch first"
             )
     with torch.no_grad(), outside_modes():
-        return _try(kind, bare_copy(model), config)
+        return Outcome(key(model, host, config.mode, heads), *_try(kind, bare_copy(model), config, heads))
 
 
-def _try(kind: str, bare: Any, config: PaceConfig) -> bool:
+def _try(kind: str, bare: Any, config: PaceConfig, heads: bool) -> tuple[bool, str | None]:
     from .install import place, remove
-    from .state import State
 
     host = find_host(bare)
     images, stock = _stock(kind, host)
@@ -70,14 +72,15 @@ def _try(kind: str, bare: Any, config: PaceConfig) -> bool:
             'mode="global"'
         )
     if images is None:
-        return False  # it is called with more than images, or by another entrance: its calls will show
+        return False, None  # it is called with more than images, or by another entrance: its calls will show
+    problem = None
     on_device = images.is_cuda and _alike_on(images.device, host, images, stock)
     whole = PaceConfig(1.0, mode=config.mode)
     state = State(whole, host, forced=True)
     place(state)
     advice = 'use mode="global"' if config.mode == PRE_AA else "it can't be accelerated as it is"
     try:
-        same = flat(host.run_trunk(images))
+        same = flat(host.trunk(images))
         if not alike(stock, same, host.reference.dtype):
             what = "pruned before alternating attention" if config.mode == PRE_AA else "run through the patch"
             raise UnsupportedModelError(
@@ -86,7 +89,9 @@ def _try(kind: str, bare: Any, config: PaceConfig) -> bool:
             )
         state.config, state.forced = replace(whole, keep_ratio=KEEP, min_frames=1), False
         state.kept = None
-        pruned = flat(host.run_trunk(images))
+        pruned = flat(host.trunk(images))
+        if heads:
+            problem = _problem_of_heads(state, images)
     except UnsupportedModelError:
         raise
     except Exception as error:
@@ -113,7 +118,19 @@ def _try(kind: str, bare: Any, config: PaceConfig) -> bool:
             f"{kind} gives outputs of other shapes, or that are not finite, when some of its tokens are left out: "
             f"{advice}"
         )
-    return on_device
+    return on_device, problem
+
+
+def _problem_of_heads(state: State, images: Tensor) -> str | None:
+    """Why no head of a model that can be pruned can see all tokens where others see few, or None."""
+    state.weights = PaceWeights.of_heads(state.host, ((0, 0),), {})
+    try:
+        state.host.trunk(images)
+    except Exception as error:  # whatever attention of another make trips over
+        return first_line(error)
+    finally:
+        state.weights = None
+    return None
 
 
 def _stock(kind: str, host: Host) -> tuple[Tensor | None, Any]:
@@ -131,7 +148,7 @@ def _stock(kind: str, host: Host) -> tuple[Tensor | None, Any]:
     for grid in grids:
         images = _images(host, grid)
         try:
-            return images, flat(host.run_trunk(images))
+            return images, flat(host.trunk(images))
         except (TypeError, NotImplementedError):
             return None, None
         except Exception as error:
@@ -146,7 +163,7 @@ def _alike_on(device: torch.device, host: Host, images: Tensor, stock: Any) -> b
     """Whether the trunk gives the same with a device as torch's default device."""
     try:
         with device:
-            return alike(stock, flat(host.run_trunk(images)), host.reference.dtype)
+            return alike(stock, flat(host.trunk(images)), host.reference.dtype)
     except Exception:  # whatever it makes on the CPU on purpose
         return False
 

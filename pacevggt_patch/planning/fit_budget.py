@@ -13,27 +13,31 @@ keeping more of each: attention, which grows fastest, is measured where it will 
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import statistics
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from numbers import Real
 from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..arguments import number, shown, whole
 from ..config import PRE_AA, PaceConfig
 from ..errors import PaceError
 from ..hosts.base import Host, find_host
+from ..patching.guest import as_it_was
 from ..patching.install import accelerate, is_accelerated, remove, state_of
 from ..patching.state import State
 from ..patching.summary import StageTimer, current_device, device_time
 from ..weights.pace import PaceWeights
 
+LOGGER = logging.getLogger("pacevggt_patch")
+PATIENCE = 5.0  # seconds after which it says how far it is
 # Keep ratios that are tried, as shares of the largest that the merge budget leaves, and shares of the clip's frames.
 CALIBRATION = ((0.9, 1 / 4), (0.9, 1 / 8), (0.3, 1 / 4), (0.3, 1 / 8), (0.1, 1 / 2), (0.1, 1 / 8))
 # A shorter clip counts as one of so many frames: a call has costs that are not those of a frame.
@@ -167,11 +171,13 @@ def fit_budget(
     for name, value in budgets.items():
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, Real) or not (value > 0 and math.isfinite(value)):
+        if not 0 < number(name, value) < math.inf:
             raise PaceError(f"{name} must be a positive number, got {value!r}")
     if seconds is memory_gib is None:
         raise PaceError("give a budget: seconds, memory_gib, or both")
-    _check_frames(frames)
+    whole("frames", frames)
+    if config is not None and not isinstance(config, PaceConfig):
+        raise PaceError(f"config must be a PaceConfig or None, got {shown(config)}")
     host = find_host(model)
     device = host.reference.device
     if memory_gib is not None and device.type != "cuda":
@@ -188,8 +194,8 @@ def fit_budget(
         state = state_of(model)
         if state.pending or (state.auto and state.weights is None and state.config.keep_ratio == 1):
             raise PaceError(
-                "this model has no weights yet, and which of its heads see all tokens decides what it costs: pass "
-                "weights=pacevggt_patch.calibrate(model, clips), or weights=None to plan without such heads"
+                "this model has no weights yet, and which of its heads see all tokens decides what it costs: on the "
+                "stock model, pass weights=pacevggt_patch.calibrate(model, clips), or None to plan without such heads"
             )
         settings, most = state.config, _largest_keep(state.config, patches)
         if settings.min_frames is not None and frames < settings.min_frames:
@@ -264,7 +270,7 @@ def measure_costs(
     Args:
         memory: measure the stages' peak memory, too (CUDA only).
     """
-    _check_frames(frames)
+    whole("frames", frames)
     start = time.perf_counter()
     with _as_it_was(model):
         state = state_of(model)
@@ -272,19 +278,24 @@ def measure_costs(
         patches, special = _patches(host, size), host.special_tokens
         state.checkpointing = False
         points = []
-        for kept, n in _settings(frames, patches, _largest_keep(state.config, patches), special):
+        settings = _settings(frames, patches, _largest_keep(state.config, patches), special)
+        for kept, n in settings:
             # Every clip is pruned here, however short: what is fitted is the cost of a pruned one.
             state.config = replace(state.config, keep_ratio=kept / patches, min_frames=1)
             generator = torch.Generator(token.device).manual_seed(0)
             images = torch.rand(1, n, 3, *size, generator=generator, device=token.device).to(token.dtype)
             points.append(_measure(state, images, kept, run or model, memory))
             del images
-    return CostModel.fit(points, special, time.perf_counter() - start, bool(state.full_heads))
-
-
-def _check_frames(frames: Any) -> None:
-    if isinstance(frames, bool) or not isinstance(frames, int) or frames < 1:
-        raise PaceError(f"frames must be a whole number of at least 1, got {frames!r}")
+            if time.perf_counter() - start > PATIENCE:
+                LOGGER.warning(
+                    f"pacevggt-patch measures what this model costs: {len(points)} of {len(settings)} settings done"
+                )
+    return CostModel.fit(
+        points,
+        special,
+        time.perf_counter() - start,
+        state.weights is not None and bool(state.weights.full_heads),
+    )
 
 
 def _patches(host: Host, size: Any) -> int:
@@ -350,20 +361,17 @@ class _MemoryTimer(StageTimer):
 @contextmanager
 def _as_it_was(model: nn.Module) -> Generator[None]:
     """Evaluation mode, on the model's device, inside the `with` block; then model and random state are as before."""
-    training = [(module, module.training) for module in model.modules()]
     accelerated = is_accelerated(model)
     before = dict(vars(state_of(model))) if accelerated else None
     paused = before["threads"].paused if before is not None else 0
     device = find_host(model).reference.device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), current_device(device):
-        model.eval()
+    random = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    with random, current_device(device), as_it_was(model):
         try:
             if before is not None:
                 before["threads"].paused = 0
             yield
         finally:
-            for module, flag in training:
-                module.training = flag
             if before is not None:
                 before["threads"].paused = paused
                 vars(state_of(model)).update(before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import types
 from collections.abc import Callable, Generator, Hashable, Iterable
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from torch.utils._device import DeviceContext
 from ..errors import PaceError, first_line
 from .bare_copy import HOOKS
 
+LOGGER = logging.getLogger("pacevggt_patch")
 BACKEND = "inductor"
 GLOBAL_HOOKS = (
     "_global_forward_hooks",
@@ -103,7 +105,13 @@ _numbers = itertools.count()
 
 
 @functools.cache
+def _say_once() -> None:
+    LOGGER.warning("pacevggt-patch calls torch.compile: the first run takes a minute or so")
+
+
+@functools.cache
 def _compiled(function: types.FunctionType, key: Hashable, backend: str) -> Callable[..., Any]:
+    _say_once()
     # What was compiled is kept, counted and limited by code object and its name: each key gets its own.
     name = f"{function.__name__}_{next(_numbers)}"
     code = function.__code__.replace(co_name=name)

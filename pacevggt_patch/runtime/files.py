@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import secrets
+import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,18 +14,29 @@ from typing import Any
 
 import torch
 
+from ..errors import PaceError
 from ..version import __version__
 
 
 @contextmanager
 def whole_file(path: str | Path) -> Generator[Path]:
-    """A temporary path beside `path` to write to; renamed to it when the block ends, deleted when it fails."""
-    path = Path(path)
+    """A temporary path beside `path` to write to; renamed to it when the block ends, deleted when it fails.
+
+    A symbolic link stays, and what it leads to is written. A file that is there keeps its permissions.
+
+    Raises:
+        PaceError: a folder, a device or a pipe is there.
+    """
+    target = Path(os.path.realpath(path))
+    if os.path.lexists(target) and not target.is_file():
+        raise PaceError(f"{path} is there and no plain file, so it can't be replaced by one")
     # The suffix stays last: writers choose the format by it.
-    temporary = path.with_name(f".{secrets.token_hex(4)}.{path.name}")
+    temporary = target.with_name(f".{secrets.token_hex(4)}.{target.name}")
     try:
         yield temporary
-        os.replace(temporary, path)
+        if target.exists():
+            shutil.copymode(target, temporary)
+        os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
 

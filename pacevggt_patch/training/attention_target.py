@@ -65,7 +65,7 @@ def attention_target(
             return own(*args, **kwargs)
 
     with observing(model, observer):
-        host.run_trunk(images)
+        host.trunk(images)
     if seen == 0:
         raise UnsupportedModelError(
             "the global blocks of this model do not call scaled_dot_product_attention, so what they attend to can't be "

@@ -11,7 +11,7 @@ Everything random of a step follows from the seed, the number of the step and of
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,9 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..arguments import LARGEST, number, several, whole
 from ..calibration.full_heads import find_full_heads
 from ..calibration.restoration import KEEP_RATIOS, fit_linear
-from ..config import GLOBAL, MODES
+from ..config import GLOBAL, check_mode
 from ..errors import PaceError
 from ..evaluation.metrics import decode_pose_encoding, pairwise_pose_errors
 from ..hosts.base import find_host
@@ -46,6 +47,13 @@ KINDS = [RATIOS, ALL_MERGED, *MERGED_OTHERWISE, SWEEPS, FULL_STRENGTH, RIDGE_OF_
 LARGEST_NORM = 1.0  # of the gradient
 # Numbers in place of a process's, for clips that no step draws.
 CALIBRATION, CHECK, COMMON = -1, -2, -3
+
+# Shows how far a run is with clips, given what it does with them and how many there are.
+Watch = Callable[[Iterable[Sample], str, int], Iterable[Sample]]
+
+
+def unwatched(clips: Iterable[Sample], _what: str, _count: int) -> Iterable[Sample]:
+    return clips
 
 
 @dataclass(frozen=True)
@@ -92,32 +100,26 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps < 0 or not 0 <= self.distil <= 1:
-            raise PaceError(
-                f"steps must not be negative and distil a share between 0 and 1, got {self.steps} and {self.distil:g}"
-            )
-        if self.clips < 1 or self.supervised < 1 or not self.views or min(self.views) < 1:
-            raise PaceError(
-                f"clips, supervised frames and views must be at least 1, got {self.clips}, {self.supervised} and "
-                f"{list(self.views)}"
-            )
-        if self.calibration < 1 or self.checks < 1:
-            raise PaceError(
-                f"calibration and checks must be at least 1 clip, got {self.calibration} and {self.checks}"
-            )
+        for name in ("steps", "warm_up"):
+            whole(name, getattr(self, name), 0)
+        for name in ("clips", "supervised", "calibration", "checks"):
+            whole(name, getattr(self, name))
+        whole("seed", self.seed, -LARGEST)
+        if not [whole("views", views) for views in several("views", self.views)]:
+            raise PaceError("views is empty: give at least one number of frames")
+        for name in ("distil", "truth", "rate", "scorer_rate", "adaptation_rate", "weight_decay"):
+            if not 0 <= number(name, getattr(self, name)) <= 1:
+                raise PaceError(f"{name} must be between 0 and 1, got {getattr(self, name):g}")
         low, high = self.keep_ratios
         if not 0 < low <= high < 1:
             raise PaceError(
                 f"keep ratios of training must lie between 0 and 1, low to high, got {low:g} to {high:g}"
             )
-        if self.mode not in MODES:
-            raise PaceError(f'mode must be "global" or "pre-aa", got {self.mode!r}')
+        check_mode(self.mode)
         if self.mode == GLOBAL and self.scorer_rate:
             raise PaceError(
-                "of global pruning the second stage has no gradient for the scorer: leave --scorer-rate at 0"
+                "of global pruning the refinement has no gradient for the scorer: leave --scorer-rate at 0"
             )
-        if not 0 <= self.truth <= 1:
-            raise PaceError(f"truth is a share between 0 and 1, got {self.truth:g}")
 
     def clips_of(self, views: int) -> int:
         """Clips of a step if they have `views` frames."""
@@ -328,15 +330,16 @@ class Fit:
         self.logs = torch.cat([losses, norm[None]])
         self.step_number += 1
 
-    def begin_refinement(self) -> None:
+    def begin_refinement(self, watch: Watch = unwatched) -> None:
         """What lies between the stages: the closed-form fit, and an optimizer without a past."""
         if self.weights.mode != GLOBAL:  # which heads these are does not depend on the scorer
-            self.calibrate()
+            self.calibrate(watch)
         self.optimizer = self.new_optimizer()
 
-    def calibrate(self) -> None:
+    def calibrate(self, watch: Watch = unwatched) -> None:
         """Fit the linear part of the restoration, or find the full-attention heads where there is none."""
-        clips = (sample.images for sample in self.reserved(CALIBRATION, self.settings.calibration))
+        count = self.settings.calibration
+        clips = (sample.images for sample in watch(self.reserved(CALIBRATION, count), "calibrating", count))
         if self.weights.mode == GLOBAL:
             # One process decides: others might see an error just above the limit where this one sees it just below.
             found: list[Any] = [find_full_heads(self.model, clips)[0] if self.rank == 0 else None]
@@ -354,7 +357,7 @@ class Fit:
         return dict(zip([*self.names, "norm"], self.logs.tolist(), strict=True))
 
     @torch.no_grad()
-    def check(self) -> dict[str, dict[str, float]]:
+    def check(self, what: str = "comparing", watch: Watch = unwatched) -> dict[str, dict[str, float]]:
         """How far the pruned model is from the unpruned one on clips that no step draws, by keep ratio.
 
         Of each a mean over clips: `rotation_deg` and `direction_deg`, medians over frame pairs of the difference in
@@ -362,7 +365,8 @@ class Fit:
         `tokens`, see `token_losses`.
         """
         rows: dict[str, list[dict[str, float]]] = {f"{ratio:g}": [] for ratio in KEEP_RATIOS}
-        for sample in self.reserved(CHECK, self.settings.checks):
+        count = self.settings.checks
+        for sample in watch(self.reserved(CHECK, count), what, count):
             frames = torch.arange(min(self.settings.supervised, sample.images.shape[1]), device=self.device)
             teacher = run(self.model, sample.images, frames, 1.0)
             for ratio in KEEP_RATIOS:
@@ -393,6 +397,7 @@ class Fit:
 
         Raises:
             PaceError: it is of another run.
+            ValueError: it does not fit; states that are damaged raise other errors, too.
         """
         own = {
             **asdict(self.settings),
@@ -414,10 +419,18 @@ class Fit:
             )
         self.modules.load_state_dict(state["modules"])
         self.weights.full_heads = tuple(state["full_heads"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:  # the state may come from another device
-            group["fused"] = self.device.type == "cuda"
-        self.step_number = state["step"]
+        self.weights.check(find_host(self.model))
+        # How the optimizer runs is told by settings and device, which may be another one.
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
+        for parameter, moments in self.optimizer.state.items():
+            if any(moments[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
+                raise ValueError("an optimizer of other parameters")
+        self.step_number = whole("step", state["step"], 0)
+        if self.step_number > self.settings.steps:
+            raise ValueError(f"step {self.step_number} of {self.settings.steps}")
+        if len(self.optimizer.state) != len(self.parameters) * (self.step_number > 0):
+            raise ValueError("an optimizer of fewer parameters")
 
 
 def difference(student: Outputs, teacher: Outputs, layers: Collection[int]) -> dict[str, float]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,13 +15,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from ..calibration.restoration import KEEP_RATIOS
 from ..config import GLOBAL
 from ..errors import PaceError, WeightsError
 from ..hosts.base import find_host
+from ..patching.guest import guest
 from ..runtime.device import usable_device
-from ..runtime.files import environment, whole_file, write_json
+from ..runtime.files import environment, write_json
 from ..version import __version__
 from ..weights.hub import HUB_FILE
 from ..weights.pace import PaceWeights
@@ -28,14 +31,18 @@ from .backbones import is_mini, load_backbone
 from .compiling import works
 from .curve import save_training_curve
 from .fit import Fit, Settings
-from .guest import guest
+from .signals import Signals, Stopped
 from .sources import ClipSource, FolderSource
+from .states import STATE_FILE, loaded_state, remove_leftovers, save_state, writing
 
 PREFETCH = 4  # steps drawn ahead
 LOG_EVERY = 20  # steps
-STATE_FILE, REPORT_FILE, CURVE_FILE = "state.pt", "report.json", "curve.png"
+REPORT_FILE, CURVE_FILE = "report.json", "curve.png"
+CALIBRATED, DISTILLED = "calibrated.safetensors", "distilled.safetensors"
+FILES = (STATE_FILE, REPORT_FILE, CURVE_FILE, CALIBRATED, DISTILLED, HUB_FILE)
 # From this width on a backbone is large: its blocks are computed twice rather than kept, and no CPU trains it.
 LARGE = 512
+WIDEST = 2016  # pixels of rendered frames
 # Steps from about which on faster ones win back the minute or two that compiling takes.
 COMPILES_FROM = 2000
 
@@ -83,25 +90,27 @@ def run_training(options: Options) -> dict[str, Any]:
         The content of report.json.
 
     Raises:
-        PaceError: images, backbone, device or settings do not fit, or the loss is not finite.
+        PaceError: images, backbone, device or settings do not fit, the loss is not finite, or a file can't be written.
+        Stopped: by a signal, when the step was done and its state written.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    name = options.device
-    if name is None and torch.cuda.is_available():
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    device = usable_device(name)
     settings = options.settings
     check_options(options)
+    device = usable_device(options.device)
     if options.resume and not (options.out / STATE_FILE).is_file() and rank == 0:
-        print(f"{options.out} holds no run to resume: starting anew")
+        print(f"{options.out} holds no run to resume: starting anew", file=sys.stderr)
     # What is on the disk is looked at before a large model is loaded.
     begun = None if options.start is None else weights_to_start(options.start, settings.mode)
     mini = options.backbone == "mini" or is_mini(Path(options.backbone))
     source = make_source(options, mini, device)
     try:
         options.out.mkdir(parents=True, exist_ok=True)
+        if rank == 0:
+            remove_leftovers(options.out, FILES)
     except OSError as error:
         raise PaceError(f"{options.out} can't be made a folder for the results: {error.strerror}") from error
+    if not mini and rank == 0:
+        print(f"loading {options.backbone}", file=sys.stderr)
     model = load_backbone(options.backbone)
     large = model.aggregator.camera_token.shape[-1] >= LARGE
     if large and options.device is None and device.type == "cpu" and settings.steps:
@@ -123,10 +132,13 @@ def run_training(options: Options) -> dict[str, Any]:
         pays = device.type == "cuda" and not large and settings.steps >= COMPILES_FROM
         compile = pays and works(device)
         if pays and not compile:
-            print("torch.compile does not work on this machine: steps will take half as long again")
-        with guest(model, weights, compile):
+            print(
+                "torch.compile does not work on this machine: steps will take half as long again",
+                file=sys.stderr,
+            )
+        with guest(model, weights, compile), Signals(world) as signals:
             fit = Fit(model, weights, source, settings, checkpointing=large, rank=rank, world=world)
-            return Run(fit, options).go()
+            return Run(fit, options, signals).go()
     finally:
         if world > 1 and dist.is_initialized():
             dist.destroy_process_group()
@@ -147,6 +159,17 @@ def check_options(options: Options) -> None:
         raise PaceError(
             "--textures are photographs for rendered scenes of all kinds: pass --rooms, or leave them out"
         )
+    if options.rooms is not None and options.width is not None:
+        # Of an odd number of patches only plain rooms can be rendered.
+        step = 14 if options.rooms == "plain" else 28
+        if not step <= options.width <= WIDEST or options.width % step:
+            raise PaceError(
+                f"width must be a multiple of {step} up to {WIDEST} for rendered scenes, got {options.width!r:.80}"
+            )
+    if options.rooms == "all" and not all(2 <= views <= 24 for views in settings.views):
+        raise PaceError(f"views must be between 2 and 24 for rendered scenes, got {list(settings.views)}")
+    if settings.mode == GLOBAL and options.start is None and min(settings.views) < 2:
+        raise PaceError("views must be at least 2 to tell which heads find matches between frames, got 1")
     if (options.out / STATE_FILE).is_file() and not options.resume:
         raise PaceError(
             f"{options.out} holds an earlier run: pass --resume to go on with it, or another --out"
@@ -157,7 +180,7 @@ def check_options(options: Options) -> None:
         )
     if options.start is not None and settings.distil_steps:
         raise PaceError(
-            f"the first stage, {settings.distil_steps} steps, would undo what the weights to start from have learned: "
+            f"the distillation, {settings.distil_steps} steps, would undo what the weights to start from have learned: "
             "leave out --distil, or pass 0"
         )
 
@@ -184,12 +207,13 @@ def completed(weights: PaceWeights, fresh: PaceWeights) -> PaceWeights:
 
 def make_source(options: Options, mini: bool, device: torch.device) -> ClipSource:
     """Where the clips come from. VGGT-mini was trained on squares."""
+    width = options.width
     if options.images is not None:
-        mode = "square" if mini else "crop"
-        return FolderSource(
-            options.images, max(options.settings.views), options.width or (224 if mini else 518), mode
-        )
-    width = options.width or (224 if mini else 504)  # an even number of patches
+        if width is None:
+            width = 224 if mini else 518
+        return FolderSource(options.images, max(options.settings.views), width, "square" if mini else "crop")
+    if width is None:
+        width = 224 if mini else 504  # an even number of patches
     from ..mini.sources import rendered_source  # its renderer is for rooms alone
 
     return rendered_source(options.rooms == "plain", width, options.textures, device)
@@ -198,8 +222,8 @@ def make_source(options: Options, mini: bool, device: torch.device) -> ClipSourc
 class Run:
     """A run of `Fit` with its files, its bar and its records."""
 
-    def __init__(self, fit: Fit, options: Options):
-        self.fit, self.options, self.out = fit, options, options.out
+    def __init__(self, fit: Fit, options: Options, signals: Signals):
+        self.fit, self.options, self.out, self.signals = fit, options, options.out, signals
         self.writes = fit.rank == 0
         self.losses: list[dict[str, float]] = []
         self.checks: list[dict[str, Any]] = []
@@ -208,58 +232,60 @@ class Run:
 
     def go(self) -> dict[str, Any]:
         """Train to the end; returns the report."""
-        from tqdm import tqdm
+        fit, settings = self.fit, self.fit.settings
+        try:
+            if self.options.resume and (self.out / STATE_FILE).is_file():
+                self.load()
+            elif self.options.start is not None:
+                self.check("start")
+                self.save_state()
+            else:
+                self.check("training-free")
+                fit.calibrate(self.watch)
+                self.save_weights(CALIBRATED)
+                self.check("calibrated")
+                self.save_state()
+            if settings.steps:
+                self.train(settings.distil_steps)
+                # What the last check was of is told by the state, and a finished run that is resumed has all of them.
+                if fit.step_number == settings.distil_steps > self.checks[-1]["step"]:
+                    fit.begin_refinement(self.watch)
+                    self.save_weights(DISTILLED)
+                    self.check("distilled")
+                self.train(settings.steps)
+                if self.checks[-1]["step"] != settings.steps:
+                    self.check("refined")
+            return self.finish()
+        except Stopped as stopped:
+            stopped.tell(fit.step_number, self.out / STATE_FILE)
+            raise
 
-        fit, steps = self.fit, self.fit.settings.steps
-        if self.options.resume and (self.out / STATE_FILE).is_file():
-            self.load()
-        elif self.options.start is not None:
-            self.check("start")
-        else:
-            self.check("training-free")
-            self.say(f"calibrating on {fit.settings.calibration} clips")
-            fit.calibrate()
-            self.save_weights("calibrated.safetensors")
-            self.check("calibrated")
-        saved = time.monotonic()
-        with (
-            ThreadPoolExecutor(2) as pool,
-            tqdm(
-                total=steps, initial=fit.step_number, unit="step", disable=not (self.writes and steps)
-            ) as bar,
-        ):
+    def train(self, end: int) -> None:
+        """Steps up to number `end`, and the state after the last one, also where a signal makes it an earlier one."""
+        fit, saved = self.fit, time.monotonic()
+        following = first = fit.step_number
+        if first >= end:
+            return
+        bar = tqdm(total=self.fit.settings.steps, initial=first, unit="step", disable=not self.writes)
+        with self.signals.held(), ThreadPoolExecutor(2) as pool, bar:
             pending: deque[Future[Any]] = deque()
-            following = fit.step_number
             try:
-                while fit.step_number < steps:
-                    while len(pending) < PREFETCH and following < steps:
+                while fit.step_number < end and not self.signals.asked():
+                    while len(pending) < PREFETCH and following < end:
                         pending.append(pool.submit(fit.draw, following))
                         following += 1
-                    drawn = pending.popleft().result()
-                    if 0 < fit.step_number == fit.settings.distil_steps:
-                        self.change_stage()
-                    fit.step(drawn)
+                    fit.step(pending.popleft().result())
                     bar.update()
-                    if fit.step_number % LOG_EVERY == 0 or fit.step_number == steps:
+                    if fit.step_number % LOG_EVERY == 0 or fit.step_number == fit.settings.steps:
                         self.log(bar)
-                    if self.writes and time.monotonic() - saved >= self.options.save_every:
+                    if time.monotonic() - saved >= self.options.save_every:
                         self.save_state()
                         saved = time.monotonic()
             finally:
                 for future in pending:
                     future.cancel()
-        if self.checks[-1]["step"] != steps:  # a finished run that is resumed has been here
-            if steps == fit.settings.distil_steps:
-                self.change_stage()
-            else:
-                self.check("refined")
-        return self.finish()
-
-    def change_stage(self) -> None:
-        """End stage 1: fit the linear part, if there is one, anew, to the tokens that the scorer now keeps."""
-        self.fit.begin_refinement()
-        self.save_weights("distilled.safetensors")
-        self.check("distilled")
+            if fit.step_number > first:
+                self.save_state()
 
     def log(self, bar: Any) -> None:
         """Record the losses, show them, and stop if they are no numbers."""
@@ -275,24 +301,19 @@ class Run:
 
     def check(self, stage: str) -> None:
         """Record how far the pruned model is from the unpruned one."""
-        self.say(f"{stage}: comparing {self.fit.settings.checks} clips with the unpruned model")
-        self.checks.append({"stage": stage, "step": self.fit.step_number, "ratios": self.fit.check()})
+        ratios = self.fit.check(f"{stage}: comparing with the unpruned model", self.watch)
+        self.checks.append({"stage": stage, "step": self.fit.step_number, "ratios": ratios})
 
-    def say(self, what: str) -> None:
-        """Tell what takes long and has no bar."""
-        from tqdm import tqdm
-
-        if self.writes:
-            tqdm.write(what)
+    def watch(self, clips: Iterable[Any], what: str, count: int) -> Iterable[Any]:
+        """Clips with a bar that shows how many there were."""
+        return tqdm(clips, what, count, unit="clip", disable=not self.writes)
 
     def seconds(self) -> float:
         """Seconds of work, those before a resumption among them."""
         return self.seconds_before + time.monotonic() - self.begun
 
-    def save_weights(self, name: str) -> None:
-        """Write the weights as they are; before the first step without what only steps change."""
-        if not self.writes:
-            return
+    def weights(self) -> PaceWeights:
+        """The weights as they are; before the first step without what only steps change."""
         fit = self.fit
         ratios = fit.settings.keep_ratios if fit.step_number else KEEP_RATIOS
         training = {
@@ -311,10 +332,17 @@ class Run:
             changed = replace(changed, scorer=None, merge=None, block_deltas=None)
             if changed.mode == GLOBAL:
                 changed = replace(changed, keep_ratios=())  # full-attention heads are the same for all
-        changed.save(self.out / name)
+        return changed
+
+    def save_weights(self, name: str) -> None:
+        """Write the weights as they are."""
+        if self.writes:
+            self.weights().save(self.out / name)
 
     def save_state(self) -> None:
         """Write the state to resume from."""
+        if not self.writes:
+            return
         state = {
             **self.fit.state(),
             "start": self.options.start,
@@ -322,23 +350,23 @@ class Run:
             "checks": self.checks,
             "seconds": self.seconds(),
         }
-        with whole_file(self.out / STATE_FILE) as temporary:
-            torch.save(state, temporary)
+        save_state(state, self.out / STATE_FILE)
 
     def load(self) -> None:
         """Take over the state of a run that was stopped."""
-        path = self.out / STATE_FILE
-        try:
-            state = torch.load(path, map_location=self.fit.device, weights_only=True)
-        except Exception as error:  # pickle and zip trip over a damaged file in many ways
-            raise PaceError(f"{path} is damaged: start anew with another --out") from error
-        if state.get("start") != self.options.start:
-            raise PaceError(
-                f"can't resume: the run began with {state.get('start') or 'untrained weights'}: pass the same --start, "
-                "or start anew with another --out"
-            )
-        self.fit.load(state)
-        self.losses, self.checks, self.seconds_before = state["losses"], state["checks"], state["seconds"]
+        with loaded_state(self.out / STATE_FILE, self.fit.device) as state:
+            if state["start"] != self.options.start:
+                raise PaceError(
+                    f"can't resume: the run began with {state['start'] or 'untrained weights'}: pass the same --start, "
+                    "or start anew with another --out"
+                )
+            self.fit.load(state)
+            self.losses, self.checks = state["losses"], state["checks"]
+            self.seconds_before = float(state["seconds"])
+            # Both will be read at the end of the run, which is late to find them damaged.
+            if not all(math.isfinite(record["total"]) and record["step"] for record in self.losses):
+                raise ValueError("losses that are no numbers")
+            format_checks(self.checks)
 
     def finish(self) -> dict[str, Any]:
         """Write weights, report, curve and state."""
@@ -352,7 +380,7 @@ class Run:
             "processes": fit.world,
             "steps": fit.step_number,
             "seconds": self.seconds(),
-            "parameters": sum(p.numel() for p in fit.modules.parameters()),
+            "parameters": sum(p.numel() for p in self.weights().modules().parameters()),
             "mode": fit.weights.mode,
             "full_heads": [list(head) for head in fit.weights.full_heads],
             "checks": self.checks,
@@ -362,17 +390,20 @@ class Run:
         if self.writes:
             self.save_state()
             self.save_weights(HUB_FILE)
-            write_json(self.out / REPORT_FILE, report)
-            attempt(lambda: save_training_curve(self.out / CURVE_FILE, self.losses, self.checks))
+            with writing(self.out / REPORT_FILE):
+                write_json(self.out / REPORT_FILE, report)
+            self.draw_curve()
         return report
 
-
-def attempt(write: Callable[[], None]) -> None:
-    """Write a picture, unless the library for it is missing: the weights are there, and that is what matters."""
-    try:
-        write()
-    except PaceError as error:
-        print(f"left out: {error}")
+    def draw_curve(self) -> None:
+        """Write the curve, unless it can't be: the weights are there, and that is what matters."""
+        path = self.out / CURVE_FILE
+        try:
+            with writing(path):
+                path.unlink(missing_ok=True)  # one of an earlier run
+                save_training_curve(path, self.losses, self.checks)
+        except PaceError as error:
+            print(f"left out: {error}", file=sys.stderr)
 
 
 def format_checks(checks: list[dict[str, Any]]) -> str:

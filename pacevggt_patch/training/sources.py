@@ -6,19 +6,24 @@ device that trains (copying, rendering).
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from ..clips import Clip, count_frames, load_clip
-from ..clips.folder import image_files, read_description
+from ..clips import Clip
+from ..clips.folder import ClipFolder, existing_folder
+from ..clips.images import check_content, is_hidden, listed, some, split_images
 from ..errors import ClipError
 
 LARGEST_STRIDE = 4
+# Bytes of pictures up to which all are decoded before training begins: a few seconds' work.
+DECODED_FIRST = 2**28
+DEEPEST = 3  # levels below a folder of clips that are looked through for more
 SWEEPS = 0.25  # share of steps that see photographs instead of scenes, where there are some
 
 
@@ -74,7 +79,7 @@ class FolderSource:
     """Windows of frames from a folder of images, or from a folder of such folders (each may have a `clip.json`).
 
     A window is a clip, a first frame and a stride of up to `largest_stride`, all random. The clips of a step share one
-    size of image.
+    size of image. The headers of all pictures are looked at beforehand, and where these are few, all of their content.
 
     Args:
         folder: the folder.
@@ -84,7 +89,8 @@ class FolderSource:
         largest_stride: most frames from one frame of a window to the next.
 
     Raises:
-        ClipError: there is no folder or no image, a clip has fewer frames than asked for, or can't be read.
+        ClipError: there is no folder or no image, a clip has fewer frames than asked for or can't be read, or `width`
+            is no multiple of 14.
     """
 
     compiled = False
@@ -93,18 +99,21 @@ class FolderSource:
         self, folder: str | Path, frames: int, width: int, mode: Any, largest_stride: int = LARGEST_STRIDE
     ):
         self.width, self.mode, self.largest_stride = width, mode, largest_stride
-        self.groups: dict[Any, list[tuple[Path, int]]] = {}  # size of the frames -> clips and their lengths
-        clips = clip_folders(Path(folder))
+        self.groups: dict[Any, list[ClipFolder]] = {}  # size of the frames -> clips
+        clips = [ClipFolder(clip) for clip in clip_folders(existing_folder(folder))]
         for clip in clips:
-            count = count_frames(clip)
-            if count < frames:
+            if len(clip) < frames:
                 raise ClipError(
-                    f"{clip} has {count} frames, but training takes {frames} at a time: add frames, or pass fewer with "
-                    "--views"
+                    f"{clip.folder} has {len(clip)} frames, but training takes {frames} at a time: add frames, or pass "
+                    "fewer with --views"
                 )
-            size = None if mode == "square" else image_size(clip)
-            self.groups.setdefault(size, []).append((clip, count))
-        total = sum(count for group in self.groups.values() for _, count in group)
+            size = clip.check(width, mode)
+            self.groups.setdefault(None if mode == "square" else size, []).append(clip)
+        files = [file for clip in clips for file in clip.files()]
+        if sum(map(os.path.getsize, files)) <= DECODED_FIRST:
+            for file in files:
+                check_content(file)
+        total = sum(map(len, clips))
         self.description = f"{len(clips)} clip{'s' * (len(clips) > 1)} of {total} images"
 
     def draw(self, seed: int, clips: int, views: int) -> list[Clip]:
@@ -117,16 +126,14 @@ class FolderSource:
             return int(torch.randint(count, (), generator=generator))
 
         groups = list(self.groups.values())
-        group = groups[pick([sum(count for _, count in group) for group in groups])]
+        group = groups[pick([sum(map(len, group)) for group in groups])]
         drawn = []
         for _ in range(clips):
-            folder, count = group[pick([count for _, count in group])]
-            most = min(self.largest_stride, (count - 1) // max(views - 1, 1)) or 1
+            clip = group[pick([len(clip) for clip in group])]
+            most = min(self.largest_stride, (len(clip) - 1) // max(views - 1, 1)) or 1
             stride = 1 + below(most)
-            start = below(count - (views - 1) * stride)
-            drawn.append(
-                load_clip(folder, frames=views, start=start, stride=stride, width=self.width, mode=self.mode)
-            )
+            start = below(len(clip) - (views - 1) * stride)
+            drawn.append(clip.load(views, start, stride, self.width, self.mode))
         return drawn
 
     def finish(self, drawn: list[Clip], device: torch.device) -> Sample:
@@ -136,41 +143,34 @@ class FolderSource:
 def clip_folders(folder: Path) -> list[Path]:
     """The clips in a folder: itself, if it holds images or a `clip.json`, else those of its folders that do.
 
+    A warning names the folders of images that are left out: deeper ones, and those of formats that are not read.
+
     Raises:
-        ClipError: there is no such folder, or none of it holds images.
+        ClipError: none of it holds images.
     """
-    if not folder.is_dir():
-        raise ClipError(f"{folder} is not a folder")
 
-    def holds_clip(path: Path) -> bool:
-        if (path / "clip.json").is_file():
-            return True
-        try:
-            return bool(image_files(path))
-        except ClipError:
-            return False
+    def is_clip(path: Path) -> bool:
+        files = listed(path)[0]
+        return "clip.json" in files or bool(split_images(path, files)[0])
 
-    if holds_clip(folder):
-        return [folder]
-    found = sorted(path for path in folder.iterdir() if path.is_dir() and holds_clip(path))
+    found = [path for path in (folder / name for name in listed(folder)[1]) if is_clip(path)]
+    if is_clip(folder):
+        found = [folder]
+    left = []
+    for root, folders, files in os.walk(folder):
+        path = Path(root)
+        if path not in found and ("clip.json" in files or any(split_images(path, files))):
+            left.append(path.relative_to(folder).as_posix())
+        # A clip.json says itself where its images lie; and one may have been given the root of a disk.
+        ends = "clip.json" in files or len(path.relative_to(folder).parts) == DEEPEST
+        folders[:] = [] if ends else sorted(name for name in folders if not is_hidden(name))
+    told = f"left out {some(left)}, too deep or of other formats"
     if not found:
-        raise ClipError(f"{folder} has no images, and no folder with images: nothing to train on")
+        more = f": {told}" if left else ": nothing to train on"
+        raise ClipError(f"{folder} has no images, and no folder with images{more}")
+    if left:
+        warnings.warn(f"{folder}: {told}", stacklevel=3)
     return found
-
-
-def image_size(folder: Path) -> tuple[int, int]:
-    """Width and height of the stored frames of a clip; of a folder of images, those of the first one."""
-    description = folder / "clip.json"
-    if description.is_file():
-        values = read_description(description)
-        return values["width"], values["height"]
-    file = image_files(folder)[0]
-    try:
-        with Image.open(file) as image:
-            turned = image.getexif().get(0x0112, 1) >= 5  # orientation tags that swap the sides
-            return (image.height, image.width) if turned else image.size
-    except Exception as error:  # Pillow's decoders raise whatever their format trips over
-        raise ClipError(f"{file} cannot be read as an image: {error}") from error
 
 
 def stacked(clips: list[Clip], device: torch.device) -> Sample:

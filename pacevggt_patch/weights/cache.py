@@ -6,11 +6,11 @@ The folder is `$PACEVGGT_CACHE`, else `pacevggt` in `$XDG_CACHE_HOME` or `~/.cac
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from ..errors import PaceError
 from ..hosts.base import Host
-from .fingerprint import agree, fingerprints
 from .pace import PaceWeights, read
 
 VARIABLE = "PACEVGGT_CACHE"
@@ -22,10 +22,10 @@ def folder() -> Path | None:
     chosen = os.environ.get(VARIABLE, "")
     if chosen.lower() in ("off", "0", "none"):
         return None
-    if chosen:
-        return Path(chosen).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     try:
+        if chosen:
+            return Path(chosen).expanduser()
         return (Path(base) if base else Path.home() / ".cache") / "pacevggt"
     except RuntimeError:  # nobody's home
         return None
@@ -57,15 +57,9 @@ def store(weights: PaceWeights) -> Path | None:
 
 def find(host: Host) -> PaceWeights | None:
     """The calibration that is kept for this model, or None. A file that can't be read counts as none."""
-    known = fingerprints(host)
     for path in entries():
-        try:
-            weights = read(path, f"calibration kept in {path}")
-            if agree(weights.fingerprints, known):
-                weights.check(host)
-                return weights
-        except PaceError:
-            continue
+        with suppress(PaceError):
+            return read(path, f"calibration kept in {path}", host)
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from huggingface_hub.utils import HFValidationError
 
 from ..config import GLOBAL
 from ..errors import WeightsError, first_line
-from .hub import HUB_FILE
+from .hub import HUB_FILE, HUB_ID, http_status
 from .pace import PaceWeights
 
 CARD_FILE = "README.md"
@@ -33,13 +34,15 @@ def push(file: str | PathLike[str], repo: str, revision: str | None = None, *, p
         The commit; `accelerate(model, weights="user/name@commit")` takes exactly these weights.
 
     Raises:
-        WeightsError: the file is no pace weight file, or the upload failed, with the reason.
+        WeightsError: the file is no pace weight file, `repo` is no id, or the upload failed, with the reason.
     """
-    file = Path(file).expanduser()
+    if not is_repository(repo):
+        raise WeightsError(f'the repository must be "user/name", got {repo!r}')
+    file = Path(os.path.expanduser(file))
     weights = PaceWeights.load(file)
     operations = [
         CommitOperationAdd(HUB_FILE, str(file)),
-        CommitOperationAdd(CARD_FILE, model_card(weights, repo, revision).encode()),
+        CommitOperationAdd(CARD_FILE, model_card(weights, repo, revision).encode(errors="replace")),
     ]
     try:
         api = HfApi()
@@ -50,9 +53,8 @@ def push(file: str | PathLike[str], repo: str, revision: str | None = None, *, p
     except HFValidationError as error:
         raise WeightsError(f"{repo} is not a valid Hub id: {error}") from error
     except Exception as error:  # of the client and its HTTP library, which differs between its versions
-        status = getattr(getattr(error, "response", None), "status_code", None)
         reason = first_line(error)
-        if status in (401, 403):
+        if http_status(error) in (401, 403):
             reason = "the Hub does not let you: log in with `hf auth login` or set HF_TOKEN to a token that may write"
         raise WeightsError(f"{file} can't be uploaded to {repo}: {reason}") from error
     return done.oid
@@ -86,7 +88,8 @@ def model_card(weights: PaceWeights, repo: str, revision: str | None = None) -> 
     if weights.keep_ratios:
         facts.append(f"- made for keep ratios {', '.join(f'{ratio:g}' for ratio in weights.keep_ratios)}")
     source = repo if revision is None else f"{repo}@{revision}"
-    notes = {name: value for name, value in training.items() if name != "checks"}
+    table = figures(training.get("checks"))
+    notes = {name: value for name, value in training.items() if name != "checks" or not table}
     return "\n".join(
         [
             *header,
@@ -105,7 +108,7 @@ def model_card(weights: PaceWeights, repo: str, revision: str | None = None) -> 
             "",
             *facts,
             "",
-            *figures(training.get("checks")),
+            *table,
             "## How they were made",
             "",
             f"pacevggt-patch {weights.library_version}, without labels: the unpruned model is the teacher.",
@@ -150,10 +153,16 @@ def contents(weights: PaceWeights) -> str:
 
 
 def figures(checks: Any) -> list[str]:
-    """A table of what each stage of training gave, if it is known."""
-    if not checks:
+    """A table of what each stage of training gave; empty where that is not known, or noted in another form."""
+    try:
+        rows = [
+            f"| {ratio} | {check['stage']} | " + " | ".join(cells(check["ratios"][ratio])) + " |"
+            for ratio in checks[0]["ratios"]
+            for check in checks
+        ]
+    except (LookupError, TypeError, ValueError, OverflowError):
         return []
-    lines = [
+    return [
         "## Figures",
         "",
         "Difference from the unpruned model, on clips that no training step drew: relative rotation and translation",
@@ -161,18 +170,22 @@ def figures(checks: Any) -> list[str]:
         "",
         "| keep ratio | stage | rotation | direction | depth | tokens |",
         "|---|---|---|---|---|---|",
+        *rows,
+        "",
     ]
-    for ratio in checks[0]["ratios"]:
-        for check in checks:
-            row = check["ratios"][ratio]
-            cells = [
-                f"{row[key]:.{digits}f}" if key in row else "-"
-                for key, digits in (("rotation_deg", 2), ("direction_deg", 1), ("depth", 4), ("tokens", 3))
-            ]
-            lines.append(f"| {ratio} | {check['stage']} | " + " | ".join(cells) + " |")
-    return [*lines, ""]
+
+
+def cells(row: dict[str, float]) -> list[str]:
+    digits = {"rotation_deg": 2, "direction_deg": 1, "depth": 4, "tokens": 3}
+    return [f"{row[key]:.{places}f}" if key in row else "-" for key, places in digits.items()]
 
 
 def is_hub_id(name: str) -> bool:
     """Whether a backbone's name is a Hub id rather than "mini" or a path."""
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).suffix
+    return is_repository(name) and not name.startswith(".") and not Path(name).suffix
+
+
+def is_repository(name: Any) -> bool:
+    """Whether something is "user/name", without a revision."""
+    match = HUB_ID.fullmatch(name) if isinstance(name, str) else None
+    return match is not None and match["revision"] is None

@@ -14,10 +14,12 @@ from huggingface_hub.utils import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils.sha import sha_fileobj
 
 from ..errors import WeightsError, first_line
 
 HUB_FILE = "pace.safetensors"
+SHA_256 = re.compile("[0-9a-f]{64}")
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^@\s]+))?")
 
 
@@ -29,7 +31,7 @@ def download(repo: str, revision: str | None) -> Path:
     """
     name = f"{repo}@{revision}" if revision else repo
     try:
-        return Path(hf_hub_download(repo, HUB_FILE, revision=revision))
+        return _intact(Path(hf_hub_download(repo, HUB_FILE, revision=revision)))
     except GatedRepoError as error:
         problem = (
             f"{repo} is gated: ask for access on its page, then log in with `hf auth login` or set HF_TOKEN"
@@ -70,6 +72,18 @@ def download(repo: str, revision: str | None) -> Path:
         if http_status(error) == 401:
             reason = "the Hub rejects your token, log in with `hf auth login` or fix HF_TOKEN"
         raise WeightsError(f"{name} can't be downloaded: {reason}") from error
+
+
+def _intact(path: Path) -> Path:
+    """A file of the Hub cache; deleted, with an OSError, where it is not what the Hub promised."""
+    content = path.resolve()
+    if SHA_256.fullmatch(content.name):  # the cache calls it by what the Hub tells
+        with content.open("rb") as file:
+            found = sha_fileobj(file).hex()
+        if found != content.name:
+            content.unlink()
+            raise OSError("what came is not what the Hub promised, and is deleted: try again")
+    return path
 
 
 def http_status(error: BaseException | None) -> int | None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import math
 import os
+import reprlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import GLOBAL, MODES, PRE_AA
-from ..errors import UnsupportedModelError, WeightsError
+from ..arguments import several, shown
+from ..config import GLOBAL, MODES, PRE_AA, PaceConfig, check_mode
+from ..errors import PaceError, UnsupportedModelError, WeightsError, first_line
 from ..hosts.base import BackboneSpec, Host, find_host
 from ..method.block_deltas import BlockDeltas
 from ..method.full_heads import Heads
@@ -31,6 +32,7 @@ from .hub import HUB_ID, download
 
 KIND, FORMAT = "pace weights", 6
 MODULES = ("scorer", "merge", "restoration", "block_deltas")
+LARGEST = 2**20  # whole number in metadata
 ACCEPTED = (
     'weights must be "auto", None, a path to a .safetensors file, a Hugging Face Hub id "user/repo[@revision]", '
     "or PaceWeights"
@@ -85,10 +87,12 @@ class PaceWeights:
 
         Raises:
             UnsupportedModelError: `model` can't be accelerated, or its parameters hold no values.
-            WeightsError: no such mode.
+            PaceError: an argument is of another type or out of range.
         """
-        if mode not in MODES:
-            raise WeightsError(f'mode must be "global" or "pre-aa", got {mode!r}')
+        check_mode(mode)
+        if not isinstance(training, Mapping | None):
+            raise PaceError(f"training must be a dictionary, got {shown(training)}")
+        ratios = [PaceConfig(ratio).keep_ratio for ratio in several("keep_ratios", keep_ratios)]
         host = find_host(model)
         check_values(host)
         backbone = host.spec()
@@ -108,7 +112,7 @@ class PaceWeights:
             block_deltas=deltas.eval(),
             merge=merge,
             restoration=restoration,
-            keep_ratios=tuple(float(ratio) for ratio in keep_ratios),
+            keep_ratios=tuple(ratios),
             training=dict(training or {}),
         )
         return weights.to(host.reference.device)
@@ -127,8 +131,8 @@ class PaceWeights:
             rank: write the deltas of matrices as the nearest ones of this rank; None as they are.
 
         Raises:
-            WeightsError: no such folder, NaN or infinity, `training` is not JSON, a rank out of range, or the write
-                failed.
+            WeightsError: no such folder, NaN or infinity, `training` is not JSON, a rank or another value out of range,
+                or the write failed.
         """
         if rank is not None:
             most = 0 if self.block_deltas is None else self.block_deltas.rank
@@ -147,6 +151,7 @@ class PaceWeights:
             "keep_ratios": list(self.keep_ratios),
             "training": self.training,
         }
+        _check_fields(fields, f"can't save {KIND} to {path}")
         tensors = tensorfile.in_8_bits(tensors) if eight_bits else tensors
         tensorfile.write(path, tensors, KIND, FORMAT, fields)
 
@@ -184,13 +189,7 @@ class PaceWeights:
         Raises:
             WeightsError: `source` is neither, can't be had, is damaged, or needs another version of this package.
         """
-        if isinstance(source, PathLike) or (isinstance(source, str) and _is_path(source)):
-            return read(Path(source).expanduser(), str(source))
-        match = HUB_ID.fullmatch(source) if isinstance(source, str) else None
-        if match is None:
-            raise WeightsError(f"{ACCEPTED}, got {source!r}")
-        repo, revision = match["repo"], match["revision"]
-        return read(download(repo, revision), f"{repo}@{revision or 'main'}")
+        return load(source)
 
     def full_head_shares(self) -> list[float]:
         """For each global block with full-attention heads, the share of its heads that they are."""
@@ -297,57 +296,68 @@ def bundled_for(host: Host, mode: str) -> PaceWeights | None:
     for path in bundled_files("pace-*.safetensors"):
         fields = tensorfile.read_metadata(path, KIND, FORMAT, FORMAT)
         if fields.get("mode") == mode and agree(fields.get("fingerprints", {}), known):
-            weights = read(path, f"bundled {path.stem}")
-            weights.check(host)
-            return weights
+            return read(path, f"bundled {path.stem}", host)
     return None
 
 
+def load(source: Any, host: Host | None = None) -> PaceWeights:
+    """`PaceWeights.load`; for a host weights that are not its own are refused before their tensors are read."""
+    if isinstance(source, PathLike) or (isinstance(source, str) and _is_path(source)):
+        return read(Path(os.path.expanduser(source)), str(source), host)
+    match = HUB_ID.fullmatch(source) if isinstance(source, str) else None
+    if match is None:
+        raise WeightsError(f"{ACCEPTED}, got {source!r}")
+    repo, revision = match["repo"], match["revision"]
+    return read(download(repo, revision), f"{repo}@{revision or 'main'}", host)
+
+
 @torch.inference_mode(False)
-def read(path: Path, source: str) -> PaceWeights:
+def read(path: Path, source: str, host: Host | None = None) -> PaceWeights:
     """The weights in a file.
 
     Raises:
-        WeightsError: there is none, or it is damaged.
+        WeightsError: there is none, it is damaged, or it is not for the host that is given.
     """
-    fields, tensors = tensorfile.read(path, KIND, FORMAT)
+    file = tensorfile.WeightFile(path, KIND)
+    fields = file.fields(FORMAT, FORMAT)
+    _check_fields(fields, f"{path} has damaged metadata")
     try:
-        backbone = dict(fields["backbone"])
-        layers = tuple(backbone.pop("cached_layers"))
-        spec = BackboneSpec(**backbone, cached_layers=layers)
-        sizes, mode, ratios = fields["modules"], fields["mode"], fields["keep_ratios"]
-        if mode not in MODES or set(sizes) - set(MODULES):
-            raise ValueError(f"mode {mode!r} with {', '.join(sizes) or 'nothing'}")
-        # Nothing is allocated or initialised before the tensors of the file are known to fit.
-        with torch.device("meta"):
-            modules: dict[str, Any] = {
-                name: _module(name, spec, dict(size)).eval() for name, size in sizes.items()
-            }
-        weights = PaceWeights(
-            spec,
-            {str(dtype): str(value) for dtype, value in fields["fingerprints"].items()},
-            mode,
-            _heads(fields["full_heads"]),
-            keep_ratios=tuple(float(ratio) for ratio in ratios),
-            training=dict(fields["training"]),
-            library_version=str(fields["library_version"]),
-            source=source,
-            **modules,
-        )
-    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise WeightsError(f"{path} has damaged metadata: {type(error).__name__}: {error}") from error
-    found = weights.modules()
-    tensorfile.check_tensors(path, tensors, found.state_dict())
-    found.load_state_dict(tensors, assign=True)
+        weights = _described(fields, source)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise WeightsError(f"{path} has damaged metadata: {first_line(error)}") from error
+    modules = weights.modules()
+    tensorfile.check_tensors(path, file.layout(), modules.state_dict())
+    if host is not None:
+        weights.check(host)
+    modules.load_state_dict(file.read(), assign=True)
     return weights
+
+
+def _described(fields: dict[str, Any], source: str) -> PaceWeights:
+    """The weights that metadata tells of, with modules on the meta device."""
+    backbone = dict(fields["backbone"])
+    layers = tuple(backbone.pop("cached_layers"))
+    spec = BackboneSpec(**backbone, cached_layers=layers)
+    with torch.device("meta"):
+        modules: dict[str, Any] = {
+            name: _module(name, spec, size).eval() for name, size in fields["modules"].items()
+        }
+    return PaceWeights(
+        spec,
+        fields["fingerprints"],
+        fields["mode"],
+        tuple((block, head) for block, head in fields["full_heads"]),
+        keep_ratios=tuple(map(float, fields["keep_ratios"])),
+        training=fields["training"],
+        library_version=fields["library_version"],
+        source=source,
+        **modules,
+    )
 
 
 def _module(name: str, spec: BackboneSpec, size: dict[str, Any]) -> nn.Module:
     if name == "block_deltas":
-        shapes = {key: tuple(shape) for key, shape in size["shapes"].items()}
-        if not math.isfinite(size["full_strength"]):
-            raise ValueError("full_strength must be a number")
-        return BlockDeltas(shapes, size["rank"], float(size["full_strength"]))
+        return BlockDeltas(size["shapes"], size["rank"], float(size["full_strength"]))
     if name == "scorer":
         return TokenScorer(spec.embed_dim, size["hidden_dim"], float(size["distinctness_weight"]))
     if name == "merge":
@@ -355,14 +365,65 @@ def _module(name: str, spec: BackboneSpec, size: dict[str, Any]) -> nn.Module:
     return FeatureGuidedRestoration(spec.embed_dim, spec.cached_layers, size["hidden_dim"])
 
 
-def _heads(pairs: Any) -> Heads:
-    """[[block, head], ...] of a file, checked."""
-    heads = tuple((block, head) for block, head in pairs)
-    if not all(type(number) is int and number >= 0 for pair in heads for number in pair):
-        raise ValueError(f"full_heads must be pairs of whole numbers from 0 on, got {pairs}")
-    if len(set(heads)) < len(heads):
-        raise ValueError(f"full_heads must differ, got {pairs}")
-    return heads
+def _count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= LARGEST
+
+
+def _size(value: Any) -> bool:
+    return _count(value) and value > 0
+
+
+def _share(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= 1
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str) and value.isprintable()
+
+
+def _items(values: Any, fits: Callable[[Any], bool], least: int = 0, most: int = LARGEST) -> bool:
+    return isinstance(values, (list, tuple)) and least <= len(values) <= most and all(map(fits, values))
+
+
+# Whether a value of the metadata is what it must be. Lists are short enough for modules to be made of them in a second.
+FIELDS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("backbone.embed_dim", "backbone.depth", "backbone.patch_size"), _size),
+    **dict.fromkeys(("backbone.num_heads", "backbone.special_tokens"), _count),
+    "backbone.cached_layers": lambda layers: _items(layers, _count, 0, 256) and len({*layers}) == len(layers),
+    **dict.fromkeys(("backbone.family", "library_version"), _text),
+    "fingerprints": lambda prints: isinstance(prints, dict) and _items([*prints, *prints.values()], _text, 2),
+    "mode": lambda mode: mode in MODES,
+    "full_heads": lambda heads: (
+        _items(heads, lambda pair: _items(pair, _count, 2, 2)) and len({*map(tuple, heads)}) == len(heads)
+    ),
+    "keep_ratios": lambda ratios: _items(ratios, lambda ratio: _share(ratio) and ratio > 0),
+    "training": lambda training: isinstance(training, dict),
+    "modules": lambda modules: isinstance(modules, dict) and {*modules} <= {*MODULES},
+    **dict.fromkeys(("modules.scorer.hidden_dim", "modules.restoration.hidden_dim"), _size),
+    "modules.merge.hidden_dim": lambda width: _size(width) and width % 4 == 0,  # its heads share it
+    "modules.scorer.distinctness_weight": _share,
+    "modules.block_deltas.rank": _size,
+    "modules.block_deltas.full_strength": _share,
+    "modules.block_deltas.shapes": lambda shapes: (
+        isinstance(shapes, dict)
+        and all("." in name for name in shapes)  # else it may be an attribute of the module
+        and _items([*shapes.values()], lambda shape: _items(shape, _size, 1, 2), most=4096)
+    ),
+}
+
+
+def _check_fields(fields: dict[str, Any], problem: str) -> None:
+    """Check metadata before anything is made of it, or before it is written; WeightsError names the field."""
+    for path, fits in FIELDS.items():
+        names = path.split(".")
+        if names[0] == "modules" and len(names) > 1 and names[1] not in fields["modules"]:
+            continue
+        value: Any = fields
+        for name in names:
+            value = value.get(name) if isinstance(value, dict) else None
+        if not fits(value):
+            shown = "left out" if value is None else reprlib.repr(value)
+            raise WeightsError(f"{problem}: {path} can't be {shown}")
 
 
 def _dimensions_fit(mine: BackboneSpec, theirs: BackboneSpec, has_dense_heads: bool) -> bool:

@@ -9,7 +9,7 @@ from ..config import GLOBAL, PRE_AA, PaceConfig
 from ..errors import WeightsError
 from ..hosts.base import Host
 from . import cache
-from .pace import PaceWeights, bundled_for, check_values
+from .pace import PaceWeights, bundled_for, check_values, load
 
 
 def resolve(
@@ -44,7 +44,7 @@ def resolve(
                 stacklevel=3,  # past accelerate(), to the line that called it
             )
         return found, mode
-    chosen = weights if isinstance(weights, PaceWeights) else PaceWeights.load(weights)
+    chosen = weights if isinstance(weights, PaceWeights) else load(weights, host)
     if asked is not None and chosen.mode != asked:
         what = f'mode="{config.mode}"' if config.mode else f"merge_budget={config.merge_budget:g}"
         raise WeightsError(

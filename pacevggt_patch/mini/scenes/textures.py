@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +16,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ...errors import ClipError
+from ...arguments import file_path
+from ...clips.images import MOST_BYTES, image_names, listed, read_rgb
+from ...errors import ClipError, first_line
 from .rooms import Hits, Scene, move, sample_scene, surface_colour
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 SMALLEST_LEVEL = 4
 PROCEDURAL_SPAN = 2.4  # metres on one side of a procedural square
 
@@ -99,40 +102,60 @@ def load_photographs(path: str | Path, side: int = 256, limit: int | None = None
     Raises:
         ClipError: there is nothing at `path`, it has no images, or one cannot be read. The message names the file.
     """
-    path = Path(path)
-    if path.is_dir():
-        files: dict[str, bytes] = {
-            file.relative_to(path).as_posix(): file.read_bytes()
-            for file in sorted(path.rglob("*"))
-            if file.suffix.lower() in IMAGE_SUFFIXES
-        }
-    else:
-        try:
-            with zipfile.ZipFile(path) as archive:
-                names = [name for name in archive.namelist() if name.lower().endswith(IMAGE_SUFFIXES)]
-                files = {name: archive.read(name) for name in sorted(names)}
-        except (OSError, zipfile.BadZipFile) as error:
-            raise ClipError(f"{path} is neither a folder nor a zip file of textures: {error}") from error
-    if not files:
-        raise ClipError(f"{path} has no images (looked for {' '.join(IMAGE_SUFFIXES)})")
-    names = list(files)
-    if limit is not None and limit < len(names):
-        names = [names[i * len(names) // limit] for i in range(limit)]
+    path = file_path("path", path)
+    with ThreadPoolExecutor(4) as pool, ExitStack() as stack:  # each thread may hold a large picture
+        if os.path.isdir(path):
+            archive, names = None, sorted(files_below(path))
+        else:
+            archive = stack.enter_context(opened_archive(path))
+            names = sorted(set(archive.namelist()))
+        names = image_names(path, names)
+        if limit is not None and limit < len(names):
+            names = [names[i * len(names) // limit] for i in range(limit)]
 
-    def decode(name: str) -> Tensor:
-        try:
-            image = Image.open(io.BytesIO(files[name])).convert("RGB")
-        except (OSError, ValueError, SyntaxError) as error:
-            raise ClipError(f"{path}: {name} cannot be read as an image: {error}") from error
-        if image.size != (side, side):
-            shorter = min(image.size)
-            left, top = (image.width - shorter) // 2, (image.height - shorter) // 2
-            box = (left, top, left + shorter, top + shorter)
-            image = image.resize((side, side), Image.Resampling.LANCZOS, box=box)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        def square(name: str) -> Tensor:
+            file = path / name if archive is None else unpacked(archive, name)
+            return central_square(read_rgb(file, f"{path}: {name}"), side)
 
-    with ThreadPoolExecutor() as pool:
-        return torch.stack(list(pool.map(decode, names)))
+        return torch.stack(list(pool.map(square, names)))
+
+
+def files_below(folder: Path) -> list[str]:
+    """Paths of the files below a folder, relative to it, without hidden ones; links to folders are not followed."""
+    files, folders = listed(folder)
+    inner = [name for name in folders if not os.path.islink(folder / name)]
+    return files + [f"{name}/{file}" for name in inner for file in files_below(folder / name)]
+
+
+def opened_archive(path: Path) -> zipfile.ZipFile:
+    """A zip file to read from; `ClipError` if it is none."""
+    wrong = f"{path} is neither a folder nor a zip file of textures"
+    if not os.path.isfile(path):  # opening what is no plain file may never end
+        raise ClipError(wrong)
+    try:
+        return zipfile.ZipFile(path)
+    except Exception as error:  # damaged archives raise whatever their reader trips over
+        raise ClipError(f"{wrong}: {first_line(error)}") from error
+
+
+def unpacked(archive: zipfile.ZipFile, name: str) -> io.BytesIO:
+    """A file in an archive; `ClipError` if it is too large, encrypted, damaged or packed in an unknown way."""
+    try:
+        if archive.getinfo(name).file_size > MOST_BYTES:
+            raise ValueError(f"it is larger than {MOST_BYTES >> 20} MiB")
+        return io.BytesIO(archive.read(name))
+    except Exception as error:  # as above
+        raise ClipError(f"{archive.filename}: {name} cannot be unpacked: {first_line(error)}") from error
+
+
+def central_square(image: Image.Image, side: int) -> Tensor:
+    """`[3, side, side]` uint8 of the central square of an RGB image."""
+    if image.size != (side, side):
+        shorter = min(image.size)
+        left, top = (image.width - shorter) // 2, (image.height - shorter) // 2
+        box = (left, top, left + shorter, top + shorter)
+        image = image.resize((side, side), Image.Resampling.LANCZOS, box=box)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def procedural_squares(

@@ -3,7 +3,8 @@
     python -m pacevggt_patch.mini.training.train --out DIR --seconds 1000 --textures textures.zip
     torchrun --nproc-per-node 2 -m pacevggt_patch.mini.training.train --out DIR --seconds 1000 --textures textures.zip
 
-Scenes are drawn by the number of the step, so that a run that was killed goes on with `--resume` as if it had not been.
+Scenes are drawn by the number of the step, so that a run that was killed goes on with `--resume` as if it had not been;
+what a signal ends, Ctrl-C for one, writes its state first.
 The learning rate rises, stays level, and falls to zero over the last part of the run; the weights from before that fall
 are kept in `level.safetensors`, from which `--from-weights` goes on training another time. On several GPUs, gradients
 are averaged over the processes that torchrun starts.
@@ -32,9 +33,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ...arguments import number, whole
 from ...errors import PaceError
+from ...runtime.device import usable_device
 from ...runtime.files import whole_file
 from ...training.seeds import mixed_seed
+from ...training.signals import Signals, Stopped
+from ...training.states import STATE_FILE, loaded_state, remove_leftovers, save_state, writing
 from ...weights.tensorfile import read_tensors
 from ..model import MiniConfig, save_mini
 from ..scenes.textures import load_photographs, texture_atlas
@@ -46,6 +51,7 @@ from .trainer import VIEWS, Inputs, Settings, Trainer, sample_inputs
 PREFETCH = 6  # steps sampled ahead
 AGREE_EVERY = 10  # steps after which the processes agree on when to end
 LOG_EVERY = 50
+FILES = (STATE_FILE, "mini.safetensors", "level.safetensors", "curve.json", "curve.png")
 
 
 @dataclass
@@ -99,7 +105,7 @@ def save_level(trainer: Trainer, path: Path) -> None:
         for part, module in parts.items()
         for name, value in module.state_dict().items()
     }
-    with whole_file(path) as temporary:
+    with writing(path), whole_file(path) as temporary:
         save_file(tensors, temporary, {"step": str(trainer.step_number)})
 
 
@@ -133,10 +139,18 @@ def load_weights(trainer: Trainer, path: Path) -> None:
     trainer.step_number = int(steps)
 
 
-def save_state(trainer: Trainer, plan: Plan, records: list[dict[str, Any]], path: Path) -> None:
-    """Write the state to resume from, at once or not at all."""
-    with whole_file(path) as temporary:
-        torch.save({**trainer.state(), "plan": asdict(plan), "records": records}, temporary)
+def resumed(trainer: Trainer, journal: Journal, path: Path) -> Plan:
+    """Take over the state of a run that was stopped; returns its plan."""
+    with loaded_state(path, trainer.device) as state:
+        trainer.load(state)
+        plan = Plan(**state["plan"])
+        if plan.end is not None and trainer.step_number > whole("end", plan.end, 0):
+            raise ValueError(f"step {trainer.step_number} of {plan.end}")
+        journal.records = state["records"]
+        # The curve is drawn minutes later, which is late to find them damaged.
+        if not all("step" in record and "seconds" in record for record in journal.records):
+            raise ValueError("records without their step")
+    return plan
 
 
 def agree(plan: Plan, device: torch.device) -> None:
@@ -147,10 +161,9 @@ def agree(plan: Plan, device: torch.device) -> None:
     plan.decay_start, plan.end = (None if number < 0 else number for number in both.tolist())
 
 
-def train(trainer: Trainer, plan: Plan, journal: Journal, args: argparse.Namespace) -> None:
-    """Run the loop until the plan ends it; only the first process writes."""
+def train(trainer: Trainer, plan: Plan, journal: Journal, args: argparse.Namespace, signals: Signals) -> None:
+    """Run the loop until the plan or a signal ends it; only the first process writes."""
     main, folder = trainer.rank == 0, args.out
-    folder.mkdir(parents=True, exist_ok=True)
     frames = trainer.settings.frames * trainer.world
     if main:
         sets = {
@@ -169,13 +182,14 @@ def train(trainer: Trainer, plan: Plan, journal: Journal, args: argparse.Namespa
         )
 
     def save() -> None:
-        save_state(trainer, plan, journal.records, folder / "state.pt")
+        state = {**trainer.state(), "plan": asdict(plan), "records": journal.records}
+        save_state(state, folder / STATE_FILE)
 
     chores = {measure: Timer(args.evaluate_every), save: Timer(args.save_every)} if main else {}
-    with ThreadPoolExecutor(2) as pool:
+    with signals.held(), ThreadPoolExecutor(2) as pool:
         pending: deque[Future[tuple[int, Inputs, Tensor]]] = deque()
         following = trainer.step_number
-        while plan.end is None or trainer.step_number < plan.end:
+        while (plan.end is None or trainer.step_number < plan.end) and not signals.asked():
             while len(pending) < PREFETCH:
                 pending.append(pool.submit(trainer.sample, following))
                 following += 1
@@ -202,6 +216,8 @@ def train(trainer: Trainer, plan: Plan, journal: Journal, args: argparse.Namespa
                         chore()
         for future in pending:
             future.cancel()
+        if main:
+            save()
     if main:
         measure()
         save()
@@ -226,7 +242,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="begin with the weights of a level.safetensors or a checkpoint",
     )
     parser.add_argument("--textures", type=Path, metavar="PATH", help="zip file or folder of photographs")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="cpu or cuda (cuda where there is one if not given)")
     parser.add_argument("--no-graphs", action="store_true", help="launch each operation on the GPU by itself")
     parser.add_argument("--evaluate-every", type=float, default=90.0, metavar="SECONDS")
     parser.add_argument("--save-every", type=float, default=120.0, metavar="SECONDS")
@@ -241,6 +257,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if (args.seconds is None) == (args.steps is None):
         parser.error("give either --seconds or --steps")
+    if args.steps is not None:
+        whole("steps", args.steps)
+    for name, least in dict(seconds=1, evaluate_every=0, save_every=0).items():
+        value = getattr(args, name)
+        if value is not None and not least <= number(name, value) < math.inf:
+            raise PaceError(f"{name} must be a number of seconds of at least {least}, got {value:g}")
     args.begun = time.monotonic()
     return args
 
@@ -251,6 +273,8 @@ def architecture(changes: dict[str, Any], size: int) -> MiniConfig:
     Raises:
         PaceError: there is no such field.
     """
+    if not isinstance(changes, dict):
+        raise PaceError(f"config must be fields of MiniConfig by name, got {changes!r:.80}")
     known: dict[str, Any] = asdict(MiniConfig())
     unknown = [name for name in changes if name not in known]
     if unknown:
@@ -263,15 +287,20 @@ def architecture(changes: dict[str, Any], size: int) -> MiniConfig:
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    device = torch.device(args.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
     args.views = tuple(args.views)
     settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
     config = architecture(args.config, args.size)
+    device = usable_device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        if rank == 0:
+            remove_leftovers(args.out, FILES)
+    except OSError as error:
+        raise PaceError(f"{args.out} can't be made a folder for the results: {error.strerror}") from error
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
@@ -283,11 +312,14 @@ def main(argv: list[str] | None = None) -> int:
         if args.from_weights:
             load_weights(trainer, args.from_weights)
         plan = Plan.of_steps(trainer.step_number, args.steps, settings.decay) if args.steps else Plan()
-        if args.resume and (args.out / "state.pt").is_file():
-            state = torch.load(args.out / "state.pt", map_location=device, weights_only=True)
-            trainer.load(state)
-            journal.records, plan = state["records"], Plan(**state["plan"])
-        train(trainer, plan, journal, args)
+        if args.resume and (args.out / STATE_FILE).is_file():
+            plan = resumed(trainer, journal, args.out / STATE_FILE)
+        with Signals(world) as signals:
+            try:
+                train(trainer, plan, journal, args, signals)
+            except Stopped as stopped:
+                stopped.tell(trainer.step_number, args.out / STATE_FILE)
+                raise
     finally:
         if world > 1:
             dist.destroy_process_group()
@@ -299,3 +331,6 @@ if __name__ == "__main__":
         sys.exit(main())
     except PaceError as error:
         sys.exit(f"train: {error}")
+    except Stopped as stopped:
+        print(f"train: {stopped}", file=sys.stderr)
+        sys.exit(stopped.status)

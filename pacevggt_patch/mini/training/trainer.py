@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ...arguments import LARGEST, number, whole
 from ...errors import PaceError
 from ...hosts.dpt import dense_head, dense_tables
 from ...training.cuda_graphs import Recorder
@@ -71,6 +72,11 @@ class Settings:
     procedural: int = 512
 
     def __post_init__(self) -> None:
+        for name, least in dict(frames=1, dense=1, size=1, procedural=1, warm_up=0, seed=-LARGEST).items():
+            whole(name, getattr(self, name), least)
+        for name in ("muon_rate", "adam_rate"):
+            if not 0 <= number(name, getattr(self, name)) <= 1:
+                raise PaceError(f"{name} must be between 0 and 1, got {getattr(self, name):g}")
         if not self.views or any(v < 2 or v > 24 or self.frames % v for v in self.views):
             raise PaceError(
                 f"frames ({self.frames}) must be divisible by each number of views {list(self.views)}"
@@ -285,11 +291,16 @@ class Trainer:
 
         Raises:
             PaceError: it is of another architecture, or draws other scenes.
+            ValueError: it does not fit; states that are damaged raise other errors, too.
         """
         for name, own in (("config", asdict(self.config)), ("settings", asdict(self.settings))):
             # How long a run is may change on the way; what it trains on may not.
             other = {k: v for k, v in own.items() if state[name].get(k) != v and k not in ("decay",)}
             if other:
                 raise PaceError(f"can't resume: the run was started with another {', '.join(sorted(other))}")
-        self.optimizer.load(state["optimizer"])
-        self.step_number, self.since_start = state["step"], state["since_start"]
+        theirs, own = state["optimizer"], self.optimizer.state()
+        if any(theirs[name].shape != own[name].shape for name in ("momentum", "mean", "square")):
+            raise ValueError("an optimizer of other parameters")
+        self.optimizer.load(theirs)
+        self.step_number = whole("step", state["step"], 0)
+        self.since_start = whole("since_start", state["since_start"], 0)
