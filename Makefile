@@ -2,6 +2,7 @@
 #
 #   make demo    accelerate VGGT-mini on the clip that comes with the package
 #   make test    linters, type checker, tests
+#   make floors  the tests once more, with every dependency at the oldest version that pyproject.toml allows
 #
 # Variables:
 #   PYTHON   interpreter that makes the environment
@@ -26,7 +27,7 @@ endif
 # One stamp for each choice of these: another choice sets the environment up again.
 STAMP := $(VENV)/.set-up-$(shell printf '%s' '$(PYTHON) $(TORCH) $(VGGT)' | cksum | cut -d' ' -f1)
 
-.PHONY: demo test setup lint wheel-test clean
+.PHONY: demo test setup lint floors wheel-test clean
 
 setup: $(STAMP)
 
@@ -57,6 +58,19 @@ lint: setup
 test: lint
 	$(PYTEST) -n 2
 
+# Every dependency of the package and of its tests as "name==oldest".
+OLDEST = $(shell $(PYTHON) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+  extras = p["optional-dependencies"]; print(*(n.replace(">=", "==") for n in \
+  [*p["dependencies"], *extras["demo"], *extras["eval"], *extras["test"]]))')
+
+floors:
+	rm -rf .venv-floors
+	$(PYTHON) -m venv .venv-floors
+	.venv-floors/bin/python -m pip install --quiet --disable-pip-version-check einops $(OLDEST)
+	.venv-floors/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	.venv-floors/bin/python -m pip install --quiet --disable-pip-version-check --no-deps feature-3dgs==1.15.1
+	$(ONE_THREAD) .venv-floors/bin/python -m pytest -n 2
+
 # The tests once more, against the built wheel instead of the checkout.
 wheel-test: setup
 	rm -rf .wheel-test
@@ -67,4 +81,4 @@ wheel-test: setup
 	  $(ONE_THREAD) $(abspath $(BIN))/python -m pytest -n 2 ../tests'
 
 clean:
-	rm -rf $(VENV) .wheel-test dist runs
+	rm -rf $(VENV) .venv-floors .wheel-test dist runs

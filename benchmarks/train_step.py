@@ -22,11 +22,11 @@ from tqdm import tqdm
 
 from pacevggt_patch import PaceError, PaceWeights
 from pacevggt_patch.config import GLOBAL
+from pacevggt_patch.patching.guest import guest
 from pacevggt_patch.patching.summary import current_device, device_time
 from pacevggt_patch.runtime.device import usable_device
 from pacevggt_patch.runtime.files import environment, write_json
 from pacevggt_patch.training.fit import Fit, Settings
-from pacevggt_patch.training.guest import guest
 from pacevggt_patch.training.run import LARGE
 from pacevggt_patch.training.sources import Sample, to_device
 

@@ -12,8 +12,8 @@ from hosts import assert_equal, random_deltas, random_images, tiny_vggt
 from pacevggt_patch import PaceWeights, UnsupportedModelError, WeightsError, accelerate, paused, remove
 from pacevggt_patch.hosts.base import find_host
 from pacevggt_patch.method.block_deltas import RANK, BlockDeltas
+from pacevggt_patch.patching.guest import guest
 from pacevggt_patch.patching.install import retune
-from pacevggt_patch.training.guest import guest
 
 
 @pytest.fixture(params=["global", "pre-aa"])

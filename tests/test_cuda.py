@@ -380,8 +380,8 @@ def test_training_runs_on_the_device(tmp_path, mode):
     """Rendered on the device, bfloat16 autocast, both stages, with and without computing blocks twice."""
     from pacevggt_patch.mini.scenes.textures import texture_atlas
     from pacevggt_patch.mini.sources import RenderedScenes
+    from pacevggt_patch.patching.guest import guest
     from pacevggt_patch.training.fit import Fit, Settings
-    from pacevggt_patch.training.guest import guest
 
     model = tiny_vggt().cuda()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -431,8 +431,8 @@ def test_recorded_calls_are_replayed_with_new_inputs():
 def test_recorded_and_compiled_steps_train_as_others_do(mode, compile, monkeypatch):
     from pacevggt_patch.mini.scenes.textures import texture_atlas
     from pacevggt_patch.mini.sources import RenderedScenes
+    from pacevggt_patch.patching.guest import guest
     from pacevggt_patch.training.fit import Fit, Settings
-    from pacevggt_patch.training.guest import guest
 
     ran, real = [], blocks.run_block
 

@@ -10,7 +10,7 @@ from hosts import assert_equal, random_deltas, random_images, run, tiny_vggt
 from pacevggt_patch import PaceError, PaceWeights, UnsupportedModelError, accelerate, paused, remove, summary
 from pacevggt_patch.method import restored_tokens as tokens_module
 from pacevggt_patch.method.restored_tokens import RestoredTokens
-from pacevggt_patch.training.guest import guest
+from pacevggt_patch.patching.guest import guest
 
 
 @pytest.fixture

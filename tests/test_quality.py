@@ -5,8 +5,9 @@ import statistics
 import pytest
 import torch
 
-from pacevggt_patch import accelerate, remove
+from pacevggt_patch import accelerate, calibrate, remove
 from pacevggt_patch.evaluation import evaluate_predictions
+from pacevggt_patch.method import full_heads, propagation
 from pacevggt_patch.mini import build_mini
 from pacevggt_patch.mini.scenes.rooms import render_room
 
@@ -57,3 +58,34 @@ def test_pre_aa_pruning_loses_more(results):
     cameras, depth = loss(results, "pre-aa")
     assert loss(results, "default")[0] < cameras < 0.12
     assert loss(results, "default")[1] < depth < 0.35
+
+
+# ---- what the constants were chosen for
+
+
+@pytest.fixture(scope="module")
+def calibrated(rooms):
+    """Weights that say which heads see all tokens, and nothing else."""
+    return calibrate(build_mini(), rooms[0].images)
+
+
+def absrel(rooms, weights) -> float:
+    return measured(accelerate(build_mini(), weights=weights), rooms[:2])["absrel"]
+
+
+def test_the_ridge_of_the_regression(rooms, calibrated, monkeypatch):
+    """A weaker one costs a model without full-attention heads, a stronger one a model with them."""
+    alone, chosen = absrel(rooms, None), absrel(rooms, calibrated)
+    monkeypatch.setattr(propagation, "RIDGE", propagation.RIDGE * 30)
+    assert absrel(rooms, calibrated) > 1.015 * chosen
+    monkeypatch.setattr(propagation, "RIDGE", propagation.RIDGE / 900)
+    assert absrel(rooms, None) > 1.015 * alone
+
+
+def test_the_error_from_which_on_a_head_sees_all_tokens(rooms, calibrated, monkeypatch):
+    """The five heads pay; with a larger error two are left, and depth is lost."""
+    chosen = absrel(rooms, calibrated)
+    monkeypatch.setattr(full_heads, "LEAST_ERROR", full_heads.LEAST_ERROR * 3)
+    fewer = calibrate(build_mini(), rooms[0].images)
+    assert len(fewer.full_heads) < len(calibrated.full_heads) == 5
+    assert absrel(rooms, fewer) > 1.05 * chosen

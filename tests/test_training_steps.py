@@ -16,9 +16,9 @@ from pacevggt_patch import PaceConfig, PaceError, PaceWeights, accelerate, is_ac
 from pacevggt_patch.mini.scenes.textures import texture_atlas
 from pacevggt_patch.mini.sources import RenderedScenes
 from pacevggt_patch.patching import forwards
+from pacevggt_patch.patching.guest import guest
 from pacevggt_patch.runtime import compiling
 from pacevggt_patch.training.fit import RATIOS, Fit, Settings, learning_rate, step_plan
-from pacevggt_patch.training.guest import guest
 from pacevggt_patch.training.losses import Target, output_losses, teacher_target, total_loss
 from pacevggt_patch.training.passes import Outputs, run
 from pacevggt_patch.training.sources import FolderSource
@@ -339,6 +339,7 @@ with guest(model, weights):
         fit.step(fit.draw(step))
 torch.save(fit.modules.state_dict(), f"{sys.argv[2]}/{dist.get_rank()}.pt")
 from pacevggt_patch.method import full_heads
+from pacevggt_patch.patching.guest import guest
 full_heads.LEAST_ERROR = 0.0 if dist.get_rank() == 0 else 1e9  # the first process decides
 model, weights, source, settings = fitting(sys.argv[1], mode=sys.argv[3], heads=False)
 with guest(model, weights):

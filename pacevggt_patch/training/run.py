@@ -366,6 +366,8 @@ class Run:
             # Both will be read at the end of the run, which is late to find them damaged.
             if not all(math.isfinite(record["total"]) and record["step"] for record in self.losses):
                 raise ValueError("losses that are no numbers")
+            if not 0 <= self.checks[-1]["step"] <= self.fit.step_number:
+                raise ValueError("a check of another step")
             format_checks(self.checks)
 
     def finish(self) -> dict[str, Any]:

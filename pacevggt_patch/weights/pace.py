@@ -69,7 +69,7 @@ class PaceWeights:
     keep_ratios: tuple[float, ...] = ()
     training: dict[str, Any] = field(default_factory=dict)
     library_version: str = __version__
-    source: str = "new"
+    source: str = "made here"
 
     @classmethod
     @torch.inference_mode(False)  # parameters made in inference mode could never be trained
@@ -118,7 +118,9 @@ class PaceWeights:
         return weights.to(host.reference.device)
 
     @classmethod
-    def of_heads(cls, host: Host, heads: Heads, training: dict[str, Any], source: str = "new") -> PaceWeights:
+    def of_heads(
+        cls, host: Host, heads: Heads, training: dict[str, Any], source: str = "made here"
+    ) -> PaceWeights:
         """Weights of global pruning that say which heads see all tokens, and nothing else."""
         return cls(host.spec(), fingerprints(host), GLOBAL, heads, training=training, source=source)
 

@@ -1,3 +1,0 @@
-"""`guest` by its former place."""
-
-from ..patching.guest import guest as guest
