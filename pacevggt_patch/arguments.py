@@ -58,7 +58,7 @@ def file_path(name: str, value: Any) -> Path:
     Raises:
         PaceError: it is none, or empty.
     """
-    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value) or "\0" in str(value):
+    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
         raise PaceError(f"{name} must be a path or a string, got {shown(value)}")
     return Path(os.path.expanduser(value))
 

@@ -135,7 +135,7 @@ def test_new_made_in_inference_mode_can_be_trained(model):
 def test_new_refuses_what_it_can_not_be_for(model):
     with pytest.raises(UnsupportedModelError, match="Linear"):
         PaceWeights.new(torch.nn.Linear(2, 2))
-    with pytest.raises(WeightsError, match="'dense'"):
+    with pytest.raises(PaceError, match="'dense'"):
         PaceWeights.new(model, mode="dense")
     with pytest.raises(UnsupportedModelError, match="meta device"):
         PaceWeights.new(tiny_vggt().to("meta"))

@@ -102,6 +102,8 @@ def kill(images: Path, out: Path, whole: Path, number: int, after: float) -> str
     state = (out / "state.pt").exists()
     if running.returncode == 0:
         return None if same(out, whole) else "other weights"
+    if (out / "pace.safetensors").exists() and same(out, whole):
+        return None  # it was done, and about to end
     if number != signal.SIGKILL:
         if "Traceback" in said:
             return "a traceback: " + said.strip().splitlines()[-1][:150]
