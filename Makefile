@@ -3,6 +3,7 @@
 #   make demo    accelerate VGGT-mini on the clip that comes with the package
 #   make test    linters, type checker, tests
 #   make floors  the tests once more, with every dependency at the oldest version that pyproject.toml allows
+#                (needs Python 3.11)
 #
 # Variables:
 #   PYTHON   interpreter that makes the environment

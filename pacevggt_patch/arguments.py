@@ -6,7 +6,6 @@ import math
 import operator
 import os
 import reprlib
-from collections.abc import Iterable
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -47,9 +46,12 @@ def several(name: str, values: Any) -> list[Any]:
     Raises:
         PaceError: it is no such thing.
     """
-    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-        raise PaceError(f"{name} must be several values, got {shown(values)}")
-    return list(values)
+    try:
+        if not isinstance(values, (str, bytes)):
+            return list(values)
+    except TypeError:
+        pass
+    raise PaceError(f"{name} must be several values, got {shown(values)}")
 
 
 def file_path(name: str, value: Any) -> Path:
@@ -58,7 +60,11 @@ def file_path(name: str, value: Any) -> Path:
     Raises:
         PaceError: it is none, or empty.
     """
-    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
+    if (
+        not isinstance(value, (str, os.PathLike))
+        or not isinstance(os.fspath(value), str)
+        or not os.fspath(value)
+    ):
         raise PaceError(f"{name} must be a path or a string, got {shown(value)}")
     return Path(os.path.expanduser(value))
 

@@ -68,10 +68,10 @@ class PaceConfig:
         if self.min_frames is not None:
             whole("min_frames", self.min_frames)
         if not isinstance(self.compile, bool):
-            raise PaceError(f"compile must be True or False, got {self.compile!r}")
-        if self.head_dtype not in (None, torch.bfloat16, torch.float16):
+            raise PaceError(f"compile must be True or False, got {shown(self.compile)}")
+        if not any(self.head_dtype is dtype for dtype in (None, torch.bfloat16, torch.float16)):
             raise PaceError(
-                f"head_dtype must be torch.bfloat16, torch.float16 or None, got {self.head_dtype!r}"
+                f"head_dtype must be torch.bfloat16, torch.float16 or None, got {shown(self.head_dtype)}"
             )
         object.__setattr__(self, "output_device", device_of(self.output_device))
 
@@ -100,7 +100,7 @@ def config_from(keep_ratio: Any, merge_budget: Any, settings: dict[str, Any]) ->
     if not isinstance(keep_ratio, PaceConfig):
         return PaceConfig(keep_ratio, merge_budget, **settings)
     default = PaceConfig()
-    loose = [name for name, value in settings.items() if value != getattr(default, name)]
+    loose = [name for name, value in settings.items() if value is not getattr(default, name)]
     loose += ["merge_budget"] * (merge_budget is not None)
     if loose:
         raise PaceError(f"{', '.join(loose)} beside a config: set it in the config")
@@ -120,7 +120,11 @@ def device_of(name: torch.device | str | None) -> torch.device | None:
         PaceError: there is no such device on this machine.
     """
     try:
-        return None if name is None else torch.empty(0, device=torch.device(name)).device
+        if name is None:
+            return None
+        found = torch.zeros(1, device=torch.device(name))
+        found.item()  # of the meta device there is nothing
+        return found.device
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise PaceError(
             f'output_device must be a torch device of this machine such as "cpu", or None, got {shown(name)}'

@@ -7,6 +7,7 @@ import os
 import shutil
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -626,7 +627,7 @@ def test_clips_that_a_folder_cannot_hold_are_refused(tmp_path):
         == "clip 'far', frame 0: depth exceeds 65.535 m, the most that a clip.json folder holds"
     )
     lost = Clip("lost", clip.images, world_to_camera=torch.full((2, 3, 4), float("nan")))
-    assert "world_to_camera" in refusal(save_clip, lost, tmp_path)
+    assert "cam_to_world" in refusal(save_clip, lost, tmp_path)
     (tmp_path / "file").write_text("")
     assert str(tmp_path / "file") in refusal(save_clip, clip, tmp_path / "file")
 
@@ -679,3 +680,22 @@ def test_a_real_folder_of_images_alone_loads_as_with_its_description(tmp_path):
     for index in range(3):
         shutil.copy(source / "frames" / f"{index:06d}.jpg", tmp_path)
     assert torch.equal(load_clip(tmp_path, width=224).images, load_clip(source, frames=3, width=224).images)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(name=3),
+        dict(intrinsics=torch.full((2, 3, 3), 1e19)),
+        dict(world_to_camera=torch.zeros(2, 3, 4)),
+        dict(world_to_camera=3 * torch.eye(4)[:3].repeat(2, 1, 1)),
+        dict(world_to_camera=torch.full((2, 3, 4), float("nan"))),
+    ],
+)
+def test_what_could_not_be_read_again_is_not_written(tmp_path, change):
+    clip = replace(Clip("c", torch.rand(2, 3, 28, 28)), **change)
+    with pytest.raises(ClipError):
+        save_clip(clip, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(PaceError, match="quality"):
+        save_clip(Clip("c", torch.rand(2, 3, 28, 28)), tmp_path / "out", quality="a")

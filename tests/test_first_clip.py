@@ -11,7 +11,16 @@ import pytest
 import torch
 from hosts import assert_equal, random_images, run, tiny_vggt, with_heads
 
-from pacevggt_patch import PaceWeights, accelerate, calibrate, remove, summary
+from pacevggt_patch import (
+    PaceError,
+    PaceWeights,
+    UnsupportedModelError,
+    accelerate,
+    calibrate,
+    fit_budget,
+    remove,
+    summary,
+)
 from pacevggt_patch.hosts.base import find_host
 from pacevggt_patch.method import full_heads
 from pacevggt_patch.mini import build_mini
@@ -342,3 +351,26 @@ def test_processes_share_what_is_kept(cache):
     assert len(list(cache.iterdir())) == 1
     model = accelerate(tiny_vggt())
     assert not state_of(model).pending and str(cache) in summary(model).weights
+
+
+@pytest.mark.usefixtures("found")
+def test_images_far_from_the_unit_range_calibrate_nothing(cache):
+    """A wrong calibration would be kept."""
+    model, images = accelerate(tiny_vggt()), random_images(5)
+    with pytest.warns(UserWarning, match=r"far from \[0, 1\]"):
+        run(model, images * 255)
+    assert state_of(model).pending and not kept.entries()
+    run(model, images)
+    assert not state_of(model).pending and len(kept.entries()) == 1
+    with pytest.raises(PaceError, match=r"in \[0, 1\]"):
+        calibrate(tiny_vggt(), images * 255)
+
+
+def test_a_model_without_values_is_not_measured():
+    with pytest.raises(UnsupportedModelError, match="no values"):
+        fit_budget(tiny_vggt().to("meta"), 2, (56, 56), seconds=5, weights=None)
+    model = tiny_vggt()
+    model.aggregator.global_blocks[1].to("meta")
+    for mode in ("global", "pre-aa"):
+        with pytest.raises(UnsupportedModelError, match="offloaded"):
+            calibrate(model, random_images(4), mode=mode)

@@ -27,6 +27,7 @@ from pacevggt_patch import (
     remove,
     summary,
 )
+from pacevggt_patch.patching import forwards
 from pacevggt_patch.patching.install import forwards_of, retune, state_of
 
 MODES = ["global", "pre-aa"]
@@ -557,3 +558,97 @@ def test_settings_that_can_not_be_met_leave_the_model_as_it_was(model, monkeypat
         accelerate(model, 0.2, weights=None, compile=True)
     assert summary(model).config.keep_ratio == 0.4
     assert_equal(run(model, images), expected)
+
+
+def other_storage(model, values):
+    for name, parameter in model.named_parameters():
+        parameter.data = values[name]
+
+
+def loaded(model, values):
+    model.load_state_dict(values)
+
+
+@pytest.mark.parametrize("change", [other_storage, loaded])
+def test_each_change_of_parameters_after_each_accelerate_is_warned_of(model, change):
+    for seed in (1, 2):
+        accelerate(model, weights=with_heads(model, (1, 0)))
+        change(model, tiny_vggt(seed=seed).state_dict())
+        with pytest.warns(UserWarning, match="other parameters after accelerate"):
+            run(model, random_images())
+
+
+@pytest.mark.parametrize("kind", ["frame_blocks", "global_blocks"])
+def test_a_block_that_is_replaced_afterwards_is_named(model, kind):
+    accelerate(model, 0.5, weights=None)
+    blocks = model.get_submodule(f"aggregator.{kind}")
+    blocks[2] = tiny_vggt(seed=1).get_submodule(f"aggregator.{kind}")[2]
+    with pytest.warns(UserWarning, match=f"aggregator.{kind}.2 was replaced after accelerate"):
+        run(model, random_images())
+    accelerate(model, 0.5, weights=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        run(model, random_images())
+
+
+def test_a_paused_block_may_be_closed_by_another_thread(model):
+    accelerate(model, 0.5, weights=None)
+    block = paused(model)
+    block.__enter__()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(block.__exit__, None, None, None).result()
+        assert not summary(model).paused
+
+        def inside():
+            with paused(model):
+                return summary(model).paused
+
+        assert pool.submit(inside).result()
+
+
+def test_one_tensor_may_be_given_to_blocks_again(model):
+    """Only the backward pass repeats a call."""
+    accelerate(model, 0.5, weights=None)
+    images, x, where = random_images(), torch.rand(3, 25, 32), torch.ones(3, 25, 2, dtype=torch.long)
+    block = model.aggregator.global_blocks[0]
+    with paused(model):
+        block(x, pos=where)
+    assert not model.aggregator.training
+    seen = []
+    block.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+    assert torch.isfinite(
+        block(x, pos=where)
+    ).all()  # outside of a forward pass, and no repetition of the paused call
+    model(images)
+    assert len(seen) == 2 and summary(model).kept is not None
+
+
+class Tables(nn.Module):
+    """A patch embedding that gives more than one row a frame."""
+
+    def __init__(self, embedding):
+        super().__init__()
+        self.embedding, self.more = embedding, {}
+
+    def forward(self, images):
+        return self.embedding(images) | self.more
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"table": torch.ones(7, 2)}, {"scalar": torch.tensor(1.0)}, {"name": "x"}]
+)
+def test_what_an_embedding_gives_beside_tokens_stays_in_chunks(model, more, monkeypatch):
+    model.aggregator.patch_embed = Tables(model.aggregator.patch_embed)
+    model.aggregator.patch_embed.more = more
+    accelerate(model, 0.5, weights=None)
+    images = random_images(5)
+    whole = run(model, images)
+    found = []
+    model.aggregator.patch_embed.register_forward_hook(lambda module, args, out: found.append(out))
+    monkeypatch.setattr(forwards, "chunk_rows", lambda *_: 2)
+    parts = run(model, images)
+    assert {k: getattr(v, "shape", v) for k, v in found[-1].items() if k in more} == {
+        k: getattr(v, "shape", v) for k, v in more.items()
+    }
+    for name in ("depth", "pose_enc"):
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-5)

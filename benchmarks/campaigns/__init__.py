@@ -15,11 +15,17 @@ class Trial:
         name: what was tried.
         problem: what was not as promised, or None.
         refused: whether the package refused it in a sentence of its own.
+        good: whether nothing is wrong with it, so that a refusal is a problem.
     """
 
     name: str
     problem: str | None = None
     refused: bool = False
+    good: bool = False
+
+    def __post_init__(self):
+        if self.good and self.refused and self.problem is None:
+            object.__setattr__(self, "problem", "is refused, though nothing is wrong with it")
 
 
 @dataclass(frozen=True)

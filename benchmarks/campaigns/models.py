@@ -392,6 +392,8 @@ WRAPPERS: list[Any] = [
 ]  # fmt: skip
 
 
+# Wrappers with which nothing is in the way.
+MUST_RUN = (in_ddp, hooked, compiled_blocks, compiled_whole)
 # Weights are not for a block whose parameters are others.
 CHANGING = (with_adapters, quantised, parametrised, offloaded)
 QUICK = [in_ddp, hooked, parametrised, with_adapters, offloaded]  # torch.compile takes its time
@@ -410,7 +412,8 @@ def wrappers(quick: bool) -> Iterator[Trial]:
                         if quick and (keep == 1.0) == (first == "wrapped"):
                             continue
                         name = f"{mode}: {wrap.__name__}, {first} first, keep ratio {keep:g}"
-                        yield tried(name, partial(in_wrapper, mode, wrap, first, keep, images))
+                        good = mode == "global" and wrap in MUST_RUN
+                        yield tried(name, partial(in_wrapper, mode, wrap, first, keep, images), good)
 
 
 def in_wrapper(mode: str, wrap: Callable, first: str, keep: float, images: Tensor) -> str | None:
@@ -438,7 +441,7 @@ def in_wrapper(mode: str, wrap: Callable, first: str, keep: float, images: Tenso
     return None
 
 
-def tried(name: str, call: Callable[[], str | None]) -> Trial:
+def tried(name: str, call: Callable[[], str | None], good: bool = False) -> Trial:
     """A trial in which the package may refuse in a sentence, and nothing else may be raised."""
     try:
         with warnings.catch_warnings():
@@ -447,7 +450,7 @@ def tried(name: str, call: Callable[[], str | None]) -> Trial:
     except PaceError as error:
         text = str(error)
         bad = len(text) < 20 or "\n" in text
-        return Trial(name, f"says {text!r}" if bad else None, refused=True)
+        return Trial(name, f"says {text!r}" if bad else None, True, good)
     except Exception as error:
         return Trial(name, f"{type(error).__name__}: {error}".splitlines()[0][:200])
 

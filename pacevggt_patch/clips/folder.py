@@ -286,6 +286,12 @@ def read_description(file: Path) -> dict[str, Any]:
         description = json.loads(file.read_text(encoding="utf-8"), parse_int=json_number)
     except (OSError, ValueError, RecursionError) as error:
         raise ClipError(f"{file} cannot be read as JSON: {first_line(error)}") from error
+    check_description(description, file)
+    return description
+
+
+def check_description(description: Any, file: Path) -> None:
+    """Raise `ClipError` for what is no content of a `clip.json`."""
     if not isinstance(description, dict):
         raise ClipError(f"{file} must hold a JSON object")
     if not isinstance(description.get("name"), str | None):
@@ -318,7 +324,6 @@ def read_description(file: Path) -> dict[str, Any]:
     posed, measured = frames[0].get("cam_to_world") is not None, any(frame.get("depth") for frame in frames)
     if posed and measured and description.get("pose_unit") != "metres":
         raise ClipError(f"{file}: 'pose_unit' must be \"metres\" in a clip with depth")
-    return description
 
 
 def json_number(digits: str) -> int | float:
@@ -387,32 +392,36 @@ def save_clip(clip: Clip, path: str | Path, *, quality: int = 92) -> None:
             can't be written.
     """
     folder = file_path("path", path)
-    for field in ("intrinsics", "world_to_camera"):
-        value = getattr(clip, field)
-        if value is not None and not bool(value.isfinite().all()):
-            raise ClipError(f"clip {clip.name!r}: {field} is not finite, which a clip.json cannot hold")
+    whole("quality", quality)
+    if not isinstance(clip, Clip):
+        raise ClipError(f"clip must be a Clip, got {shown(clip)}")
     description: dict[str, Any] = {"name": clip.name, "width": clip.width, "height": clip.height}
     description["intrinsics"] = describe_intrinsics(clip)
     description["pose_unit"] = "metres"
-    description["frames"] = []
+    description["frames"] = [
+        {
+            "file": f"frames/{index:06d}.jpg",
+            "depth": None if clip.depth is None else f"depth/{index:06d}.png",
+            "cam_to_world": None
+            if clip.world_to_camera is None
+            else describe_pose(clip.world_to_camera[index]),
+        }
+        for index in range(len(clip))
+    ]
+    check_description(description, folder / "clip.json")  # before anything is written
     try:
         (folder / "frames").mkdir(parents=True, exist_ok=True)
         if clip.depth is not None:
             (folder / "depth").mkdir(exist_ok=True)
         pixels = (clip.images * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1)  # [S, H, W, 3]
-        for index in range(len(clip)):
-            entry = {"file": f"frames/{index:06d}.jpg", "depth": None, "cam_to_world": None}
-            Image.fromarray(pixels[index].cpu().numpy()).save(
-                folder / entry["file"], quality=quality, subsampling=0
-            )
+        entries: list[dict[str, Any]] = description["frames"]
+        for index, entry in enumerate(entries):
+            picture = Image.fromarray(pixels[index].cpu().numpy())
+            picture.save(folder / entry["file"], quality=quality, subsampling=0)
             if clip.depth is not None and clip.valid is not None:
-                entry["depth"] = f"depth/{index:06d}.png"
                 frame = f"clip {clip.name!r}, frame {index}"
                 stored = millimetres(clip.depth[index], clip.valid[index], frame)
                 Image.fromarray(stored).save(folder / entry["depth"], optimize=True)
-            if clip.world_to_camera is not None:
-                entry["cam_to_world"] = describe_pose(clip.world_to_camera[index])
-            description["frames"].append(entry)
         write_json(folder / "clip.json", description)
     except OSError as error:
         raise ClipError(f"{folder} cannot be written: {first_line(error)}") from error
@@ -434,7 +443,8 @@ def describe_intrinsics(clip: Clip) -> dict[str, float] | None:
 def describe_pose(world_to_camera: Tensor) -> list[list[float]]:
     """4x4 camera-to-world of a `[3, 4]` world-to-camera."""
     last_row = torch.tensor([[0.0, 0.0, 0.0, 1.0]], dtype=torch.float64)
-    return torch.linalg.inv(torch.cat([world_to_camera.double().cpu(), last_row])).tolist()
+    inverse, _ = torch.linalg.inv_ex(torch.cat([world_to_camera.double().cpu(), last_row]))
+    return inverse.tolist()
 
 
 def millimetres(depth: Tensor, valid: Tensor, frame: str) -> np.ndarray:

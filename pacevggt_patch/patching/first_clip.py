@@ -35,7 +35,7 @@ def calibrate_on(state: State, clip: Clip, call: BlockCall) -> None:
     if torch.compiler.is_compiling():
         _say_while_compiling()
         return
-    problem = _problem(state, call, frames)
+    problem = _problem(clip, call, frames)
     if problem is not None:
         state.say_once(
             f"this model is not calibrated yet, and {problem}: until then clips run without full-attention heads, "
@@ -83,7 +83,13 @@ def _say_while_compiling() -> bool:
     return True
 
 
-def _problem(state: State, call: BlockCall, frames: int) -> str | None:
+def far_from_unit(images: Tensor) -> bool:
+    """Whether images are so far from [0, 1] that they were not divided by 255, or normalised. Waits for the device."""
+    low, high = (float(value) for value in images.detach().aminmax())
+    return low < -0.5 or high > 1.5
+
+
+def _problem(clip: Clip, call: BlockCall, frames: int) -> str | None:
     """Why a clip can't be calibrated on, in words, or None."""
     if frames < LEAST_FRAMES:
         return f"a clip of {frames} frame{'s' * (frames > 1)} is too short for that (it takes {LEAST_FRAMES})"
@@ -91,6 +97,8 @@ def _problem(state: State, call: BlockCall, frames: int) -> str | None:
         return "a CUDA graph is being recorded"
     if call.x.requires_grad and torch.is_grad_enabled():
         return "gradients are being recorded"
+    if clip.images is not None and far_from_unit(clip.images):
+        return "its images are far from [0, 1]"
     if not call.plain:
         return "its global blocks are given more than tokens and positions"
     return None

@@ -82,9 +82,12 @@ class TrunkForward(Forward):
         if self.takes_images:
             state.host.check_images(images)
         state.check_values()
+        state.check_blocks()
         state.clear()
         before = threads.clip
-        threads.clip = Clip(*images.shape[:2]) if isinstance(images, Tensor) and images.ndim == 5 else Clip()
+        whole = isinstance(images, Tensor) and images.ndim == 5
+        clip = threads.clip = Clip(*images.shape[:2]) if whole else Clip()
+        clip.images = images if whole and state.pending else None
         try:
             with self.on_device(images):
                 return self.own(*args, **kwargs)
@@ -155,6 +158,8 @@ class PreAATrunkForward(TrunkForward):
 class EmbeddingForward(Forward):
     """The patch embedding, a chunk of frames at a time; it tells the grid of patches."""
 
+    rows: list[str] | None = None  # names of the tensors in its output, if all are of one row a frame
+
     def __call__(self, *args, **kwargs):
         state, threads = self.state, self.state.threads
         images = args[0] if args else None
@@ -172,37 +177,42 @@ class EmbeddingForward(Forward):
                 with faster_attention(images.device):
                     if len(args) > 1 or kwargs:
                         return self.own(*args, **kwargs)
-                    return in_parts(
-                        self.own, images, chunk_rows(patches * state.host.embed_dim, images.device)
-                    )
+                    return self.in_parts(images, chunk_rows(patches * state.host.embed_dim, images.device))
         finally:
             threads.embedding = False
+
+    def in_parts(self, images: Tensor, size: int) -> Any:
+        """What it gives of images [N, 3, H, W], at most `size` at a time: a tensor or a dictionary of them."""
+        if len(images) <= size or torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return self.own(images)
+        if self.rows is None:
+            one = self.own(images[:1])
+            tensors = (
+                {k: v for k, v in one.items() if isinstance(v, Tensor)}
+                if isinstance(one, dict)
+                else {"": one}
+            )
+            # What is not of one row a frame can't be joined.
+            self.rows = [name for name, value in tensors.items() if value.ndim and len(value) == 1]
+            if len(self.rows) < len(tensors):
+                self.rows = []
+        if not self.rows:
+            return self.own(images)
+        whole: dict[str, Any] = {}
+
+        def some(part: Tensor) -> tuple[Tensor, ...]:
+            found = self.own(part)
+            whole.update(found if isinstance(found, dict) else {"": found})
+            return tuple(whole[name] for name in self.rows or ())
+
+        joined = dict(zip(self.rows, in_chunks(some, size, images), strict=True))
+        return joined[""] if "" in joined else whole | joined
 
 
 class FeaturesForward(EmbeddingForward):
     """The other entrance of a patch embedding."""
 
     attribute = "forward_features"
-
-
-def in_parts(embed: Callable[[Tensor], Any], images: Tensor, size: int) -> Any:
-    """What an embedding gives of images [N, 3, H, W], at most `size` at a time: a tensor or a dictionary of them."""
-    whole: dict[str, Any] = {}
-
-    def some(part: Tensor) -> tuple[Tensor, ...]:
-        found = embed(part)
-        whole.update(found if isinstance(found, dict) else {"": found})
-        return tuple(
-            value for value in whole.values() if isinstance(value, Tensor) and len(value) == len(part)
-        )
-
-    if len(images) <= size or torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return embed(images)
-    tensors = in_chunks(some, size, images)
-    parts = iter(tensors)
-    last = next((len(v) for v in whole.values() if isinstance(v, Tensor)), 0)
-    found = {k: next(parts) if isinstance(v, Tensor) and len(v) == last else v for k, v in whole.items()}
-    return found.get("", found)
 
 
 class RopeForward(Forward):
@@ -247,15 +257,15 @@ class BlockForward(Forward):
         if state.paused and not keeps:
             return self.own(*args, **kwargs)
         known = state.recomputed.clips
-        again = keeps and call.x in known  # for the backward pass
+        again = keeps and torch._C._current_graph_task_id() != -1 and call.x in known  # by the backward pass
         if known[call.x] is None if again else state.paused:
             # The backward pass may run in another thread, and after the `with` block of `paused`.
             known[call.x] = None
-            threads.paused += 1
+            threads.pauses.append(None)
             try:
                 return self.own(*args, **kwargs)
             finally:
-                threads.paused -= 1
+                threads.pauses.pop()
         if self.kind == "embedding":
             return self.run(call, None)
         clip = known[call.x] if again else self.clip(call)

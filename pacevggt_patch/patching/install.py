@@ -233,12 +233,12 @@ def paused(model: nn.Module) -> Generator[None]:
     Raises:
         PaceError: the model is not accelerated.
     """
-    threads = state_of(model).threads
-    threads.paused += 1
+    pauses = state_of(model).threads.pauses
+    pauses.append(None)
     try:
         yield
     finally:
-        threads.paused -= 1
+        pauses.pop()
 
 
 @contextmanager

@@ -35,6 +35,7 @@ class Clip:
         parts: for each call of the first block, the patch tokens [n, P, C] that entered and their plan.
         plan: of all frames; None before the first global block.
         rotations: of its positions.
+        images: of a model that is to be calibrated, or None.
         loose: whether it ends with the last block, since the trunk was not called.
         crossed: whether a global block ran.
     """
@@ -42,6 +43,7 @@ class Clip:
     def __init__(self, batch: int | None = None, frames: int | None = None, loose: bool = False):
         self.batch, self.frames, self.loose = batch, frames, loose
         self.prunes: bool | None = None
+        self.images: Tensor | None = None
         self.config, self.weights, self.whole, self.crossed = PaceConfig(), None, False, False
         self.parts: list[tuple[Tensor, Plan | None]] = []
         self.plan: Plan | None = None
@@ -98,8 +100,10 @@ class PerThread(threading.local):
     clip: Clip | None = None
     grid: tuple[int, int] | None = None
     embedding: bool = False
-    paused: int = 0
     observer: Callable[[int, BlockCall, Callable[..., Any], Clip], Any] | None = None
+
+    def __init__(self):
+        self.pauses: list[None] = []  # an item for each open block; one may be closed by another thread
 
     def __deepcopy__(self, memo: dict) -> PerThread:
         return PerThread()
@@ -150,6 +154,7 @@ class State:
         placed: the replaced forwards.
         trial: what the trial told.
         values: which tensors hold the values that the weights fit, and their versions.
+        foreign: whether other values were warned of.
         rope: the host's rotary embedding for `hosts.rope.rotation`, or None.
         forced: prune even where all tokens are kept; for the trial.
         given: what global blocks are given beside tokens and positions, by name.
@@ -165,7 +170,8 @@ class State:
     pending: bool = False
     placed: list[Any] = field(default_factory=list)
     trial: Outcome = field(default_factory=Outcome)
-    values: list[tuple[int, int]] = field(default_factory=list)
+    values: list[tuple[int, int, int]] = field(default_factory=list)
+    foreign: bool = False
     rope: Any = None
     forced: bool = False
     given: set[str] = field(default_factory=set)
@@ -179,7 +185,7 @@ class State:
 
     @property
     def paused(self) -> bool:
-        return self.threads.paused > 0
+        return bool(self.threads.pauses)
 
     def check_values(self, warn: bool = True) -> None:
         """Warn where the model was given other parameters since its weights were last found to fit them."""
@@ -189,13 +195,27 @@ class State:
         if any(t.is_meta or hasattr(t, "placements") or t.numel() == 0 for t in tensors):
             return  # offloaded or sharded: their values are elsewhere
         # Writing into a tensor counts its version up; those made in inference mode have none.
-        values = [(id(t), 0 if t.is_inference() else t._version) for t in tensors]
-        if warn and values != self.values and not agree(self.weights.fingerprints, fingerprints(self.host)):
-            self.say_once(
-                f"this model was given other parameters after accelerate, and {self.weights.source} are for the ones "
-                "before: call accelerate again"
+        values = [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+        changed = warn and not self.foreign and values != self.values
+        if changed and not agree(self.weights.fingerprints, fingerprints(self.host)):
+            self.foreign = True
+            warnings.warn(
+                f"this model was given other parameters after accelerate, and its pace weights ({self.weights.source}) "
+                "are for the ones before: make or pass weights for these, and call accelerate again",
+                UserWarning,
+                stacklevel=2,
             )
         self.values = values
+
+    def check_blocks(self) -> None:
+        """Warn of blocks that somebody replaced since: others run in their place, unpruned."""
+        for kind, index, module in self.host.blocks:
+            name = f"{self.host.trunk_name}.{self.host.block_name(kind, index)}"
+            now = self.host.model.get_submodule(name)
+            if now is not module and all(part is not module for part in now.modules()):
+                self.say_once(
+                    f"{name} was replaced after accelerate, and runs as it is: call accelerate again"
+                )
 
     def clear(self) -> None:
         """Forget what the last forward pass did: another begins."""

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ..arguments import number, shown, whole
 from ..config import PRE_AA, PaceConfig
-from ..errors import PaceError
+from ..errors import PaceError, UnsupportedModelError
 from ..hosts.base import Host, find_host
 from ..patching.guest import as_it_was
 from ..patching.install import accelerate, is_accelerated, remove, state_of
@@ -178,8 +178,14 @@ def fit_budget(
     whole("frames", frames)
     if config is not None and not isinstance(config, PaceConfig):
         raise PaceError(f"config must be a PaceConfig or None, got {shown(config)}")
+    if run is not None and not callable(run):
+        raise PaceError(f"run must be a function of images, got {shown(run)}")
     host = find_host(model)
     device = host.reference.device
+    if any(p.is_meta for p in model.parameters()):
+        raise UnsupportedModelError(
+            "the model's parameters hold no values, so nothing can be measured: load it first"
+        )
     if memory_gib is not None and device.type != "cuda":
         raise PaceError(
             f"memory_gib needs a CUDA device, where PyTorch counts what it allocates; the model is on {device}: "
@@ -302,10 +308,10 @@ def _patches(host: Host, size: Any) -> int:
     """Patch tokens of a frame of `size`."""
     patch = host.patch_size
     try:
-        height, width = size
+        height, width = (whole("size", side) for side in size)
         fits = not (height % patch or width % patch) and min(height, width) >= patch
     except (TypeError, ValueError):
-        raise PaceError(f"size must be height and width in pixels, got {size!r}") from None
+        raise PaceError(f"size must be height and width in pixels, got {shown(size)}") from None
     if not fits:
         raise PaceError(f"height and width must be multiples of {patch}, got {height}x{width}")
     return (height // patch) * (width // patch)
@@ -363,17 +369,17 @@ def _as_it_was(model: nn.Module) -> Generator[None]:
     """Evaluation mode, on the model's device, inside the `with` block; then model and random state are as before."""
     accelerated = is_accelerated(model)
     before = dict(vars(state_of(model))) if accelerated else None
-    paused = before["threads"].paused if before is not None else 0
+    pauses = [] if before is None else before["threads"].pauses[:]
     device = find_host(model).reference.device
     random = torch.random.fork_rng([device] if device.type == "cuda" else [])
     with random, current_device(device), as_it_was(model):
         try:
             if before is not None:
-                before["threads"].paused = 0
+                before["threads"].pauses.clear()
             yield
         finally:
             if before is not None:
-                before["threads"].paused = paused
+                before["threads"].pauses[:] = pauses
                 vars(state_of(model)).update(before)
             else:
                 remove(model)

@@ -30,7 +30,7 @@ from ..method.block_deltas import FULL_STRENGTH
 from ..method.propagation import RIDGE as RIDGE_OF_SLOPES
 from ..method.scoring import DISTINCTNESS_WEIGHT
 from ..runtime.attention import half_precision
-from ..weights.pace import PaceWeights
+from ..weights.pace import FIELDS, PaceWeights
 from .attention_target import attention_target
 from .cuda_graphs import Recorder
 from .losses import distillation_loss, token_losses, total_loss, truth_target
@@ -417,6 +417,8 @@ class Fit:
                 f"can't resume: the run was started with other settings ({', '.join(sorted(other))}): pass the same, "
                 "or start anew with another --out"
             )
+        if not FIELDS["full_heads"]([list(head) for head in state["full_heads"]]):
+            raise ValueError(f"full-attention heads {state['full_heads']}")
         self.modules.load_state_dict(state["modules"])
         self.weights.full_heads = tuple(state["full_heads"])
         self.weights.check(find_host(self.model))
@@ -424,7 +426,8 @@ class Fit:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
         for parameter, moments in self.optimizer.state.items():
-            if any(moments[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
+            alike = all(moments[name].shape == parameter.shape for name in ("exp_avg", "exp_avg_sq"))
+            if not alike or moments["step"].numel() != 1:
                 raise ValueError("an optimizer of other parameters")
         self.step_number = whole("step", state["step"], 0)
         if self.step_number > self.settings.steps:

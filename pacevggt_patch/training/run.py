@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
@@ -361,8 +362,8 @@ class Run:
                     "or start anew with another --out"
                 )
             self.fit.load(state)
-            self.losses, self.checks = state["losses"], state["checks"]
-            self.seconds_before = float(state["seconds"])
+            kept = [list(state["losses"]), list(state["checks"]), float(state["seconds"])]
+            self.losses, self.checks, self.seconds_before = json.loads(json.dumps(kept, allow_nan=False))
             # Both will be read at the end of the run, which is late to find them damaged.
             if not all(math.isfinite(record["total"]) and record["step"] for record in self.losses):
                 raise ValueError("losses that are no numbers")

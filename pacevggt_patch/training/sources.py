@@ -157,14 +157,14 @@ def clip_folders(folder: Path) -> list[Path]:
     if is_clip(folder):
         found = [folder]
     left = []
-    for root, folders, files in os.walk(folder):
+    for root, folders, files in os.walk(folder, followlinks=True):
         path = Path(root)
         if path not in found and ("clip.json" in files or any(split_images(path, files))):
             left.append(path.relative_to(folder).as_posix())
         # A clip.json says itself where its images lie; and one may have been given the root of a disk.
         ends = "clip.json" in files or len(path.relative_to(folder).parts) == DEEPEST
         folders[:] = [] if ends else sorted(name for name in folders if not is_hidden(name))
-    told = f"left out {some(left)}, too deep or of other formats"
+    told = f"left out {some(left)}, too deep, beside other images, or of other formats"
     if not found:
         more = f": {told}" if left else ": nothing to train on"
         raise ClipError(f"{folder} has no images, and no folder with images{more}")

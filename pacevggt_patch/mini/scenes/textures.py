@@ -6,9 +6,10 @@ import io
 import os
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import torch
@@ -17,10 +18,11 @@ from PIL import Image
 from torch import Tensor
 
 from ...arguments import file_path
-from ...clips.images import MOST_BYTES, image_names, listed, read_rgb
+from ...clips.images import MOST_BYTES, image_names, listed, opened, read_rgb
 from ...errors import ClipError, first_line
 from .rooms import Hits, Scene, move, sample_scene, surface_colour
 
+LARGE = 2**24  # pixels of pictures of which one is held at a time
 SMALLEST_LEVEL = 4
 PROCEDURAL_SPAN = 2.4  # metres on one side of a procedural square
 
@@ -103,7 +105,7 @@ def load_photographs(path: str | Path, side: int = 256, limit: int | None = None
         ClipError: there is nothing at `path`, it has no images, or one cannot be read. The message names the file.
     """
     path = file_path("path", path)
-    with ThreadPoolExecutor(4) as pool, ExitStack() as stack:  # each thread may hold a large picture
+    with ThreadPoolExecutor(4) as pool, ExitStack() as stack:
         if os.path.isdir(path):
             archive, names = None, sorted(files_below(path))
         else:
@@ -113,9 +115,16 @@ def load_photographs(path: str | Path, side: int = 256, limit: int | None = None
         if limit is not None and limit < len(names):
             names = [names[i * len(names) // limit] for i in range(limit)]
 
+        one_at_a_time = Lock()
+
         def square(name: str) -> Tensor:
             file = path / name if archive is None else unpacked(archive, name)
-            return central_square(read_rgb(file, f"{path}: {name}"), side)
+            with opened(file, f"{path}: {name}") as image:
+                large = image.width * image.height > LARGE
+            if not isinstance(file, Path):
+                file.seek(0)
+            with one_at_a_time if large else nullcontext():
+                return central_square(read_rgb(file, f"{path}: {name}"), side)
 
         return torch.stack(list(pool.map(square, names)))
 
