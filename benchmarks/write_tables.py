@@ -230,6 +230,24 @@ def readme_table() -> str:
     return table(head, lines)
 
 
+def robustness_table() -> str:
+    """What robustness.py tried."""
+    rows = json.loads((RESULTS / "robustness.json").read_text())["campaigns"]
+    return table(
+        ["what was tried", "times", "refused", "what must hold", "not so"],
+        [
+            [
+                row["campaign"],
+                f"{row['tried']:,d}",
+                f"{row['refused']:,d}",
+                row["promise"],
+                str(len(row["wrong"])),
+            ]
+            for row in rows
+        ],
+    )
+
+
 def filled(text: str, name: str, table: str) -> str:
     """`text` with `table` between the markers `<!-- name -->` and `<!-- /name -->`.
 
@@ -251,6 +269,7 @@ TABLES = [
     (ROOT / "docs" / "latency.md", "cpu", cpu_table),
     (ROOT / "README.md", "settings", readme_table),
     (ROOT / "weights" / "README.md", "unpruned", unpruned_table),
+    (ROOT / "docs" / "robustness.md", "robustness", robustness_table),
 ]
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from pacevggt_patch import PaceWeights
 
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 DEPTH = 4
 LAYERS = (0, 1, 2, 3)
 

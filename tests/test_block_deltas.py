@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hosts import assert_equal, random_deltas, random_images, tiny_vggt
+from hosts import TORCH, assert_equal, random_deltas, random_images, tiny_vggt
 
 from pacevggt_patch import PaceWeights, UnsupportedModelError, WeightsError, accelerate, paused, remove
 from pacevggt_patch.hosts.base import find_host
@@ -298,6 +298,7 @@ def test_hooks_run_once_each(model, mode):
     assert len(calls) == 1 and calls[0] is mlp
 
 
+@pytest.mark.skipif(TORCH < (2, 4), reason="torch 2.3 can't trace dataclasses")
 @pytest.mark.parametrize("kind", ["frame", "global"])
 def test_compiled_blocks_see_the_changes(model, mode, kind):
     weights, images = random_deltas(model, mode=mode), random_images()

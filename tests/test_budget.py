@@ -142,7 +142,7 @@ def test_nothing_fits(monkeypatch, small_images):
     [
         (dict(), "budget"),
         (dict(seconds=0), "seconds must be a positive number, got 0"),
-        (dict(seconds=math.nan), "seconds must be a positive number, got nan"),
+        (dict(seconds=math.nan), "seconds must be a number, got nan"),
         (dict(seconds=math.inf), "got inf"),
         (dict(seconds=True), "got True"),
         (dict(seconds="1"), "got '1'"),

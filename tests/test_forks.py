@@ -28,7 +28,11 @@ from fork_doubles import (
 )
 from hosts import random_images, run, tiny_vggt, with_heads
 from torch import distributed, nn
-from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+try:
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+except ImportError:  # torch before 2.5
+    from torch.distributed._tensor import Shard, distribute_tensor, init_device_mesh
 
 from pacevggt_patch import UnsupportedModelError, accelerate, is_accelerated, paused, remove, summary
 from pacevggt_patch.patching.install import state_of

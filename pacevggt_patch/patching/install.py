@@ -131,14 +131,14 @@ def install(
     state = State(
         config, host, weights, auto=auto, pending=auto and weights is None and config.keep_ratio < 1
     )
-    heads = weights is not None and bool(weights.full_heads)
+    heads = () if weights is None else weights.full_heads
     if before is not None:
         state.threads, state.told, state.recomputed = before.threads, before.told, before.recomputed
         state.trial = before.trial
     if state.trial.key != trial.key(model, host, config.mode, heads):
         state.trial = trial.run(model, host, config, heads)
     if weights is not None and state.trial.heads is not None:
-        problem = f"{weights.source} can't be used, since no head of this model can see all tokens where others see few"
+        problem = f"{weights.source} can't be used: its heads can't see all tokens in this model where others see few"
         if not auto:
             raise UnsupportedModelError(f"{problem} ({state.trial.heads}): pass weights=None")
         state.weights = None

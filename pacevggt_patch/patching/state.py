@@ -133,7 +133,7 @@ class Outcome(NamedTuple):
     Attributes:
         key: of what was tried, see `trial.key`; None where there was nothing to try it on.
         on_device: whether the trunk gives the same with a CUDA device as torch's default device.
-        heads: why none of its heads can see all tokens where others see few, or None.
+        heads: why the heads that should see all tokens can't where others see few, or None.
     """
 
     key: tuple | None = None

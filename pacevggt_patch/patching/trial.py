@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten
 from ..config import PRE_AA, PaceConfig
 from ..errors import UnsupportedModelError, first_line
 from ..hosts.base import Host, find_host
+from ..method.full_heads import Heads
 from ..runtime.bare_copy import bare_copy
 from ..runtime.compiling import outside_modes
 from ..weights.pace import PaceWeights
@@ -23,19 +24,19 @@ LARGEST_ERROR = {torch.float32: 1e-3, torch.float64: 1e-3}  # relative; narrower
 LARGEST_NARROW_ERROR = 5e-2
 
 
-def key(model: nn.Module, host: Host, mode: str | None, heads: bool) -> tuple:
+def key(model: nn.Module, host: Host, mode: str | None, heads: Heads) -> tuple:
     """What decides whether a trial passes: it need not be repeated while that stays the same."""
     return (mode, heads, host.reference.device, *(type(module) for module in model.modules()))
 
 
-def run(model: nn.Module, host: Host, config: PaceConfig, heads: bool = False) -> Outcome:
+def run(model: nn.Module, host: Host, config: PaceConfig, heads: Heads = ()) -> Outcome:
     """Try a model: unpruned it must give what it gives without us, and pruned something must have been left out.
 
     The model itself is not run: no hooks are called, no caches of modules are filled, and the random state stays as it
     is.
 
     Args:
-        heads: try it with a full-attention head, too.
+        heads: try it with these full-attention heads, too.
 
     Raises:
         UnsupportedModelError: it does not fit, in one sentence.
@@ -61,7 +62,7 @@ def run(model: nn.Module, host: Host, config: PaceConfig, heads: bool = False) -
         return Outcome(key(model, host, config.mode, heads), *_try(kind, bare_copy(model), config, heads))
 
 
-def _try(kind: str, bare: Any, config: PaceConfig, heads: bool) -> tuple[bool, str | None]:
+def _try(kind: str, bare: Any, config: PaceConfig, heads: Heads) -> tuple[bool, str | None]:
     from .install import place, remove
 
     host = find_host(bare)
@@ -91,7 +92,7 @@ def _try(kind: str, bare: Any, config: PaceConfig, heads: bool) -> tuple[bool, s
         state.kept = None
         pruned = flat(host.trunk(images))
         if heads:
-            problem = _problem_of_heads(state, images)
+            problem = _problem_of_heads(state, heads, images)
     except UnsupportedModelError:
         raise
     except Exception as error:
@@ -121,9 +122,9 @@ def _try(kind: str, bare: Any, config: PaceConfig, heads: bool) -> tuple[bool, s
     return on_device, problem
 
 
-def _problem_of_heads(state: State, images: Tensor) -> str | None:
-    """Why no head of a model that can be pruned can see all tokens where others see few, or None."""
-    state.weights = PaceWeights.of_heads(state.host, ((0, 0),), {})
+def _problem_of_heads(state: State, heads: Heads, images: Tensor) -> str | None:
+    """Why these heads of a model that can be pruned can't see all tokens where others see few, or None."""
+    state.weights = PaceWeights.of_heads(state.host, heads, {})
     try:
         state.host.trunk(images)
     except Exception as error:  # whatever attention of another make trips over
