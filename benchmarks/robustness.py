@@ -11,6 +11,7 @@ and full disks are real. The Hub is a server of its own on this machine.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import tempfile
@@ -62,19 +63,30 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder for robustness.json and robustness.md")
     parser.add_argument("--quick", action="store_true", help="fewer of each, in a minute or two")
     parser.add_argument(
-        "--only", nargs="+", choices=sorted(CAMPAIGNS), help="campaigns to run; all if not given"
+        "--only",
+        nargs="+",
+        choices=sorted(CAMPAIGNS),
+        help="campaigns to run, beside those in the folder; all if not given",
     )
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     logging.set_verbosity_error()
-    chosen = args.only or list(CAMPAIGNS)
-    rows = [run(CAMPAIGNS[name], args.quick) for name in chosen]
-    if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        report = {"environment": environment("cpu"), "quick": args.quick, "campaigns": rows}
-        write_json(args.out / "robustness.json", report)
-        (args.out / "robustness.md").write_text(table(rows), encoding="utf-8")
-    return 1 if any(row["wrong"] for row in rows) else 0
+    rows: dict[str, dict[str, Any]] = {}
+    file = None if args.out is None else args.out / "robustness.json"
+    if file is not None and file.exists():
+        rows = {row["campaign"]: row for row in json.loads(file.read_text(encoding="utf-8"))["campaigns"]}
+    for name in args.only or CAMPAIGNS:
+        rows[name] = run(CAMPAIGNS[name], args.quick)
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            report = {
+                "environment": environment("cpu"),
+                "quick": args.quick,
+                "campaigns": list(rows.values()),
+            }
+            write_json(file, report)
+            file.with_suffix(".md").write_text(table(report["campaigns"]), encoding="utf-8")
+    return 1 if any(row["wrong"] for row in rows.values()) else 0
 
 
 if __name__ == "__main__":
