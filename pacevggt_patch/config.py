@@ -120,11 +120,7 @@ def device_of(name: torch.device | str | None) -> torch.device | None:
         PaceError: there is no such device on this machine.
     """
     try:
-        if name is None:
-            return None
-        found = torch.zeros(1, device=torch.device(name))
-        found.item()  # of the meta device there is nothing
-        return found.device
+        return None if name is None else torch.empty(0, device=torch.device(name)).device
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise PaceError(
             f'output_device must be a torch device of this machine such as "cpu", or None, got {shown(name)}'

@@ -152,7 +152,7 @@ def test_nothing_fits(monkeypatch, small_images):
         (dict(seconds=1, frames=2.5), "got 2.5"),
         (dict(seconds=1, frames="2", config=PaceConfig(min_frames=3)), "got '2'"),
         (dict(seconds=1, size=(56, 60)), "56x60"),
-        (dict(seconds=1, size=(0, 56)), "0x56"),
+        (dict(seconds=1, size=(0, 56)), "size must be height and width"),
         (dict(seconds=1, size=56), "height and width"),
     ],
 )

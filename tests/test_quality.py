@@ -20,7 +20,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def rooms():
-    return [render_room(1_000_000 + i, 8) for i in range(4)]
+    return [render_room(1_000_000 + i, 8) for i in range(3)]
 
 
 def measured(model, rooms) -> dict[str, float]:

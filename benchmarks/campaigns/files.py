@@ -112,7 +112,8 @@ def pictures() -> Iterator[tuple[str, Callable[[Path], object]]]:
             yield f"{kind} in {mode}", writing(f"b.{suffix}", encoded(picture(mode=mode), kind))
         if kind != "BMP":
             for turn in (3, 6, 8, 77):
-                turned = encoded(picture((56, 70)), kind, exif=with_tag(turn))
+                size = (56, 70) if turn in (6, 8) else (70, 56)
+                turned = encoded(picture(size), kind, exif=with_tag(turn))
                 yield f"{kind} turned {turn}", writing(f"b.{suffix}", turned)
         for cut in (0, 1, 10, len(good) // 3, len(good) - 30, len(good) - 1):
             yield f"{kind} cut to {cut}", writing(f"b.{suffix}", good[:cut])
@@ -222,7 +223,7 @@ def is_good(name: str) -> bool:
     """Whether nothing is wrong with a picture, so that it must be read."""
     kind, *words = name.split()
     unknown = words[:1] == ["in"] and words[1] in ("I", "F")  # greys of an unknown range
-    return kind in MODES and words[0] in ("in", "turned") and not unknown
+    return kind in KINDS.values() and words[0] in ("in", "turned") and not unknown
 
 
 @campaign(

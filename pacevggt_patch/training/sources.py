@@ -157,7 +157,7 @@ def clip_folders(folder: Path) -> list[Path]:
     if is_clip(folder):
         found = [folder]
     left = []
-    for root, folders, files in os.walk(folder, followlinks=True):
+    for root, folders, files in os.walk(folder):
         path = Path(root)
         if path not in found and ("clip.json" in files or any(split_images(path, files))):
             left.append(path.relative_to(folder).as_posix())
