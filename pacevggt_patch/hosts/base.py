@@ -46,6 +46,11 @@ class BackboneSpec:
         )
 
 
+def says_something(value: Any) -> bool:
+    """Whether an argument is on: neither None nor False."""
+    return value is not None and value is not False
+
+
 @dataclass(frozen=True)
 class BlockCall:
     """A call of an attention block, taken apart.
@@ -66,23 +71,18 @@ class BlockCall:
     @property
     def plain(self) -> bool:
         """Whether nothing but tokens and positions says what the block does."""
-        return all(value is None or value is False for value in (*self.args, *self.kwargs.values()))
+        return not any(map(says_something, (*self.args, *self.kwargs.values())))
 
     @property
     def given(self) -> set[str]:
         """Names of the arguments beside tokens and positions that say something."""
-        named = {name for name, value in self.kwargs.items() if value is not None and value is not False}
-        return named | {
-            "a positional argument" for value in self.args if value is not None and value is not False
-        }
+        named = {name for name, value in self.kwargs.items() if says_something(value)}
+        return named | {"a positional argument" for value in self.args if says_something(value)}
 
     @property
     def cached(self) -> bool:
         """Whether keys are kept from call to call."""
-        return any(
-            ("cache" in name or "past" in name) and value is not None and value is not False
-            for name, value in self.kwargs.items()
-        )
+        return any("cache" in name or "past" in name for name in self.given)
 
     def on(self, x: Tensor, positions: Tensor | None, args: Any = None, kwargs: Any = None) -> BlockCall:
         """The call with other tokens, and other arguments where they are given."""

@@ -116,14 +116,14 @@ class PreAATrunkForward(TrunkForward):
         try:
             state.begin(clip, images.shape[1], threads.grid[0] * threads.grid[1])
             if clip.prunes:
-                return self.pruned(images, threads.grid, clip)
+                return self.pruned(images, threads.grid)
             tokens = images.shape[1] * (threads.grid[0] * threads.grid[1] + state.host.special_tokens)
             with state.timer.stage(UNPRUNED, tokens, tokens), self.on_device(images):
                 return self.own(images)
         finally:
             threads.clip = before
 
-    def pruned(self, images: Tensor, grid: tuple[int, int], clip: Clip) -> tuple[RestoredTokens, int]:
+    def pruned(self, images: Tensor, grid: tuple[int, int]) -> tuple[RestoredTokens, int]:
         state, (batch, frames) = self.state, images.shape[:2]
         host, config, weights, timer = state.host, state.config, state.weights, state.timer
         patches = grid[0] * grid[1]
