@@ -1,9 +1,8 @@
 """Set-up that every test shares."""
 
-import huggingface_hub
 import pytest
 import torch
-from hub import Hub
+from hub import Hub, close_session
 from huggingface_hub import constants
 
 torch.set_num_threads(1)
@@ -43,7 +42,7 @@ def hub(tmp_path, monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("time.sleep", lambda _: None)
-    huggingface_hub.close_session()
+    close_session()
     with hub.serving():
         yield hub
-    huggingface_hub.close_session()
+    close_session()

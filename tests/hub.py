@@ -13,6 +13,13 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
+try:
+    from huggingface_hub import close_session
+except ImportError:  # huggingface_hub before 1.0
+    from huggingface_hub.utils import reset_sessions as close_session
+
+__all__ = ["Hub", "close_session"]
+
 
 @dataclass
 class Repository:

@@ -6,10 +6,10 @@ import sys
 import threading
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 from hosts import tiny_vggt
+from hub import close_session
 from huggingface_hub import HfApi, constants
 
 import pacevggt_patch
@@ -94,7 +94,7 @@ def test_the_cache_serves_when_the_hub_is_gone(hub, repository):
 def test_offline_mode(hub, repository, monkeypatch):
     PaceWeights.load("user/repo")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    huggingface_hub.close_session()
+    close_session()
     hub.requests.clear()
     assert PaceWeights.load("user/repo").training == {"note": "second"}
     refused("user/other@v2", "LocalEntryNotFoundError", "@v2", "HF_HUB_OFFLINE")

@@ -442,7 +442,10 @@ def test_every_tensor_comes_back_as_float32(tmp_path, dtype):
 )
 def test_dtypes_that_are_not_written_are_refused_in_every_weight_file(tmp_path, dtype):
     path = tmp_path / "tensors.safetensors"
-    save_file({"matrix": torch.ones(5, 3).to(dtype)}, path)
+    try:
+        save_file({"matrix": torch.ones(5, 3).to(dtype)}, path)
+    except KeyError:
+        pytest.skip("this safetensors does not write it")
     with pytest.raises(WeightsError, match="matrix"):
         read_tensors(path, "tensors")
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from hosts import random_deltas, tiny_vggt
-from hub import Hub
+from hub import Hub, close_session
 from mutations import cost, mutations
 from PIL import Image
 
@@ -339,7 +339,6 @@ def answers() -> dict[str, Callable[[Hub], object]]:
 
 @campaign("a Hub that answers wrongly gives an error in plain words and no weights; the next try works")
 def hub_faults(quick: bool) -> Iterator[Trial]:
-    import huggingface_hub
     import pytest
     from huggingface_hub import constants
 
@@ -358,7 +357,7 @@ def hub_faults(quick: bool) -> Iterator[Trial]:
             patch.setattr(constants, "HF_HUB_CACHE", str(Path(folder) / "cache"))
             patch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)
             patch.setattr("time.sleep", lambda _: None)
-            huggingface_hub.close_session()
+            close_session()
             spoil(hub)
             trial = bounded(name, lambda: "weights all the same" if PaceWeights.load("user/pace") else None)
             if trial.problem is None and name != "nobody listens":
@@ -368,4 +367,4 @@ def hub_faults(quick: bool) -> Iterator[Trial]:
                 problem = "not even the next try works" if again.refused or again.problem else None
                 trial = Trial(name, problem, trial.refused)
             yield trial
-        huggingface_hub.close_session()
+        close_session()

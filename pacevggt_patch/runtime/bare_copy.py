@@ -16,7 +16,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 def bare_copy(
     module: Any, values: Callable[[Tensor], Tensor] | None = None, known: dict | None = None
 ) -> Any:
-    """The module and all in it once more, without hooks, in evaluation mode; the module itself is left alone.
+    """The module and all in it once more, without hooks, uncompiled, in evaluation mode; the module is left alone.
 
     In evaluation mode batch norms do not write, and dropout draws nothing from the user's random state. Lists and
     dictionaries of its attributes are copied, one level deep.
@@ -27,6 +27,7 @@ def bare_copy(
         known: copies by `id` of modules that were copied already: what is shared stays shared.
     """
     known = {} if known is None else known
+    module = module._modules.get("_orig_mod", module)  # what torch.compile wraps
     if id(module) in known:
         return known[id(module)]
     bare = known[id(module)] = type(module).__new__(type(module))
