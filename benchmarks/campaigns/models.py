@@ -306,7 +306,7 @@ def sharded(model: nn.Module) -> Any:
 
 
 def quantised(model: nn.Module) -> Any:
-    return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, inplace=True)
+    return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, inplace=True)  # ty: ignore[deprecated]
 
 
 def compiled_whole(model: nn.Module) -> Any:
