@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from ..arguments import several, shown
 from ..config import GLOBAL, PRE_AA, PaceConfig, check_mode
 from ..errors import PaceError, UnsupportedModelError
-from ..hosts.base import find_host
-from ..patching.first_clip import far_from_unit
+from ..hosts.base import far_from_unit, find_host, value_range
 from ..patching.guest import guest
 from ..weights.pace import PaceWeights, check_values
 from .full_heads import find_full_heads
@@ -92,6 +91,6 @@ def as_batches(clips: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
         if not isinstance(images, Tensor) or images.ndim not in (4, 5):
             what = f"a tensor {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
             raise PaceError(f"clips must be images [S, 3, H, W] or [B, S, 3, H, W], got {what}")
-        if images.is_floating_point() and images.numel() and far_from_unit(images):
+        if images.is_floating_point() and images.numel() and far_from_unit(*value_range(images)):
             raise PaceError("clips must be images in [0, 1]: divide 8-bit values by 255")
         yield images[None] if images.ndim == 4 else images

@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from ..clips import Clip, count_frames, load_clip
 from ..config import PaceConfig
-from ..errors import PaceError
 from ..evaluation import decode_pose_encoding, evaluate_predictions, unproject
 from ..evaluation.timing import Timing, time_interleaved
 from ..mini import build_mini
@@ -20,9 +19,9 @@ from ..patching.install import accelerate, paused, summary
 from ..patching.summary import Summary
 from ..runtime.device import usable_device
 from ..runtime.files import environment, write_json
-from ..runtime.plotting import load_pyplot
-from ..training.states import writing
-from .pictures import load_plyfile, save_depth_picture, save_points, save_points_picture, save_token_picture
+from ..runtime.plotting import load_extra, load_pyplot
+from ..training.states import results_folder, writing
+from .pictures import save_depth_picture, save_points, save_points_picture, save_token_picture
 
 BUNDLED_CLIP = Path(__file__).resolve().parent.parent / "data" / "room"
 MINI_WIDTH = 224  # pixels; VGGT-mini was trained on squares of this size
@@ -63,17 +62,14 @@ def run_demo(
         PaceError: a library is missing, a setting, the clip or the weights do not fit, or a file can't be written.
     """
     # What is missing or does not go together is told before a minute of work.
-    load_pyplot(), load_plyfile(), PaceConfig(keep_ratio, merge_budget, mode)
+    load_pyplot(), load_extra("plyfile", "point clouds"), PaceConfig(keep_ratio, merge_budget, mode)
     chosen = usable_device(device)
     clip = load_evenly(clip_folder or BUNDLED_CLIP, frames).to(chosen)
     model = build_mini().to(chosen)
     # What pruning does is shown even where it is not the faster one.
     accelerate(model, keep_ratio, merge_budget, weights=weights, mode=mode, min_frames=1)
     settings = summary(model)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PaceError(f"{out} can't be made a folder for the results: {error.strerror}") from error
+    results_folder(out)
 
     def run_stock() -> dict[str, Any]:
         with paused(model):

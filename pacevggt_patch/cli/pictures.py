@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..config import PRE_AA, PaceConfig
-from ..errors import PaceError
 from ..runtime.files import whole_file
-from ..runtime.plotting import load_pyplot, save_figure
+from ..runtime.plotting import load_extra, load_pyplot, save_figure
 
 FRAMES_SHOWN = 6
 
@@ -154,7 +152,7 @@ def save_points(path: Path, points: Tensor, colours: Tensor) -> None:
         points: [N, 3].
         colours: RGB [N, 3] in [0, 1].
     """
-    plyfile = load_plyfile()
+    plyfile = load_extra("plyfile", "point clouds")
     names = [(name, "<f4") for name in ("x", "y", "z")] + [(name, "u1") for name in ("red", "green", "blue")]
     vertices = np.empty(len(points), dtype=names)
     for i, (name, _) in enumerate(names):
@@ -162,19 +160,6 @@ def save_points(path: Path, points: Tensor, colours: Tensor) -> None:
         vertices[name] = values.cpu().numpy()
     with whole_file(path) as temporary:
         plyfile.PlyData([plyfile.PlyElement.describe(vertices, "vertex")]).write(temporary)
-
-
-def load_plyfile() -> Any:
-    """The module.
-
-    Raises:
-        PaceError: it is not installed.
-    """
-    try:
-        import plyfile
-    except ImportError as error:
-        raise PaceError("point clouds need plyfile: pip install 'pacevggt-patch[demo]'") from error
-    return plyfile
 
 
 def _rgb(image: Tensor) -> np.ndarray:

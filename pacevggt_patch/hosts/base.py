@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
+from ..runtime.bare_copy import unwrapped
+from ..runtime.other_parameters import plain_name
 
 
 @dataclass(frozen=True)
@@ -230,7 +232,7 @@ class Host:
         """Matrices and vectors of a block by their names in the trunk, without those quantised to integers."""
         name = self.block_name(kind, index)
         return {
-            f"{name}.{own}".replace("_orig_mod.", ""): parameter
+            plain_name(f"{name}.{own}"): parameter
             for own, parameter in self.of_kind(kind)[index].named_parameters()
             if parameter.is_floating_point() and parameter.ndim in (1, 2)
         }
@@ -245,17 +247,23 @@ class Host:
         }
 
 
+def value_range(images: Tensor) -> tuple[float, float]:
+    """The least and the largest value of images. Waits for their device."""
+    low, high = (value.item() for value in images.detach().aminmax())
+    return low, high
+
+
+def far_from_unit(low: float, high: float) -> bool:
+    """Whether images of such values are so far from [0, 1] that they are not divided by 255, or are normalised."""
+    return low < -0.5 or high > 1.5
+
+
 def takes_images(forward: Any) -> bool:
     """Whether a forward says that what it takes first is called images."""
     try:
         return next(iter(inspect.signature(forward).parameters), None) == "images"
     except (TypeError, ValueError):
         return False
-
-
-def unwrapped(module: Any) -> Any:
-    """The module inside of one that `torch.compile` made."""
-    return module._modules.get("_orig_mod", module)
 
 
 # Of a family: makes the Host of a model, or gives a sentence that says why it is none, or None without a clue.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import PaceError, UnsupportedModelError
 from ..runtime.attention import autocast_dtype
-from .base import BlockCall, Host, register_host
+from .base import BlockCall, Host, far_from_unit, register_host, value_range
 from .rope import ROPE_TABLE, static_rope
 
 # What the forward of the global blocks needs to be ours.
@@ -129,10 +129,10 @@ class VGGT(Host):
         looks = images.device.type == "cpu" and not torch.compiler.is_compiling()
         if not looks:
             return
-        low, high = (value.item() for value in images.detach().aminmax())
+        low, high = value_range(images)
         if not (math.isfinite(low) and math.isfinite(high)):
             raise PaceError("images hold NaN or infinity: check how they were loaded")
-        if low < -0.5 or high > 1.5:
+        if far_from_unit(low, high):
             warnings.warn(
                 f"images reach from {low:.3g} to {high:.3g}, and the model expects [0, 1]: divide 8-bit values by 255, "
                 "and leave normalisation to the model",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PaceError, UnsupportedModelError, first_line
-from ..hosts.base import BlockCall
+from ..hosts.base import BlockCall, far_from_unit, value_range
 from ..method.full_heads import KEEP_RATIO, choose_full_heads, head_errors
 from ..method.global_pruning import Plan, keep_best
 from ..runtime.attention import InterceptAttention, is_plain
@@ -83,12 +83,6 @@ def _say_while_compiling() -> bool:
     return True
 
 
-def far_from_unit(images: Tensor) -> bool:
-    """Whether images are so far from [0, 1] that they were not divided by 255, or normalised. Waits for the device."""
-    low, high = (float(value) for value in images.detach().aminmax())
-    return low < -0.5 or high > 1.5
-
-
 def _problem(clip: Clip, call: BlockCall, frames: int) -> str | None:
     """Why a clip can't be calibrated on, in words, or None."""
     if frames < LEAST_FRAMES:
@@ -97,7 +91,7 @@ def _problem(clip: Clip, call: BlockCall, frames: int) -> str | None:
         return "a CUDA graph is being recorded"
     if call.x.requires_grad and torch.is_grad_enabled():
         return "gradients are being recorded"
-    if clip.images is not None and far_from_unit(clip.images):
+    if clip.images is not None and far_from_unit(*value_range(clip.images)):
         return "its images are far from [0, 1]"
     if not call.plain:
         return "its global blocks are given more than tokens and positions"

@@ -147,8 +147,7 @@ class PreAATrunkForward(TrunkForward):
 
         # Popped, so that nobody holds them while the blocks run.
         compact = pre_aa.alternate(host.blocks, entering.pop(), positions, host.cached_layers, run)
-        if not torch.compiler.is_compiling():
-            state.kept = chosen.kept
+        state.remember(chosen.kept)
         restored = RestoredTokens(
             compact, host.depth, features, chosen.kept, chosen.role, grid, host.special_tokens, restoration
         )
@@ -187,15 +186,11 @@ class EmbeddingForward(Forward):
             return self.own(images)
         if self.rows is None:
             one = self.own(images[:1])
-            tensors = (
-                {k: v for k, v in one.items() if isinstance(v, Tensor)}
-                if isinstance(one, dict)
-                else {"": one}
-            )
+            named = one if isinstance(one, dict) else {"": one}
+            tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
             # What is not of one row a frame can't be joined.
-            self.rows = [name for name, value in tensors.items() if value.ndim and len(value) == 1]
-            if len(self.rows) < len(tensors):
-                self.rows = []
+            joins = all(value.ndim and len(value) == 1 for value in tensors.values())
+            self.rows = [*tensors] if joins else []
         if not self.rows:
             return self.own(images)
         whole: dict[str, Any] = {}
@@ -343,7 +338,7 @@ class BlockForward(Forward):
             if call.cached:
                 plan = self.fixed_plan(clip, len(x))
             clip.plan, clip.parts = plan, []
-            state.remember(plan)
+            state.remember(plan.kept.unflatten(0, (plan.batch, -1)))
         plan = clip.plan
         if heads := self.heads(clip):
             # What is given besides can't be followed head by head: such a call sees all tokens.

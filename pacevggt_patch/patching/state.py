@@ -72,9 +72,8 @@ class Clip:
             return make()
         inference = tensor.is_inference()
         if inference and not _is_integer(tensor):
-            return (
-                make()
-            )  # whether somebody wrote into it meanwhile can't be told; nobody writes into positions
+            # Whether somebody wrote into it meanwhile can't be told; nobody writes into positions.
+            return make()
         version = None if inference else tensor._version
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, version)
         if key not in self.gathered:
@@ -222,10 +221,10 @@ class State:
         self.timer.clear()
         self.remember(None)
 
-    def remember(self, plan: Plan | None) -> None:
-        """Keep in mind which tokens a forward pass kept, for `summary`."""
+    def remember(self, kept: Tensor | None) -> None:
+        """Keep in mind which tokens [B, S, K] a forward pass kept, for `summary`."""
         if not torch.compiler.is_compiling():
-            self.kept = None if plan is None else plan.kept.unflatten(0, (plan.batch, -1))
+            self.kept = kept
 
     def say_once(self, message: str) -> None:
         """Warn, the first time only."""

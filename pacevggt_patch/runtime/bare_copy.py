@@ -27,7 +27,7 @@ def bare_copy(
         known: copies by `id` of modules that were copied already: what is shared stays shared.
     """
     known = {} if known is None else known
-    module = module._modules.get("_orig_mod", module)  # what torch.compile wraps
+    module = unwrapped(module)
     if id(module) in known:
         return known[id(module)]
     bare = known[id(module)] = type(module).__new__(type(module))
@@ -57,6 +57,11 @@ def bare_copy(
         name: None if m is None else bare_copy(m, values, known) for name, m in module._modules.items()
     }
     return bare
+
+
+def unwrapped(module: Any) -> Any:
+    """The module inside of one that `torch.compile` made."""
+    return module._modules.get("_orig_mod", module)
 
 
 def on_cpu(tensor: Tensor) -> Tensor:

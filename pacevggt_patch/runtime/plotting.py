@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
 from ..errors import PaceError
 from .files import whole_file
+
+
+def load_extra(name: str, what: str) -> Any:
+    """A module that is not always installed.
+
+    Args:
+        name: of the module.
+        what: needs it, in words.
+
+    Raises:
+        PaceError: there is none.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise PaceError(f"{what} need {name}: pip install 'pacevggt-patch[demo]'") from error
 
 
 def load_pyplot() -> Any:
@@ -15,11 +32,7 @@ def load_pyplot() -> Any:
     Raises:
         PaceError: there is no matplotlib.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise PaceError("pictures need matplotlib: pip install 'pacevggt-patch[demo]'") from error
-    matplotlib.use("Agg")
+    load_extra("matplotlib", "pictures").use("Agg")
     from matplotlib import pyplot
 
     return pyplot

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from ..arguments import shown
 from ..calibration.restoration import KEEP_RATIOS
 from ..config import GLOBAL
 from ..errors import PaceError, WeightsError
@@ -34,7 +35,7 @@ from .curve import save_training_curve
 from .fit import Fit, Settings
 from .signals import Signals, Stopped
 from .sources import ClipSource, FolderSource
-from .states import STATE_FILE, loaded_state, remove_leftovers, save_state, writing
+from .states import STATE_FILE, loaded_state, results_folder, save_state, writing
 
 PREFETCH = 4  # steps drawn ahead
 LOG_EVERY = 20  # steps
@@ -104,12 +105,7 @@ def run_training(options: Options) -> dict[str, Any]:
     begun = None if options.start is None else weights_to_start(options.start, settings.mode)
     mini = options.backbone == "mini" or is_mini(Path(options.backbone))
     source = make_source(options, mini, device)
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        if rank == 0:
-            remove_leftovers(options.out, FILES)
-    except OSError as error:
-        raise PaceError(f"{options.out} can't be made a folder for the results: {error.strerror}") from error
+    results_folder(options.out, FILES if rank == 0 else ())
     if not mini and rank == 0:
         print(f"loading {options.backbone}", file=sys.stderr)
     model = load_backbone(options.backbone)
@@ -165,7 +161,7 @@ def check_options(options: Options) -> None:
         step = 14 if options.rooms == "plain" else 28
         if not step <= options.width <= WIDEST or options.width % step:
             raise PaceError(
-                f"width must be a multiple of {step} up to {WIDEST} for rendered scenes, got {options.width!r:.80}"
+                f"width must be a multiple of {step} up to {WIDEST} for rendered scenes, got {shown(options.width)}"
             )
     if options.rooms == "all" and not all(2 <= views <= 24 for views in settings.views):
         raise PaceError(f"views must be between 2 and 24 for rendered scenes, got {list(settings.views)}")

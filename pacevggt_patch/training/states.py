@@ -72,3 +72,17 @@ def remove_leftovers(folder: Path, names: Collection[str]) -> None:
     for path in folder.iterdir():
         if re.fullmatch(r"\.[0-9a-f]{8}\.", path.name[:10]) and path.name[10:] in names:
             path.unlink(missing_ok=True)
+
+
+def results_folder(folder: Path, names: Collection[str] = ()) -> None:
+    """Make a folder for results, without what killed runs left there of files with these names.
+
+    Raises:
+        PaceError: it can't be made or looked through.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if names:
+            remove_leftovers(folder, names)
+    except OSError as error:
+        raise PaceError(f"{folder} can't be made a folder for the results: {error.strerror}") from error

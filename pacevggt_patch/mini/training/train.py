@@ -39,7 +39,7 @@ from ...runtime.device import usable_device
 from ...runtime.files import whole_file
 from ...training.seeds import mixed_seed
 from ...training.signals import Signals, Stopped
-from ...training.states import STATE_FILE, loaded_state, remove_leftovers, save_state, writing
+from ...training.states import STATE_FILE, loaded_state, results_folder, save_state, writing
 from ...weights.tensorfile import read_tensors
 from ..model import MiniConfig, save_mini
 from ..scenes.textures import load_photographs, texture_atlas
@@ -295,12 +295,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        if rank == 0:
-            remove_leftovers(args.out, FILES)
-    except OSError as error:
-        raise PaceError(f"{args.out} can't be made a folder for the results: {error.strerror}") from error
+    results_folder(args.out, FILES if rank == 0 else ())
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
