@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hosts import TORCH, assert_equal, random_deltas, random_images, run, tiny_vggt, with_heads
 from safetensors.torch import load_file
-from test_global_pruning import regression, stock_parts
+from test_global_pruning import regression, stock_parts, stood_for
 
 from pacevggt_patch import (
     PaceError,
@@ -40,8 +40,11 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return weights / weights.sum(-1, keepdims=True)
 
 
-def attend_by_hand(query, key, value, seeing, propagation):
-    """One head and one token at a time, in float64; the regression by least squares."""
+def attend_by_hand(query, key, value, seeing, propagation, counted=False):
+    """One head and one token at a time, in float64; the regression by least squares.
+
+    With `counted` the key of a kept token counts as often as there are patches that it stands for.
+    """
     batch, heads, tokens, width = query.shape
     per_clip, length = len(propagation.index) // batch, tokens * batch // len(propagation.index)
     q, k, v, read = (t.double().numpy() for t in (query, key, value, propagation.weights))
@@ -50,6 +53,11 @@ def attend_by_hand(query, key, value, seeing, propagation):
     for clip in range(batch):
         index = propagation.index[clip * per_clip : (clip + 1) * per_clip].numpy()
         rows = (index + length * np.arange(per_clip)[:, None]).reshape(-1)
+        counts = []
+        for s, places in enumerate(index):
+            n = len(places) - kept
+            weights = propagation.weights[clip * per_clip + s, n:]
+            counts += [1.0] * n + stood_for(weights, (places[n:] - n).tolist())
         known = v[clip].transpose(1, 0, 2).reshape(per_clip, length, -1)  # what all heads read of a token
         few = np.take_along_axis(known, index[..., None], 1)[:, -kept:]
         others = [head for head in range(heads) if head not in seeing]
@@ -57,6 +65,8 @@ def attend_by_hand(query, key, value, seeing, propagation):
         for head in range(heads):
             some = np.arange(tokens) if head in seeing else rows
             scores = q[clip, head, some] @ k[clip, head, some].T / np.sqrt(width)
+            if counted and head not in seeing:
+                scores += np.log(counts)
             values[head] = softmax(scores) @ v[clip, head, some]
             if head in seeing:
                 out[clip, head] = values[head]
@@ -112,7 +122,7 @@ def global_block_by_hand(block, x, where, full, plan):
     own = block.attn
     qkv = own.qkv(block.norm1(x)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
     q, k = (own.rope(norm(t), where) for norm, t in ((own.q_norm, qkv[0]), (own.k_norm, qkv[1])))
-    out = attend_by_hand(q, k, qkv[2], full, plan.propagation).to(x.dtype)
+    out = attend_by_hand(q, k, qkv[2], full, plan.propagation, counted=True).to(x.dtype)
     x = x + block.ls1(own.proj(out.transpose(1, 2).flatten(2)))
     return x + block.ls2(block.mlp(block.norm2(x)))
 
@@ -313,7 +323,7 @@ def errors_by_hand(model, images, keep):
     rows = []
     for block, (q, k, v), variance in zip(aggregator.global_blocks, inside, spread, strict=True):
         whole = F.scaled_dot_product_attention(q, k, v).double()
-        few = attend_by_hand(q, k, v, (), made)
+        few = attend_by_hand(q, k, v, (), made, counted=True)
         row = []
         for head in range(HEADS):
             alone = torch.zeros_like(whole)

@@ -39,6 +39,25 @@ def stock_parts(aggregator, images):
     return special, features, torch.tensor([[0, 0]] * special.shape[1] + cells)
 
 
+def stood_for(read, kept):
+    """How many patches each kept token [K] stands for: itself, and those that take most from it, by `read` [P, K]."""
+    best = read.argmax(-1).tolist()
+    for number, patch in enumerate(kept):
+        best[patch] = number
+    return [float(best.count(number)) for number in range(len(kept))]
+
+
+def block_by_hand(block, x, where, counts):
+    """A global block on tokens [1, L, C], the key of each of which counts so many times [L]."""
+    own = block.attn
+    q, k, v = own.qkv(block.norm1(x)).unflatten(-1, (3, own.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    q, k = own.rope(own.q_norm(q), where), own.rope(own.k_norm(k), where)
+    logits = q.double() @ k.double().mT * q.shape[-1] ** -0.5 + torch.tensor(counts).double().log()
+    out = (logits.softmax(-1) @ v.double()).to(x.dtype)
+    x = x + block.ls1(own.proj(out.transpose(1, 2).flatten(2)))
+    return x + block.ls2(block.mlp(block.norm2(x)))
+
+
 def by_hand(aggregator, images, keep):
     """The forward pass written out with lists, for clips [1, S, 3, H, W]: layer -> [S, n + P, 2C]."""
     frames, n = images.shape[1], int(aggregator.patch_start_idx)
@@ -54,12 +73,13 @@ def by_hand(aggregator, images, keep):
         squared = (cells[:, None] - cells[kept[s]][None]).square().sum(-1)
         variance = 0.75**2 * len(unit) / keep
         reads.append((20.0 * unit @ unit[kept[s]].T - squared / (2 * variance)).softmax(-1))
+    counts = [c for read, k in zip(reads, kept, strict=True) for c in [1.0] * n + stood_for(read, k)]
     layers = []
     for frame_block, global_block in zip(aggregator.frame_blocks, aggregator.global_blocks, strict=True):
         inside = [frame_block(t[None], pos=where[None])[0] for t in tokens]
         few = [torch.cat([t[:n], t[n:][k]]) for t, k in zip(inside, kept, strict=True)]
         places = torch.cat([torch.cat([where[:n], where[n:][k]]) for k in kept])
-        after = global_block(torch.cat(few)[None], pos=places[None])[0].split(n + keep)
+        after = block_by_hand(global_block, torch.cat(few)[None], places[None], counts)[0].split(n + keep)
         slope = regression([t[n:] for t in few], [t[n:] for t in after])
         tokens = []
         for before, old, new, k, read in zip(inside, few, after, kept, reads, strict=True):
@@ -258,6 +278,8 @@ def test_each_block_of_a_group_is_pruned_for_itself():
     kept = token_scores(features[None], (4, 5), 6)[0].topk(6, -1).indices.sort(-1).values
     made = make_propagation(features, kept, (4, 5), 5, torch.float32)
     tokens = torch.cat([special, features], 1)
+    read = made.weights[:, 5:]
+    counts = [c for r, k in zip(read, kept.tolist(), strict=True) for c in [1.0] * 5 + stood_for(r, k)]
     wanted, places = [], made.gather(where.expand(3, -1, -1).float()).long()
     for first in (0, 2):
         insides = []
@@ -265,7 +287,7 @@ def test_each_block_of_a_group_is_pruned_for_itself():
             insides.append(tokens := block(tokens, pos=where.expand(3, -1, -1)))
         for inside, block in zip(insides, model.aggregator.global_blocks[first : first + 2], strict=True):
             few = made.gather(tokens)
-            after = block(few.view(1, -1, 32), pos=places.view(1, -1, 2)).view(few.shape)
+            after = block_by_hand(block, few.view(1, -1, 32), places.view(1, -1, 2), counts).view(few.shape)
             tokens = made.propagate(tokens, after, made.slope(few, after, 1))
             wanted.append(torch.cat([inside, tokens], -1)[None])
     found, _ = accelerate(model, 0.3, weights=None).aggregator(images)

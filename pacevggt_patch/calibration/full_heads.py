@@ -48,7 +48,7 @@ def find_full_heads(
         def observer(index: int, call: BlockCall, own: Callable, clip: Clip, errors=errors) -> Any:
             if clip.plan is None:
                 features = torch.cat([part for part, _ in clip.parts])
-                clip.plan = training_free_plan(state, features)._replace(batch=len(call.x))
+                clip.plan = training_free_plan(state, features, len(call.x))
                 clip.parts = []
             args, kwargs = call.arguments()
             errors[index], out = measured(state, index, clip.plan, own, args, kwargs)

@@ -7,11 +7,12 @@ another frame that matches, and lose it if it was dropped.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ..runtime.attention import attention
 from .global_pruning import Plan
 from .propagation import Propagation
 
@@ -33,7 +34,7 @@ def attend(
         query, key, value: [B, heads, S * (n + P), d], in any dtype that `attention` takes.
         full: numbers of the heads that see all tokens.
         plan: of these clips.
-        attention: of queries, keys and values.
+        attention: of queries, keys and values, and of `Repeats` where the plan has few keys.
 
     Returns:
         [B, heads, S * (n + P), d], in the dtype that `attention` gives.
@@ -67,7 +68,7 @@ def joined_heads(
         value: of all heads at all tokens, [B, heads, S * (n + P), d].
         full: numbers of the heads that see all tokens.
         plan: of these clips.
-        attention: of queries, keys and values.
+        attention: of queries, keys and values, and of `Repeats` where the plan has few keys.
 
     Returns:
         [B, heads, S * (n + P), d], in the dtype that `attention` gives.
@@ -79,7 +80,9 @@ def joined_heads(
     seen = [attention(*whole)] if whole else []
     if not others:
         return seen[0]
-    found = attention(*(pick(few.pop(0), others) for _ in range(3)))
+    inputs = [pick(few.pop(0), others) for _ in range(3)]
+    found = attention(*inputs) if plan.keys is None else plan.keys.attend(*inputs, attention)
+    del inputs
     known = value.transpose(1, 2).reshape(frames, length, heads * width)
     found = found.transpose(1, 2).reshape(frames, -1, len(others) * width)
     seen = [t.transpose(1, 2).reshape(frames, length, len(full), width) for t in seen]
@@ -128,11 +131,9 @@ def head_errors(
     dtype = value.dtype  # autocast leaves queries and keys in float32
     query, key = query.to(dtype), key.to(dtype)
 
-    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(query, key, value, scale=scale)
-
-    whole = attention(query, key, value)
-    off = (attend(query, key, value, (), plan, attention) - whole).float()  # [B, heads, L, d]
+    attends = partial(attention, scale=scale)
+    whole = attends(query, key, value)
+    off = (attend(query, key, value, (), plan, attends) - whole).float()  # [B, heads, L, d]
     with torch.autocast(off.device.type, enabled=False):
         # |M e|^2 = tr(M^T M e e^T), which needs no tensor of L x C.
         parts = matrix.float().view(-1, heads, width).transpose(0, 1)  # [heads, C, d]

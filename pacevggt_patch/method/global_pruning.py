@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .few_keys import FewKeys, few_keys
 from .propagation import Propagation
 from .scoring import TokenScorer, token_scores
 from .selection import assign
@@ -23,11 +24,13 @@ class Plan(NamedTuple):
         kept: [N, K] (int64) indices of the kept patch tokens of each frame, ascending.
         propagation: of the N frames.
         batch: B.
+        keys: which keys kept tokens see, where they do not see all of each other's.
     """
 
     kept: Tensor
     propagation: Propagation
     batch: int = 1
+    keys: FewKeys | None = None
 
     def token_rows(self, length: int) -> Tensor:
         """Numbers [B, S * (n + K)] of special and kept tokens among the S * `length` tokens of their clip."""
@@ -52,11 +55,11 @@ def keep_best(
 
 def joined(plans: Sequence[Plan], batch: int) -> Plan:
     """One plan of `batch` clips, of those of its frames."""
-    if len(plans) == 1:
-        return plans[0]._replace(batch=batch)
+    propagation = plans[0].propagation
+    if len(plans) > 1:
+        propagation = Propagation(*map(torch.cat, zip(*(plan.propagation for plan in plans), strict=True)))
     kept = torch.cat([plan.kept for plan in plans])
-    parts = zip(*(plan.propagation for plan in plans), strict=True)
-    return Plan(kept, Propagation(*map(torch.cat, parts)), batch)
+    return Plan(kept, propagation, batch, few_keys(propagation, batch))
 
 
 def run_on_kept(x: Tensor, plan: Plan, block: Callable[[Tensor], Tensor], apart: bool = False) -> Tensor:

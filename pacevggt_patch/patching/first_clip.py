@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import PaceError, UnsupportedModelError, first_line
+from ..errors import PaceError, first_line
 from ..hosts.base import BlockCall, far_from_unit, value_range
 from ..method.full_heads import KEEP_RATIO, choose_full_heads, head_errors
-from ..method.global_pruning import Plan, keep_best
-from ..runtime.attention import InterceptAttention, is_plain
+from ..method.global_pruning import Plan, joined, keep_best
+from ..runtime.attention import InterceptAttention
 from ..weights import cache
 from ..weights.pace import PaceWeights
+from .global_attention import check_heads
 from .state import Clip, State
 
 LEAST_FRAMES, MOST_FRAMES = 4, 24
@@ -133,20 +134,11 @@ def _unpruned_errors(state: State, clip: Clip, call: BlockCall, frames: int) -> 
     return torch.stack(found)
 
 
-def training_free_plan(state: State, features: Tensor) -> Plan:
-    """The plan by which full-attention heads are told, of features [n, P, C]."""
+def training_free_plan(state: State, features: Tensor, batch: int = 1) -> Plan:
+    """The plan by which full-attention heads are told, of features [n, P, C] of `batch` clips."""
     patches = features.shape[1]
     kept = keep_best(features, state.threads.grid or (1, patches), max(1, round(KEEP_RATIO * patches)))
-    return state.plan(features, kept)
-
-
-def check_heads(index: int, options: dict[str, Any], query: Tensor, key: Tensor) -> None:
-    """Raise UnsupportedModelError for attention that is not that of all tokens to all tokens, head by head."""
-    if not is_plain(options) or query.shape != key.shape or query.ndim != 4:
-        raise UnsupportedModelError(
-            f"the attention of global block {index} has a mask, or is not over all tokens head by head, so no head can "
-            "see all tokens where others see few: pass weights=None"
-        )
+    return joined([state.plan(features, kept)], batch)
 
 
 def measured(state: State, index: int, plan: Plan, own: Any, args: tuple, kwargs: dict) -> tuple[Tensor, Any]:

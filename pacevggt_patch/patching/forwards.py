@@ -21,14 +21,14 @@ from ..hosts import blocks
 from ..hosts.base import BlockCall, takes_images
 from ..hosts.rope import rotate, rotation
 from ..method import pre_aa
-from ..method.full_heads import attend, joined_heads, pick
 from ..method.global_pruning import Plan, run_on_kept
 from ..method.restored_tokens import RestoredTokens
-from ..runtime.attention import InterceptAttention, attention, autocast_dtype, faster_attention
+from ..runtime.attention import InterceptAttention, autocast_dtype, faster_attention
 from ..runtime.chunks import chunk_rows, in_chunks
 from ..runtime.compiling import compiled, is_watched, unwatched
 from ..runtime.other_parameters import OtherParameters, run_with
-from .first_clip import calibrate_on, check_heads
+from .first_clip import calibrate_on
+from .global_attention import FewKeysAttention, FullHeadsAttention, GlobalAttention
 from .heads import moved, reduced_precision, restored_argument, run_camera_head, run_dense_head, token_list
 from .state import Clip, State
 
@@ -343,7 +343,7 @@ class BlockForward(Forward):
         if heads := self.heads(clip):
             # What is given besides can't be followed head by head: such a call sees all tokens.
             some = call.plain and len(heads) < state.host.spec().num_heads
-            return self.run(call, clip, plan if some else None)
+            return self.run(call, clip, FullHeadsAttention(self.index, heads, plan) if some else None)
         length = x.shape[1] * plan.batch // len(plan.kept)
         rows = plan.token_rows(length)
         followed = Followed(
@@ -353,10 +353,15 @@ class BlockForward(Forward):
         args, kwargs = followed.tree(call.args), followed.tree(call.kwargs)
         positions = None if call.positions is None else followed.tensor(call.positions)
         rest: tuple | None = None
+        fewer = (
+            None
+            if plan.keys is None or followed.masked
+            else FewKeysAttention(plan.keys, rows.shape[1], state.say_once)
+        )
 
         def few(tokens: Tensor) -> Tensor:
             nonlocal rest
-            found = self.run(call.on(tokens, positions, args, kwargs), clip)
+            found = self.run(call.on(tokens, positions, args, kwargs), clip, fewer)
             if isinstance(found, tuple):
                 found, *others = found
                 rest = tuple(others)
@@ -371,18 +376,13 @@ class BlockForward(Forward):
         kept = self.state.plan(torch.ones_like(features[:1])).kept  # spread evenly over the grid
         return self.state.plan(features, kept.expand(len(features), -1))._replace(batch=batch)
 
-    def run(self, call: BlockCall, clip: Clip | None, full: Plan | None = None) -> Any:
-        """The block on the tokens of a call; with `full` its full-attention heads see all tokens, others kept ones."""
+    def run(self, call: BlockCall, clip: Clip | None, attends: GlobalAttention | None = None) -> Any:
+        """The block on the tokens of a call, with its own attention or the one given."""
         state = self.state
         others = self.changed_parameters(clip)
-        needs = state.config.compile or others or full is not None
+        needs = state.config.compile or others or attends is not None
         if needs and self.fits(call):
-            return self.run_open(
-                call,
-                clip,
-                others,
-                None if full is None else partial(self.attend_open, self.heads(clip), full),
-            )
+            return self.run_open(call, clip, others, None if attends is None else attends.open)
         args, kwargs = call.arguments()
         if torch.compiler.is_compiling() and others:
             return run_with(self.module, others, self.own, args, kwargs)
@@ -391,42 +391,12 @@ class BlockForward(Forward):
                 stack.enter_context(faster_attention(call.x.device))
             if others:
                 stack.enter_context(OtherParameters.of(self.module, others))
-            if full is None:
+            if attends is None:
                 return self.own(*args, **kwargs)
-
-            def handler(run: Callable, query: Tensor, key: Tensor, value: Tensor, options: dict) -> Tensor:
-                check_heads(self.index, options, query, key)
-                return attend(query, key, value, self.heads(clip), full, run)
-
-            mode = stack.enter_context(InterceptAttention(handler))
+            mode = stack.enter_context(InterceptAttention(attends.closed))
             found = self.own(*args, **kwargs)
-        if mode.calls != 1:
-            raise UnsupportedModelError(
-                f"global block {self.index} calls scaled_dot_product_attention {mode.calls} times, so none of its "
-                "heads can see all tokens where others see few: pass weights=None"
-            )
+        attends.check(mode.calls)
         return found
-
-    def attend_open(
-        self,
-        full: list[int],
-        plan: Plan,
-        project: blocks.Project,
-        x: Tensor,
-        rotation: blocks.Rotation | None,
-    ) -> Tensor:
-        """Outputs of all heads; queries and keys exist of full-attention heads and of kept tokens alone."""
-        rows = plan.propagation.rows(len(x) // len(plan.kept))
-        turned = None if rotation is None else tuple(t.index_select(0, rows) for t in rotation)
-        few = project(x.index_select(0, rows), turned)
-
-        def keep(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-            return (*(torch.stack([t[:, head] for head in full], 1) for t in (query, key)), value)
-
-        query, key, value = project(x, rotation, keep)
-        return joined_heads([query, key, pick(value, full)], few, value, full, plan, attention).transpose(
-            1, 2
-        )
 
     def run_open(
         self, call: BlockCall, clip: Clip | None, others: Mapping[str, Tensor], attend: Callable | None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
+import math
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -18,6 +20,7 @@ LIBRARIES = {
     "flash_attn_interface": (torch.bfloat16, torch.float16),
     "fa3_fwd_interface": (torch.bfloat16,),
 }
+SUMS = "return_attn_probs"  # what gives logarithms of sums of exponentials is called
 HOPPER = 9  # the only compute capability (major) that FlashAttention-3 is written for
 LARGEST_HEAD = 256
 
@@ -66,20 +69,58 @@ class Library(NamedTuple):
         name: of its module.
         run: of queries, keys and values [B, L, heads, d] and the factor of their products; returns [B, L, heads, d].
         dtypes: what it takes.
+        run_with_sums: returns the logarithms [B, heads, L] of the sums of exponentials, too; None if it can't.
     """
 
     name: str
     run: Callable[..., Tensor]
     dtypes: tuple[torch.dtype, ...]
+    run_with_sums: Callable[..., tuple[Tensor, Tensor]] | None = None
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
-    """Attention of queries, keys and values [B, heads, L, d], by a library where one serves, else by torch."""
-    found = library_attention(query, key, value, scale)
-    return F.scaled_dot_product_attention(query, key, value, scale=scale) if found is None else found
+class Repeats(NamedTuple):
+    """Which keys count several times in attention.
+
+    Attributes:
+        alone: how many keys in front count once.
+        weight: how many times each of the others counts.
+    """
+
+    alone: int
+    weight: float
 
 
-def library_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor | None:
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    repeats: Repeats | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention of queries, keys and values [B, heads, L, d], by a library where one serves, else by torch.
+
+    Args:
+        query, key, value: [B, heads, L, d].
+        repeats: which keys count several times, or None.
+        scale: factor of the products of queries and keys; None is d ** -0.5.
+    """
+    found = library_attention(query, key, value, repeats, scale)
+    if found is not None:
+        return found
+    mask = None
+    if repeats is not None:
+        mask = query.new_zeros(1, 1, 1, key.shape[2])
+        mask[..., repeats.alone :] = math.log(repeats.weight)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+
+
+def library_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    repeats: Repeats | None = None,
+    scale: float | None = None,
+) -> Tensor | None:
     """Attention by a library, or None where none serves these tensors.
 
     None serves with gradients, in other dtypes than its own (autocast counts), or where the user switched torch's flash
@@ -99,11 +140,36 @@ def library_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | 
         return None
     dtype = dtypes.pop()
     query, key, value = (tensor.to(dtype).transpose(1, 2) for tensor in inputs)
-    return found.run(query, key, value, width**-0.5 if scale is None else scale).transpose(1, 2)
+    scale = width**-0.5 if scale is None else scale
+    if repeats is None:
+        return found.run(query, key, value, scale).transpose(1, 2)
+    run = found.run_with_sums
+    if run is None:
+        return None
+    alone, others = (
+        (key[:, part], value[:, part]) for part in (slice(repeats.alone), slice(repeats.alone, None))
+    )
+    return joined(
+        *run(query, *alone, scale), *run(query, *others, scale), math.log(repeats.weight)
+    ).transpose(1, 2)
+
+
+def joined(
+    first: Tensor, first_sums: Tensor, second: Tensor, second_sums: Tensor, log_weight: float
+) -> Tensor:
+    """Attention to two sets of keys, those of the second counting more often, from attention to each.
+
+    Args:
+        first, second: [B, L, heads, d].
+        first_sums, second_sums: logarithms of the sums of exponentials, [B, heads, L].
+        log_weight: logarithm of how many times a key of the second set counts.
+    """
+    share = torch.sigmoid(second_sums + log_weight - first_sums).mT.unsqueeze(-1)  # [B, L, heads, 1]
+    return torch.lerp(first.float(), second.float(), share).to(first.dtype)
 
 
 def _by_library(run: Callable, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
-    found = library_attention(query, key, value, options.get("scale")) if is_plain(options) else None
+    found = library_attention(query, key, value, scale=options.get("scale")) if is_plain(options) else None
     return run(query, key, value) if found is None else found
 
 
@@ -143,13 +209,22 @@ def _loaded() -> Library | None:
             flash_attn_func = importlib.import_module(name).flash_attn_func
         except Exception:  # not there, or built for another torch
             continue
-        return Library(name, functools.partial(_run, flash_attn_func), dtypes)
+        with_sums = functools.partial(_run_with_sums, flash_attn_func)
+        knows = SUMS in inspect.signature(flash_attn_func).parameters
+        return Library(name, functools.partial(_run, flash_attn_func), dtypes, with_sums if knows else None)
     return None
 
 
 def _run(flash_attn_func: Callable, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     found = flash_attn_func(query, key, value, softmax_scale=scale)
     return found[0] if isinstance(found, tuple) else found  # older versions return more
+
+
+def _run_with_sums(
+    flash_attn_func: Callable, query: Tensor, key: Tensor, value: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    out, sums, *_ = flash_attn_func(query, key, value, softmax_scale=scale, **{SUMS: True})
+    return out, sums
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:

@@ -163,8 +163,8 @@ def check_options(options: Options) -> None:
             raise PaceError(
                 f"width must be a multiple of {step} up to {WIDEST} for rendered scenes, got {shown(options.width)}"
             )
-    if options.rooms == "all" and not all(2 <= views <= 24 for views in settings.views):
-        raise PaceError(f"views must be between 2 and 24 for rendered scenes, got {list(settings.views)}")
+    if options.rooms == "all" and not all(2 <= views <= 96 for views in settings.views):
+        raise PaceError(f"views must be between 2 and 96 for rendered scenes, got {list(settings.views)}")
     if settings.mode == GLOBAL and options.start is None and min(settings.views) < 2:
         raise PaceError("views must be at least 2 to tell which heads find matches between frames, got 1")
     if (options.out / STATE_FILE).is_file() and not options.resume:

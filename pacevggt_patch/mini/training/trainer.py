@@ -40,6 +40,7 @@ from .losses import (
 from .optim import FlatOptimizer
 
 VIEWS = (2, 4, 8, 12, 24)
+MOST_VIEWS = 96
 VIEW_SHARES = (0.12, 0.2, 0.38, 0.16, 0.14)
 
 
@@ -77,7 +78,7 @@ class Settings:
         for name in ("muon_rate", "adam_rate"):
             if not 0 <= number(name, getattr(self, name)) <= 1:
                 raise PaceError(f"{name} must be between 0 and 1, got {getattr(self, name):g}")
-        if not self.views or any(v < 2 or v > 24 or self.frames % v for v in self.views):
+        if not self.views or any(v < 2 or v > MOST_VIEWS or self.frames % v for v in self.views):
             raise PaceError(
                 f"frames ({self.frames}) must be divisible by each number of views {list(self.views)}"
             )

@@ -1,0 +1,126 @@
+"""What runs in place of the attention of a global block, where a block is open to us and where it is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedModelError
+from ..hosts.blocks import Project, Rotation
+from ..method.few_keys import FewKeys
+from ..method.full_heads import attend, joined_heads, pick
+from ..method.global_pruning import Plan
+from ..runtime.attention import Repeats, attention, is_plain
+
+
+class GlobalAttention(Protocol):
+    """Attention of one global block."""
+
+    def open(self, project: Project, x: Tensor, rotation: Rotation | None) -> Tensor:
+        """Outputs of all heads [sequences, L, heads, d], for `hosts.blocks.run_block`."""
+        ...
+
+    def closed(
+        self, run: Callable, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
+    ) -> Tensor:
+        """Stands in for `scaled_dot_product_attention` inside the block's own code, see `InterceptAttention`."""
+        ...
+
+    def check(self, calls: int) -> None:
+        """Raise UnsupportedModelError where the block's own code called it so many times, and that does not fit."""
+        ...
+
+
+class FewKeysAttention:
+    """Kept tokens see the keys of a schedule.
+
+    Args:
+        keys: which.
+        tokens: special and kept tokens of a clip.
+        say: tells the user something, once.
+    """
+
+    def __init__(self, keys: FewKeys, tokens: int, say: Callable[[str], None]):
+        self.keys, self.tokens, self.say, self.used = keys, tokens, say, False
+
+    def open(self, project: Project, x: Tensor, rotation: Rotation | None) -> Tensor:
+        query, key, value = project(x, rotation)
+        return self.keys.attend(query, key, value, attention).transpose(1, 2)
+
+    def closed(
+        self, run: Callable, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
+    ) -> Tensor:
+        fits = key.ndim == 4 and key.shape[2] == value.shape[2] == self.tokens
+        if not fits or not is_plain(options):
+            return run(query, key, value)
+        self.used = True
+        return self.keys.attend(query, key, value, by_host(run, options))
+
+    def check(self, calls: int) -> None:
+        if not self.used:
+            self.say(
+                "the global blocks of this model compute attention in a way of their own, so kept tokens see the keys "
+                "of kept tokens alone: that costs quality, and time in long clips"
+            )
+
+
+class FullHeadsAttention:
+    """Some heads see all tokens, the others keys of kept ones.
+
+    Args:
+        index: of the block.
+        heads: numbers of the heads that see all.
+        plan: of the clips.
+    """
+
+    def __init__(self, index: int, heads: Sequence[int], plan: Plan):
+        self.index, self.heads, self.plan = index, heads, plan
+
+    def open(self, project: Project, x: Tensor, rotation: Rotation | None) -> Tensor:
+        # Queries and keys exist of full-attention heads and of kept tokens alone.
+        rows = self.plan.propagation.rows(len(x) // len(self.plan.kept))
+        turned = None if rotation is None else tuple(t.index_select(0, rows) for t in rotation)
+        few = project(x.index_select(0, rows), turned)
+
+        def keep(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+            return (*(torch.stack([t[:, head] for head in self.heads], 1) for t in (query, key)), value)
+
+        query, key, value = project(x, rotation, keep)
+        whole = [query, key, pick(value, self.heads)]
+        return joined_heads(whole, few, value, self.heads, self.plan, attention).transpose(1, 2)
+
+    def closed(
+        self, run: Callable, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
+    ) -> Tensor:
+        check_heads(self.index, options, query, key)
+        return attend(query, key, value, self.heads, self.plan, by_host(run, options))
+
+    def check(self, calls: int) -> None:
+        if calls != 1:
+            raise UnsupportedModelError(
+                f"global block {self.index} calls scaled_dot_product_attention {calls} times, so none of its heads can "
+                "see all tokens where others see few: pass weights=None"
+            )
+
+
+def check_heads(index: int, options: dict[str, Any], query: Tensor, key: Tensor) -> None:
+    """Raise UnsupportedModelError for attention that is not that of all tokens to all tokens, head by head."""
+    if not is_plain(options) or query.shape != key.shape or query.ndim != 4:
+        raise UnsupportedModelError(
+            f"the attention of global block {index} has a mask, or is not over all tokens head by head, so no head can "
+            "see all tokens where others see few: pass weights=None"
+        )
+
+
+def by_host(run: Callable, options: dict[str, Any]) -> Callable[..., Tensor]:
+    """Attention as the host asks for it, with `Repeats` where keys count several times."""
+
+    def attends(query: Tensor, key: Tensor, value: Tensor, repeats: Repeats | None = None) -> Tensor:
+        if repeats is None:
+            return run(query, key, value)
+        return attention(query, key, value, repeats, options.get("scale"))
+
+    return attends
