@@ -3,7 +3,7 @@
 import pytest
 import torch
 from hub import Hub, close_session
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
 
 torch.set_num_threads(1)
 
@@ -30,9 +30,10 @@ def hub(tmp_path, monkeypatch):
     hub = Hub()
     # The client reads its environment when it is first imported, which may be long ago.
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-    )
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    # Before 1.0 it was copied into the module that uses it.
+    monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)
