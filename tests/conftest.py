@@ -28,21 +28,13 @@ def cache(tmp_path, monkeypatch):
 def hub(tmp_path, monkeypatch):
     """A Hub that this process uses, with an empty cache, nobody logged in, and no waiting between tries."""
     hub = Hub()
-    # The client reads its environment when it is first imported, which may be long ago.
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    hub.lead_here(monkeypatch, tmp_path / "cache")
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("time.sleep", lambda _: None)
-    close_session()
     with hub.serving():
         yield hub
     close_session()

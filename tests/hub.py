@@ -11,7 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+import pytest
+from huggingface_hub import constants, file_download
 
 try:
     from huggingface_hub import close_session
@@ -74,6 +78,19 @@ class Hub:
         """From now on connections are refused. May be called twice."""
         self._server.shutdown()
         self._server.server_close()
+
+    def lead_here(self, patch: pytest.MonkeyPatch, cache: Path) -> None:
+        """Make the client of this process use this Hub and an empty cache, without waiting between tries."""
+        template = self.url + "/{repo_id}/resolve/{revision}/{filename}"
+        # The client reads its environment when it is first imported, which may be long ago.
+        patch.setattr(constants, "ENDPOINT", self.url)
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        # Before 1.0 the module that uses it has a copy.
+        patch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+        patch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)
+        patch.setattr("time.sleep", lambda _: None)
+        close_session()
 
     @contextmanager
     def serving(self) -> Iterator[Hub]:

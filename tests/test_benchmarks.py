@@ -410,11 +410,13 @@ def test_the_tables_of_the_documentation_are_those_of_the_results(monkeypatch):
             tables.filled(text.replace(f"<!-- /{name} -->", ""), name, table())
 
 
-@pytest.mark.parametrize(("mode", "heads"), [("global", 5), ("global", 0), ("pre-aa", 0)])
-def test_train_step(mode, heads, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("mode", "heads", "views"), [("global", 5, (2, 3)), ("global", 0, (2,)), ("pre-aa", 0, (2,))]
+)
+def test_train_step(mode, heads, views, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     train_step, file = script("train_step"), tmp_path / "step.json"
-    arguments = ["--backbone", "mini", "--device", "cpu", "--size", "28", "42", "--views", "2", "3"]
+    arguments = ["--backbone", "mini", "--device", "cpu", "--size", "28", "42", "--views", *map(str, views)]
     arguments += ["--clips", "2", "--supervised-frames", "1", "--repeats", "2", "--json", str(file)]
     seen, real = [], train_step.Fit.step
     step = lambda fit, drawn: (seen.append(len(fit.weights.full_heads)), real(fit, drawn))  # noqa: E731
@@ -426,7 +428,7 @@ def test_train_step(mode, heads, tmp_path, monkeypatch):
     assert (report["mode"], report["full_heads"], report["supervised"]) == (mode, heads, 1)
     settings = [(row["stage"], row["views"]) for row in report["rows"]]
     stages = ("calibrate", "distil", "refine")
-    assert settings == [(stage, views) for views in (2, 3) for stage in stages]
+    assert settings == [(stage, count) for count in views for stage in stages]
     for row in report["rows"]:
         once = row["stage"] == "calibrate"
         assert (row["runs"], row["clips"]) == ((1, 8) if once else (2, 2)) and row["peak_gib"] is None

@@ -578,17 +578,55 @@ def test_each_change_of_parameters_after_each_accelerate_is_warned_of(model, cha
             run(model, random_images())
 
 
+@pytest.mark.parametrize("mode", ["global", "pre-aa"])
 @pytest.mark.parametrize("kind", ["frame_blocks", "global_blocks"])
-def test_a_block_that_is_replaced_afterwards_is_named(model, kind):
-    accelerate(model, 0.5, weights=None)
+def test_a_block_that_is_replaced_afterwards_is_named(model, kind, mode):
+    accelerate(model, 0.5, weights=None, mode=mode)
     blocks = model.get_submodule(f"aggregator.{kind}")
     blocks[2] = tiny_vggt(seed=1).get_submodule(f"aggregator.{kind}")[2]
     with pytest.warns(UserWarning, match=f"aggregator.{kind}.2 was replaced after accelerate"):
         run(model, random_images())
-    accelerate(model, 0.5, weights=None)
+    accelerate(model, 0.5, weights=None, mode=mode)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         run(model, random_images())
+
+
+@pytest.mark.parametrize("mode", ["global", "pre-aa"])
+def test_a_trunk_that_is_replaced_afterwards_is_named(model, mode):
+    accelerate(model, 0.5, weights=None, mode=mode)
+    model.aggregator = tiny_vggt(seed=1).aggregator
+    assert not is_accelerated(model)
+    with pytest.raises(PaceError, match="not accelerated"):
+        summary(model)
+    with pytest.warns(UserWarning, match="aggregator was replaced after accelerate"):
+        run(model, random_images())
+    accelerate(model, 0.5, weights=None, mode=mode)
+    assert is_accelerated(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        run(model, random_images())
+    stock = tiny_vggt()
+    stock.aggregator = tiny_vggt(seed=1).aggregator
+    assert_equal(run(remove(model), random_images()), run(stock, random_images()))
+
+
+@pytest.mark.parametrize("mode", ["global", "pre-aa"])
+def test_a_trunk_that_is_wrapped_afterwards_stays_accelerated(model, mode):
+    class Wrapper(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *args):
+            return self.inner(*args)
+
+    expected = run(accelerate(model, 0.5, weights=None, mode=mode), random_images())
+    model.aggregator = Wrapper(model.aggregator)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert_equal(run(model, random_images()), expected)
+    assert is_accelerated(model)
 
 
 def test_a_paused_block_may_be_closed_by_another_thread(model):

@@ -140,6 +140,23 @@ def test_scenes_that_are_left_out_are_named_and_hidden_ones_are_not(tmp_path):
         FolderSource(tmp_path / "only", 2, 28, "square")
 
 
+def test_folders_behind_links_are_looked_through_once(tmp_path):
+    elsewhere = tmp_path / "disk"
+    write_images(elsewhere / "a", 2)
+    write_images(elsewhere / "b", 2)
+    (elsewhere / "round").symlink_to(elsewhere)
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for name in ("scenes", "the same"):
+        (folder / name).symlink_to(elsewhere)
+    with pytest.raises(PaceError, match=r"left out 2 \(scenes/a, scenes/b\)"):
+        FolderSource(folder, 2, 28, "square")
+    (folder / "taken").symlink_to(elsewhere / "b")
+    with pytest.warns(UserWarning, match=r"left out 1 \(scenes/a\)"):
+        source = FolderSource(folder, 2, 28, "square")
+    assert source.description == "1 clip of 2 images"
+
+
 # ---- photographs
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -55,12 +56,17 @@ def folder(tmp_path):
     return write_images(tmp_path / "images", 9)
 
 
+def make_tiny(patch):
+    """Make `pacevggt train` train a tiny model, quickly: it finds one full-attention head, and draws no picture."""
+    patch.setattr(command, "load_backbone", lambda _: tiny_vggt())
+    patch.setattr(command, "LOG_EVERY", 2)
+    patch.setattr(command, "save_training_curve", lambda path, *_: path.touch())
+    patch.setattr(full_heads, "LEAST_ERROR", 0.0)
+
+
 @pytest.fixture
 def tiny(monkeypatch):
-    """`pacevggt train` trains a tiny model, quickly, and finds one full-attention head."""
-    monkeypatch.setattr(command, "load_backbone", lambda _: tiny_vggt())
-    monkeypatch.setattr(command, "LOG_EVERY", 2)
-    monkeypatch.setattr(full_heads, "LEAST_ERROR", 0.0)
+    make_tiny(monkeypatch)
 
 
 @pytest.fixture(params=["folder", "rooms"])
@@ -70,15 +76,25 @@ def place(request, folder):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A finished run on images like those of `folder`."""
+def runs(tmp_path_factory):
+    """Finished runs on images like those of `folder`, by mode, each made when it is first asked for."""
     base = tmp_path_factory.mktemp("finished")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "load_backbone", lambda _: tiny_vggt())
-        patch.setattr(command, "LOG_EVERY", 2)
-        patch.setattr(full_heads, "LEAST_ERROR", 0.0)
-        command.run_training(options(write_images(base / "images", 9), base / "out"))
-    return base / "out"
+
+    @cache
+    def finished(mode):
+        with pytest.MonkeyPatch.context() as patch:
+            make_tiny(patch)
+            images = write_images(base / mode / "images", 9)
+            command.run_training(options(images, base / mode / "out", settings=settings(mode=mode)))
+        return base / mode / "out"
+
+    return finished
+
+
+@pytest.fixture
+def finished(runs):
+    """A finished run of global pruning."""
+    return runs("global")
 
 
 class Harmful:
@@ -123,7 +139,8 @@ def killed_at(number, monkeypatch, start):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_run_writes_weights_report_and_curve(tiny, place, tmp_path, mode):
+def test_a_run_writes_weights_report_and_curve(tiny, place, tmp_path, mode, monkeypatch):
+    monkeypatch.setattr(command, "save_training_curve", curve.save_training_curve)
     state, before = torch.get_rng_state(), tiny_vggt().state_dict()
     out = tmp_path / "out"
     report = command.run_training(
@@ -155,11 +172,11 @@ def test_a_run_writes_weights_report_and_curve(tiny, place, tmp_path, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_each_stage_writes_what_it_taught(tiny, folder, tmp_path, mode):
-    report = command.run_training(options(folder, tmp_path, settings=settings(mode=mode)))
-    names = ("calibrated", "distilled", "pace")
-    stages = [load_file(tmp_path / f"{name}.safetensors") for name in names]
-    weights = [PaceWeights.load(tmp_path / f"{name}.safetensors") for name in names]
+def test_each_stage_writes_what_it_taught(runs, mode):
+    out, names = runs(mode), ("calibrated", "distilled", "pace")
+    report = json.loads((out / "report.json").read_text())
+    stages = [load_file(out / f"{name}.safetensors") for name in names]
+    weights = [PaceWeights.load(out / f"{name}.safetensors") for name in names]
     assert set(weights[0].modules()) == (
         {"restoration"} if mode == "pre-aa" else set()
     )  # nothing that is untrained
@@ -193,17 +210,19 @@ def test_a_calibration_alone_writes_no_untrained_deltas(tiny, place, tmp_path, m
 @pytest.mark.parametrize(
     ("mode", "dies_at"), [("global", 1), ("global", 4), ("pre-aa", 2), ("pre-aa", 4)]
 )  # in the first stage, between the stages, in the second
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(tiny, folder, tmp_path, monkeypatch, mode, dies_at):
-    plain = options(folder, tmp_path / "whole", settings=settings(mode=mode))
-    whole = command.run_training(plain)
-    killed = replace(plain, out=tmp_path / "killed")
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+    tiny, runs, folder, tmp_path, monkeypatch, mode, dies_at
+):
+    out = runs(mode)
+    whole = json.loads((out / "report.json").read_text())
+    killed = options(folder, tmp_path / "killed", settings=settings(mode=mode))
     killed_at(dies_at, monkeypatch, lambda: command.run_training(killed))
     monkeypatch.setattr(full_heads, "LEAST_ERROR", 1e9)  # it must not look for heads again
-    resumed = command.run_training(replace(killed, resume=True))
-    assert same_files(plain.out / "pace.safetensors", killed.out / "pace.safetensors")
+    resumed = json.loads(json.dumps(command.run_training(replace(killed, resume=True))))
+    assert same_files(out / "pace.safetensors", killed.out / "pace.safetensors")
     for name in ("checks", "losses", "full_heads"):
         assert resumed[name] == whole[name]
-    states = [torch.load(path / "state.pt", weights_only=True) for path in (plain.out, killed.out)]
+    states = [torch.load(path / "state.pt", weights_only=True) for path in (out, killed.out)]
     for one, other in zip(*(s["optimizer"]["state"].values() for s in states), strict=True):
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
@@ -218,8 +237,8 @@ def test_a_killed_run_on_rooms_goes_on_too(tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_run_may_start_from_weights(tiny, folder, tmp_path, mode):
-    command.run_training(options(folder, tmp_path / "first", settings=settings(mode=mode)))
+def test_a_run_may_start_from_weights(tiny, runs, folder, tmp_path, mode):
+    shutil.copytree(runs(mode), tmp_path / "first")
     start = str(tmp_path / "first" / "pace.safetensors")
     later = settings(mode=mode, distil=0.0, steps=4, seed=1)
     more = options(folder, tmp_path / "more", settings=later, start=start)
@@ -284,20 +303,22 @@ def test_a_run_goes_on_with_the_rank_and_the_strength_that_it_began_with(tiny, f
 
 
 @pytest.mark.parametrize("scorer_rate", [0.0, 0.5])
-def test_stage_two_leaves_the_scorer_alone_unless_it_is_told(tiny, folder, tmp_path, scorer_rate):
-    chosen = settings(mode="pre-aa", scorer_rate=scorer_rate)
-    command.run_training(options(folder, tmp_path, settings=chosen))
-    before, after = (load_file(tmp_path / f"{name}.safetensors") for name in ("distilled", "pace"))
+def test_stage_two_leaves_the_scorer_alone_unless_it_is_told(tiny, runs, folder, tmp_path, scorer_rate):
+    out = tmp_path if scorer_rate else runs("pre-aa")
+    if scorer_rate:
+        chosen = settings(mode="pre-aa", scorer_rate=scorer_rate)
+        command.run_training(options(folder, out, settings=chosen))
+    before, after = (load_file(out / f"{name}.safetensors") for name in ("distilled", "pace"))
     same = [torch.equal(value, after[name]) for name, value in before.items() if name.startswith("scorer")]
     assert all(same) if scorer_rate == 0 else not any(same)
 
 
-def test_a_finished_run_is_not_trained_on(tiny, folder, tmp_path):
-    command.run_training(options(folder, tmp_path))
-    (tmp_path / "pace.safetensors").rename(tmp_path / "before.safetensors")
-    report = command.run_training(options(folder, tmp_path, resume=True))
+def test_a_finished_run_is_not_trained_on(tiny, finished, folder, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "out")
+    (out / "pace.safetensors").rename(out / "before.safetensors")
+    report = command.run_training(options(folder, out, resume=True))
     assert report["steps"] == 6 and len(report["checks"]) == 4
-    assert same_files(tmp_path / "before.safetensors", tmp_path / "pace.safetensors")
+    assert same_files(out / "before.safetensors", out / "pace.safetensors")
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -313,19 +334,19 @@ def test_a_run_of_the_first_stage_alone(tiny, folder, tmp_path, mode):
     assert not any(up.any() for up in weights.block_deltas.up.values())
 
 
-def test_another_run_can_not_be_resumed(tiny, folder, tmp_path, monkeypatch):
-    command.run_training(options(folder, tmp_path))
+def test_another_run_can_not_be_resumed(tiny, finished, folder, tmp_path, monkeypatch):
+    out = shutil.copytree(finished, tmp_path / "out")
     for changes, named in (({"seed": 3}, "seed"), ({"mode": "pre-aa"}, "mode"), ({"views": (3,)}, "views")):
         with pytest.raises(PaceError, match=named):
-            command.run_training(options(folder, tmp_path, settings=settings(**changes), resume=True))
+            command.run_training(options(folder, out, settings=settings(**changes), resume=True))
     write_images(folder, 10)
     with pytest.raises(PaceError, match="source"):
-        command.run_training(options(folder, tmp_path, resume=True))
+        command.run_training(options(folder, out, resume=True))
     (folder / "009.png").unlink()
     with monkeypatch.context() as patch:
         patch.setattr(command, "load_backbone", lambda _: tiny_vggt(seed=1))
         with pytest.raises(PaceError, match="backbone"):
-            command.run_training(options(folder, tmp_path, resume=True))
+            command.run_training(options(folder, out, resume=True))
 
 
 def damaged(change):
@@ -401,6 +422,7 @@ def test_the_curve_of_a_calibration_has_no_empty_panel(losses, panels, tmp_path,
 def test_without_a_drawing_library_the_weights_are_written_all_the_same(
     tiny, folder, tmp_path, monkeypatch, capsys
 ):
+    monkeypatch.setattr(command, "save_training_curve", curve.save_training_curve)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     (tmp_path / "curve.png").write_bytes(b"of another run")
     command.run_training(options(folder, tmp_path, settings=settings(steps=0)))
@@ -517,6 +539,7 @@ from pacevggt_patch.method import full_heads
 full_heads.LEAST_ERROR = 0.0
 from pacevggt_patch.training import fit, run
 from test_training_runs import with_own_settings
+run.save_training_curve = lambda *_: None
 run.load_backbone, run.run_training, step = (lambda _: tiny_vggt()), with_own_settings, fit.Fit.step
 def says(self, drawn):
     print("step", self.step_number, flush=True)
@@ -682,7 +705,7 @@ def test_the_command_line(tiny, folder, tmp_path, capsys, mode):
     assert weights.block_deltas is None
     capsys.readouterr()
     start = ["--start", str(tmp_path / "fit" / "pace.safetensors"), "--out", str(tmp_path / "more")]
-    assert main([*given, *start, "--steps", "20"]) == 0
+    assert main([*given, *start, "--steps", "4"]) == 0
     assert "calibrating" not in capsys.readouterr().err
     training = PaceWeights.load(tmp_path / "more" / "pace.safetensors").training
     assert training["settings"]["distil"] == 0 and training["checks"][-1]["stage"] == "refined"

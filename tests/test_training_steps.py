@@ -257,7 +257,7 @@ def test_stage_two_brings_the_loss_down(folder, mode, share):
         fit = Fit(model, weights, source, settings)
         sample, plan = fit.finish(source.draw(0, 2, 3)), step_plan(settings, 0)
         before = fit.refine_loss(sample, plan)[0].item()
-        for _ in range(40):
+        for _ in range(25):
             fit.optimizer.zero_grad()
             fit.refine_loss(sample, plan)[0].backward()
             fit.optimizer.step()

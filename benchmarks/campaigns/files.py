@@ -340,7 +340,6 @@ def answers() -> dict[str, Callable[[Hub], object]]:
 @campaign("a Hub that answers wrongly gives an error in plain words and no weights; the next try works")
 def hub_faults(quick: bool) -> Iterator[Trial]:
     import pytest
-    from huggingface_hub import constants
 
     weights, everything = random_deltas(tiny_vggt()), answers()
     for name, spoil in everything.items():
@@ -351,13 +350,7 @@ def hub_faults(quick: bool) -> Iterator[Trial]:
             path = Path(folder) / "pace.safetensors"
             weights.save(path)
             hub.repository("user/pace").commit({"pace.safetensors": path.read_bytes()})
-            template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-            patch.setattr(constants, "ENDPOINT", hub.url)
-            patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-            patch.setattr(constants, "HF_HUB_CACHE", str(Path(folder) / "cache"))
-            patch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)
-            patch.setattr("time.sleep", lambda _: None)
-            close_session()
+            hub.lead_here(patch, Path(folder) / "cache")
             spoil(hub)
             trial = bounded(name, lambda: "weights all the same" if PaceWeights.load("user/pace") else None)
             if trial.problem is None and name != "nobody listens":

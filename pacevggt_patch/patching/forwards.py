@@ -109,6 +109,7 @@ class PreAATrunkForward(TrunkForward):
             )
         state.host.check_images(images)
         state.check_values()
+        state.check_blocks()
         state.clear()
         patch, before = state.host.patch_size, threads.clip
         threads.grid = images.shape[-2] // patch, images.shape[-1] // patch
@@ -541,6 +542,7 @@ class DenseHeadForward(Forward):
         state = self.state
         if state.paused:
             return self.own(*args, **kwargs)
+        state.check_trunk()
         # A head inside another module, such as a track head, feeds that module: it stays on its device.
         device: Any = None if "." in self.name else state.config.output_device
         tokens = restored_argument(args, kwargs) or token_list(args, kwargs, state)

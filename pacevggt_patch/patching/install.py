@@ -222,8 +222,8 @@ def check_foreign(model: nn.Module) -> None:
 
 
 def is_accelerated(model: nn.Module) -> bool:
-    """Whether `accelerate` is in force on this model (paused or not)."""
-    return bool(forwards_of(model))
+    """Whether `accelerate` is in force on this model (paused or not); not where its trunk was replaced since."""
+    return bool(_states(model))
 
 
 @contextmanager
@@ -345,7 +345,14 @@ def state_of(model: nn.Module) -> State:
     Raises:
         PaceError: it is not accelerated.
     """
-    forwards = forwards_of(model)
-    if not forwards:
+    states = _states(model)
+    if not states:
         raise PaceError("this model is not accelerated: call pacevggt_patch.accelerate(model) first")
-    return forwards[0].state
+    return states[0]
+
+
+def _states(model: nn.Module) -> list[State]:
+    """Of the replaced forwards whose trunk is in the model: without it the others do nothing."""
+    forwards = forwards_of(model)
+    modules = {id(module) for module in model.modules()}
+    return [forward.state for forward in forwards if id(forward.state.host.trunk) in modules]

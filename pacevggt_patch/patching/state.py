@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import GLOBAL, PaceConfig
 from ..errors import UnsupportedModelError
@@ -207,14 +207,23 @@ class State:
         self.values = values
 
     def check_blocks(self) -> None:
-        """Warn of blocks that somebody replaced since: others run in their place, unpruned."""
+        """Warn of blocks that somebody replaced since."""
+        trunk, within = self.host.trunk, self.host.trunk_name
         for kind, index, module in self.host.blocks:
-            name = f"{self.host.trunk_name}.{self.host.block_name(kind, index)}"
-            now = self.host.model.get_submodule(name)
-            if now is not module and all(part is not module for part in now.modules()):
-                self.say_once(
-                    f"{name} was replaced after accelerate, and runs as it is: call accelerate again"
-                )
+            self.check_place(trunk, self.host.block_name(kind, index), module, f"{within}.")
+
+    def check_trunk(self) -> None:
+        """Warn of another trunk that somebody put in the place of this one since: it runs unpruned."""
+        self.check_place(self.host.model, self.host.trunk_name, self.host.trunk)
+
+    def check_place(self, root: Any, name: str, module: Any, within: str = "") -> None:
+        """Warn where another module than this one, wrapped or not, is at a place below `root`."""
+        try:
+            now = root.get_submodule(name)
+        except AttributeError:
+            now = nn.Module()
+        if now is not module and all(part is not module for part in now.modules()):
+            self.say_once(f"{within}{name} was replaced after accelerate: call accelerate again")
 
     def clear(self) -> None:
         """Forget what the last forward pass did: another begins."""

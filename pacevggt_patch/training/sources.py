@@ -157,9 +157,14 @@ def clip_folders(folder: Path) -> list[Path]:
     if is_clip(folder):
         found = [folder]
     left = []
-    for root, folders, files in os.walk(folder):
-        path = Path(root)
-        if path not in found and ("clip.json" in files or any(split_images(path, files))):
+    taken, seen = {os.path.realpath(path) for path in found}, set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        path, real = Path(root), os.path.realpath(root)
+        if real in seen:  # a link to where we were
+            folders.clear()
+            continue
+        seen.add(real)
+        if real not in taken and ("clip.json" in files or any(split_images(path, files))):
             left.append(path.relative_to(folder).as_posix())
         # A clip.json says itself where its images lie; and one may have been given the root of a disk.
         ends = "clip.json" in files or len(path.relative_to(folder).parts) == DEEPEST

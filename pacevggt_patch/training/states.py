@@ -27,6 +27,13 @@ def writing(path: Path) -> Generator[None]:
         raise PaceError(f"{path} can't be written: {error.strerror or error}") from error
 
 
+@contextmanager
+def result_file(path: Path) -> Generator[Path]:
+    """A `whole_file`; an error of the disk becomes a PaceError that names the file."""
+    with writing(path), whole_file(path) as temporary:
+        yield temporary
+
+
 def save_state(state: dict[str, Any], path: Path) -> None:
     """Write a state, whole or not at all.
 
@@ -35,7 +42,7 @@ def save_state(state: dict[str, Any], path: Path) -> None:
     """
     content = io.BytesIO()  # writing to the disk itself, torch would not tell why it can't
     torch.save(state, content)
-    with writing(path), whole_file(path) as temporary:
+    with result_file(path) as temporary:
         temporary.write_bytes(content.getbuffer())
 
 

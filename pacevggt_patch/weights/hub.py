@@ -20,6 +20,7 @@ from ..errors import WeightsError, first_line
 
 HUB_FILE = "pace.safetensors"
 SHA_256 = re.compile("[0-9a-f]{64}")
+REJECTED_TOKEN = "the Hub rejects your token, log in with `hf auth login` or fix HF_TOKEN"
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^@\s]+))?")
 
 
@@ -51,6 +52,8 @@ def download(repo: str, revision: str | None) -> Path:
         status = http_status(error.__cause__)
         if constants.HF_HUB_OFFLINE:
             problem = f"{name} is not in the Hub cache and HF_HUB_OFFLINE is set: unset it once to download {HUB_FILE}"
+        elif status == 401:
+            problem = f"{name} can't be downloaded: {REJECTED_TOKEN}"
         elif status is not None:
             problem = (
                 f"{name} is not in the Hub cache and the Hub answers with HTTP status {status}: try again later, or "
@@ -70,7 +73,7 @@ def download(repo: str, revision: str | None) -> Path:
     except Exception as error:  # of the client's HTTP library, which differs between its versions
         reason = first_line(error)
         if http_status(error) == 401:
-            reason = "the Hub rejects your token, log in with `hf auth login` or fix HF_TOKEN"
+            reason = REJECTED_TOKEN
         raise WeightsError(f"{name} can't be downloaded: {reason}") from error
 
 

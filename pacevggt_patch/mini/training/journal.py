@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ...runtime.files import whole_file
-from ...training.states import writing
+from ...training.states import result_file
 
 SPEAK_EVERY = 200  # steps
 
@@ -93,7 +92,7 @@ class Journal:
 
 def write_curve(records: list[dict[str, Any]], folder: Path) -> None:
     """`curve.json`, and `curve.png` where matplotlib is installed."""
-    with writing(folder / "curve.json"), whole_file(folder / "curve.json") as temporary:
+    with result_file(folder / "curve.json") as temporary:
         temporary.write_text(json.dumps(records, indent=0))
     try:
         import matplotlib.pyplot as plt
@@ -114,6 +113,6 @@ def write_curve(records: list[dict[str, Any]], folder: Path) -> None:
         axis.grid(alpha=0.3)
     cameras.legend()
     depth.legend()
-    with writing(folder / "curve.png"), whole_file(folder / "curve.png") as temporary:
+    with result_file(folder / "curve.png") as temporary:
         figure.savefig(temporary, dpi=90)
     plt.close(figure)

@@ -36,10 +36,9 @@ from torch import Tensor
 from ...arguments import number, whole
 from ...errors import PaceError
 from ...runtime.device import usable_device
-from ...runtime.files import whole_file
 from ...training.seeds import mixed_seed
 from ...training.signals import Signals, Stopped
-from ...training.states import STATE_FILE, loaded_state, results_folder, save_state, writing
+from ...training.states import STATE_FILE, loaded_state, result_file, results_folder, save_state
 from ...weights.tensorfile import read_tensors
 from ..model import MiniConfig, save_mini
 from ..scenes.textures import load_photographs, texture_atlas
@@ -105,7 +104,7 @@ def save_level(trainer: Trainer, path: Path) -> None:
         for part, module in parts.items()
         for name, value in module.state_dict().items()
     }
-    with writing(path), whole_file(path) as temporary:
+    with result_file(path) as temporary:
         save_file(tensors, temporary, {"step": str(trainer.step_number)})
 
 
