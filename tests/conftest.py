@@ -1,11 +1,19 @@
 """Set-up that every test shares."""
 
+import gc
+
 import pytest
 import torch
 from hub import Hub, close_session
 from huggingface_hub import constants
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: looking through it again and again for garbage takes a good part of the time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import shutil
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -19,6 +21,20 @@ LAYERS = (0, 1, 2, 3)
 
 
 def tiny_vggt(
+    package: str = "vggt", *, all_layers: bool = False, track: bool = False, group: int = 1, seed: int = 0
+) -> nn.Module:
+    """A model of `build_vggt`, made anew or copied: a track head takes ten times as long to make as to copy."""
+    if track and package == "vggt":
+        return copy.deepcopy(_with_track_head(all_layers, group, seed))
+    return build_vggt(package, all_layers=all_layers, track=track, group=group, seed=seed)
+
+
+@cache
+def _with_track_head(all_layers: bool, group: int, seed: int) -> nn.Module:
+    return build_vggt(all_layers=all_layers, track=True, group=group, seed=seed)
+
+
+def build_vggt(
     package: str = "vggt", *, all_layers: bool = False, track: bool = False, group: int = 1, seed: int = 0
 ) -> nn.Module:
     """A VGGT of C=32 and 4 + 4 blocks with camera, depth and point heads (and a track head), in eval mode.
