@@ -165,7 +165,7 @@ def joined(
         log_weight: logarithm of how many times a key of the second set counts.
     """
     share = torch.sigmoid(second_sums + log_weight - first_sums).mT.unsqueeze(-1)  # [B, L, heads, 1]
-    return torch.lerp(first.float(), second.float(), share).to(first.dtype)
+    return torch.lerp(first, second, share.to(first.dtype))
 
 
 def _by_library(run: Callable, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
