@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pacevggt_patch.method.few_keys import keys_of_clip
 from pacevggt_patch.method.propagation import ROWS
 
 # Dense bfloat16 product and large copy, as measured on an H100 80 GB.
@@ -211,7 +212,10 @@ def stage_work(
     work["frame blocks"] = dims.depth * block(frames, in_frames, channels, size, positions=True)
     whole = full if global_alone and kept < patches else ()
     few = dims.depth - len(whole)  # blocks
-    work["global blocks"] = few * block(1, frames * length, channels, size, positions=True)
+    pairs = None  # of queries and keys
+    if global_alone and kept < patches:
+        pairs = frames * length * keys_of_clip(frames, dims.special, patches, kept)
+    work["global blocks"] = few * block(1, frames * length, channels, size, True, pairs)
     if kept < patches:
         heads, size = len(dims.dense), dims.aggregator_bytes
 
@@ -230,8 +234,8 @@ def stage_work(
             near += Work(passes=4 * patches * 8 * kept)
             work["propagation"] = frames * (near + few * moved) + few * slope
             for share in whole:
-                pairs = share * (frames * in_frames) ** 2 + (1 - share) * (frames * length) ** 2
-                work["global blocks"] += block(1, frames * in_frames, channels, size, True, pairs)
+                mixed = share * (frames * in_frames) ** 2 + (1 - share) * (pairs or 0)
+                work["global blocks"] += block(1, frames * in_frames, channels, size, True, mixed)
                 wide = (1 - share) * channels  # of the heads that are filled in
                 if not wide:
                     continue

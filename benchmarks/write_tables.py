@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 # Setting, as in the names of result files -> what it is called, and the call.
 SETTINGS = {
-    "default": ("global pruning, bundled weights", "`accelerate(model)`"),
+    "default": ("global pruning, bundled calibration", "`accelerate(model)`"),
     "calibrated": ("global pruning, calibrated on the first clip", "`accelerate(model)`, no file that fits"),
     "training-free": ("global pruning, training-free", "`weights=None`"),
     "pre-aa": ("pre-AA pruning, bundled weights", '`mode="pre-aa"`'),
@@ -33,6 +33,7 @@ CHANGED = ("rooms-8", "redkitchen")  # clips that these were measured on
 CHANGES = ("default", "calibrated", "pre-aa")  # settings
 RATIOS = (0.3, 0.15)
 STAGES = ("training-free", "calibrated", "distilled", "refined")
+LENGTHS = (8, 24, 96, 300)  # frames of the clips of the longer measurements
 UNPRUNED = {
     "rooms-8": "24 rooms, 8 views",
     "rooms-24": "12 rooms, 24 views",
@@ -119,16 +120,27 @@ def changes_table() -> str:
     return table(["setting", "keep ratio", *(CLIPS[name] for name in CHANGED)], lines)
 
 
+def lengths_table() -> str:
+    """What the default costs on clips of several lengths."""
+    lines = []
+    for frames in LENGTHS:
+        unpruned, pruned = (row_of(f"long-rooms-{frames}", ratio) for ratio in (1.0, 0.3))
+        cells = [f"{row['auc30']:.1f} / {row['absrel']:.4f}" for row in (unpruned, pruned)]
+        count = report(f"long-rooms-{frames}")["count"]
+        lines.append([str(frames), str(count), *cells, *(change(pruned, key) for key in ("auc30", "absrel"))])
+    head = ["frames", "rooms", "unpruned", "`accelerate(model)`", "change of AUC@30", "change of AbsRel"]
+    return table(head, lines)
+
+
 def stages_table() -> str:
     """What each stage of training weights of global pruning is worth, with the spread over seeds."""
     lines = []
-    for name, title in CLIPS.items():
-        rows = json.loads((RESULTS / f"pace-mini-dense-{name}.json").read_text())["rows"]
-        found = {(row["stage"], row["keep_ratio"]): row for row in rows}
-        for ratio in sorted({ratio for stage, ratio in found if stage != "unpruned"}, reverse=True):
-            cells = [found["unpruned", 1.0], *(found[stage, ratio] for stage in STAGES)]
-            lines.append([title, f"{ratio:g}", *map(both_metrics, cells)])
-    return table(["clips", "keep ratio", "unpruned", *STAGES], lines)
+    for frames in LENGTHS:
+        found = json.loads((RESULTS / f"pace-mini-global-rooms-{frames}.json").read_text())
+        rows = {row["stage"]: row for row in found["rows"]}
+        cells = [rows["unpruned"], *(rows[stage] for stage in STAGES)]
+        lines.append([f"{found['count']} rooms, {frames} views", *map(both_metrics, cells)])
+    return table(["clips", "unpruned", *STAGES], lines)
 
 
 def both_metrics(row: dict[str, Any]) -> str:
@@ -151,35 +163,35 @@ def unpruned_table() -> str:
     return table(head, lines)
 
 
-# Seconds of VGGT-1B's shape: what a row is called, its file, and its full-attention heads.
+# Seconds of VGGT-1B's shape: what a row is called, and its files.
+EIGHT = ("latency-vggt-1b-h200", "latency-vggt-1b-h200-1000")
 GPU_ROWS = [
-    ("global pruning, 8 full-attention heads", "latency-vggt-1b-h200"),
-    ("global pruning, no full-attention heads", "latency-vggt-1b-h200-heads-0"),
-    ("global pruning, 24 full-attention heads", "latency-vggt-1b-h200-heads-24"),
-    ("pre-AA pruning", "latency-vggt-1b-h200-pre-aa"),
+    ("global pruning, 8 full-attention heads", EIGHT),
+    ("global pruning, 24 full-attention heads", ("latency-vggt-1b-h200-heads-24",)),
+    ("global pruning, 60 full-attention heads", ("latency-vggt-1b-h200-heads-60",)),
+    ("pre-AA pruning", ("latency-vggt-1b-h200-pre-aa",)),
 ]
 GPU_FRAMES, CPU_FRAMES = (100, 300, 1000), (8, 24, 48)
 CPU_ROWS = [
-    ("global pruning, 5 full-attention heads", "latency-mini-cpu"),
-    ("pre-AA pruning, no weights", "latency-mini-cpu-pre-aa"),
+    ("global pruning, 5 full-attention heads", ("latency-mini-cpu",)),
+    ("pre-AA pruning, no weights", ("latency-mini-cpu-pre-aa",)),
 ]
-# Setting of README.md: what it is called, the call, the file with its seconds (None: not timed), and with its loss.
+# Setting of README.md: what it is called, the call, the files with its seconds (None: not timed), and with its loss.
 README_ROWS = [
-    ("**global pruning, calibrated by itself**", "`accelerate(model)`", "latency-vggt-1b-h200", "calibrated"),
-    ("global pruning, trained weights", "`weights=FILE`", None, "default"),
+    ("**global pruning, calibrated by itself**", "`accelerate(model)`", EIGHT, "calibrated"),
     (
         "pre-AA pruning, no weights",
         '`mode="pre-aa", weights=None`',
-        "latency-vggt-1b-h200-pre-aa",
+        ("latency-vggt-1b-h200-pre-aa",),
         "pre-aa-training-free",
     ),
     ("pre-AA pruning, trained weights", '`mode="pre-aa"`', None, "pre-aa"),
 ]
 
 
-def timings(name: str) -> dict[tuple[str, int], dict[str, Any]]:
-    """Rows of a file that `latency.py` wrote, by variant and number of frames."""
-    rows = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+def timings(*names: str) -> dict[tuple[str, int], dict[str, Any]]:
+    """Rows of files that `latency.py` wrote, by variant and number of frames."""
+    rows = [row for name in names for row in json.loads((RESULTS / f"{name}.json").read_text())["rows"]]
     return {(row["variant"], row["frames"]): row for row in rows}
 
 
@@ -197,8 +209,8 @@ def gpu_table() -> str:
     """Latency of VGGT-1B's shape on one GPU."""
     stock = timings("latency-vggt-1b-h200")
     lines = [["stock", *(seconds(stock.get(("stock", n))) for n in GPU_FRAMES)]]
-    for title, name in GPU_ROWS:
-        found = timings(name)
+    for title, names in GPU_ROWS:
+        found = timings(*names)
         cells = [seconds(found.get(("pace", n)), stock.get(("stock", n))) for n in GPU_FRAMES]
         lines.append([title, *cells])
     return table(["setting", *(f"{n} frames" for n in GPU_FRAMES)], lines)
@@ -207,8 +219,8 @@ def gpu_table() -> str:
 def cpu_table() -> str:
     """Latency of VGGT-mini on the CPU."""
     lines = []
-    for title, name in CPU_ROWS:
-        found = timings(name)
+    for title, names in CPU_ROWS:
+        found = timings(*names)
         for n in CPU_FRAMES:
             stock, pace = found["stock", n], found["pace", n]
             lines.append([title, str(n), seconds(stock), seconds(pace, stock)])
@@ -220,8 +232,8 @@ def readme_table() -> str:
     stock = timings("latency-vggt-1b-h200")
     head = ["setting", "call", *(f"{n} frames" for n in GPU_FRAMES), "AUC@30 lost", "AbsRel worse by"]
     lines = [["stock", "", *(seconds(stock.get(("stock", n))) for n in GPU_FRAMES), "", ""]]
-    for title, call, name, quality in README_ROWS:
-        found = None if name is None else timings(name)
+    for title, call, names, quality in README_ROWS:
+        found = None if names is None else timings(*names)
         cells = ["not timed"] * len(GPU_FRAMES)
         if found is not None:
             cells = [seconds(found.get(("pace", n)), stock.get(("stock", n))) for n in GPU_FRAMES]
@@ -264,6 +276,7 @@ def filled(text: str, name: str, table: str) -> str:
 TABLES = [
     (ROOT / "docs" / "quality.md", "settings", settings_table),
     (ROOT / "docs" / "quality.md", "changes", changes_table),
+    (ROOT / "docs" / "quality.md", "lengths", lengths_table),
     (ROOT / "docs" / "quality.md", "stages", stages_table),
     (ROOT / "docs" / "latency.md", "gpu", gpu_table),
     (ROOT / "docs" / "latency.md", "cpu", cpu_table),

@@ -6,6 +6,7 @@ from hosts import assert_equal, random_images, run, tiny_vggt, with_heads
 
 from pacevggt_patch import accelerate, is_accelerated, summary
 from pacevggt_patch.method.cost import GPU_FLOPS_PER_PICK, pruning_pays, saved_flops
+from pacevggt_patch.method.few_keys import keys_of_clip
 from pacevggt_patch.method.propagation import ROWS
 from pacevggt_patch.patching import state
 
@@ -33,7 +34,8 @@ def test_pre_aa_pruning_saves_in_frames_and_across_them():
 
 def test_global_pruning_saves_global_attention_alone():
     sizes = dict(frames=10, patches=100, kept=30, special=5, channels=64, blocks=4)
-    saved = block_flops(1, 10 * 105, 64) - block_flops(1, 10 * 35, 64)
+    pairs = 10 * 35 * keys_of_clip(10, 5, 100, 30)  # of queries and keys
+    saved = block_flops(1, 10 * 105, 64) - block_flops(1, 10 * 35, 64) + 4 * 64 * ((10 * 35) ** 2 - pairs)
     propagation = 2 * 10 * (100 * 30 * 64 + 140 * 64**2)
     rows = min(10 * 30, ROWS * 64)  # tokens that the regression looks at
     regression = 2 * 2 * rows * 64**2 + 7 * 64**3 // 3
@@ -41,7 +43,7 @@ def test_global_pruning_saves_global_attention_alone():
     assert one == pytest.approx(4 * (saved - propagation - regression))
     # With heads that see all tokens: one of four blocks has a half of them, then all heads of all blocks are such.
     some = saved_flops(**sizes, full=[0.5])
-    attention = 4 * 64 * 100 * (105**2 - 35**2)
+    attention = 4 * 64 * (100 * 105**2 - pairs)
     filled = 2 * 10 * 32 * (100 * 30 + 140 * 64) + 2 * 256 * 64 * (64 + 32)
     assert some == pytest.approx(one * 3 / 4 + attention / 2 - filled)
     assert saved_flops(**sizes, full=[1.0] * 4) == 0

@@ -10,7 +10,7 @@ from hosts import random_images, tiny_vggt, with_heads
 
 from pacevggt_patch import accelerate, remove
 from pacevggt_patch.method import few_keys as module
-from pacevggt_patch.method.few_keys import FRAMES, SHARE, FewKeys, few_keys, keys_of_frame
+from pacevggt_patch.method.few_keys import FRAMES, SHARE, FewKeys, few_keys, keys_of_clip, keys_of_frame
 from pacevggt_patch.method.global_pruning import Plan, joined
 from pacevggt_patch.method.propagation import make_propagation
 from pacevggt_patch.patching.global_attention import FewKeysAttention, by_host
@@ -75,6 +75,7 @@ def test_keys_are_those_of_a_loop(batch, frames, keep):
         assert ours.keys() == theirs.keys()
         for place, weight in theirs.items():
             assert ours[place] == pytest.approx(weight)
+    assert found.index.shape[1] == keys_of_clip(frames, SPECIAL, PATCHES, keep)
     # All together stand for all tokens of the clip.
     assert weights.sum() == pytest.approx(frames * (SPECIAL + PATCHES))
 

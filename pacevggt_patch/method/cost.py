@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .few_keys import keys_of_clip
 from .propagation import ROWS
 
 # On a GPU tokens are picked one after another, and each pick waits for a few small kernels, however few frames there
 # are; every global block solves a regression. The device could do this much of attention and MLP in the meantime. An
-# H200 gained from 24 frames of 392x518 on at keep ratio 0.3, and not yet at 16 (latency-vggt-1b-h200.json).
+# H200 gained from 24 frames of 392x518 on at keep ratio 0.3, and not yet at 16 (latency-vggt-1b-h200-earlier.json).
 GPU_FLOPS_PER_PICK = 150e9
 
 
@@ -47,6 +48,11 @@ def saved_flops(
     before, after = special + patches, special + kept
     saved = in_clip(before) - in_clip(after)
     if global_alone:
+        keys = keys_of_clip(frames, special, patches, kept)
+        others = (
+            frames * after * (frames * after - keys)
+        )  # pairs of queries and keys that are left out besides
+        saved += 4 * channels * others
         # Propagation: a mean over kept tokens, and a product of each token's own by a regression.
         saved -= 2 * frames * (patches * kept * channels + (before + after) * channels**2)
         saved -= 4 * min(frames * kept, ROWS * channels) * channels**2 + 7 * channels**3 // 3
@@ -57,7 +63,7 @@ def saved_flops(
         filled = (1 - share) * channels
         if not filled:
             continue
-        saved += 4 * filled * ((frames * before) ** 2 - (frames * after) ** 2)
+        saved += 4 * filled * ((frames * before) ** 2 - frames * after * keys)
         saved -= 2 * frames * filled * (patches * kept + (before + after) * channels)
         saved -= 2 * min(frames * kept, ROWS * channels) * channels * (channels + filled)
     return saved

@@ -34,6 +34,11 @@ class FewKeys(NamedTuple):
     index: Tensor
     repeats: Repeats | None
 
+    def of(self, tensor: Tensor) -> Tensor:
+        """Keys or values [B, heads, m, d] of those of special and kept tokens, [B, heads, S * (n + K), d]."""
+        index = self.index[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3])
+        return tensor.gather(2, index)
+
     def attend(self, query: Tensor, key: Tensor, value: Tensor, attention: Callable[..., Tensor]) -> Tensor:
         """Attention [B, heads, L, d] of L queries to these keys.
 
@@ -42,8 +47,7 @@ class FewKeys(NamedTuple):
             key, value: of special and kept tokens, [B, heads, S * (n + K), d].
             attention: of queries, keys, values and `Repeats`.
         """
-        index = self.index[:, None, :, None].expand(-1, *key.shape[1:2], -1, key.shape[3])  # [B, heads, m, d]
-        return attention(query, key.gather(2, index), value.gather(2, index), self.repeats)
+        return attention(query, self.of(key), self.of(value), self.repeats)
 
 
 def keys_of_frame(frames: int, patches: int, kept: int) -> int:
@@ -53,6 +57,11 @@ def keys_of_frame(frames: int, patches: int, kept: int) -> int:
     """
     share = SHARE * (FRAMES / frames) ** (SHORT if frames < FRAMES else LONG)
     return max(1, min(patches, int(share * kept)))
+
+
+def keys_of_clip(frames: int, special: int, patches: int, kept: int) -> int:
+    """m: all keys of a clip of so many frames, of n special and P patch tokens each."""
+    return frames * special + patches + (frames - 1) * keys_of_frame(frames, patches, kept)
 
 
 def few_keys(propagation: Propagation, batch: int = 1) -> FewKeys | None:

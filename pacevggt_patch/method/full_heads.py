@@ -80,9 +80,14 @@ def joined_heads(
     seen = [attention(*whole)] if whole else []
     if not others:
         return seen[0]
-    inputs = [pick(few.pop(0), others) for _ in range(3)]
-    found = attention(*inputs) if plan.keys is None else plan.keys.attend(*inputs, attention)
-    del inputs
+    query = pick(few.pop(0), others)
+    if plan.keys is None:
+        found = attention(query, *(pick(few.pop(0), others) for _ in range(2)))
+    else:  # few are left before they are copied
+        keys = [pick(plan.keys.of(few.pop(0)), others) for _ in range(2)]
+        found = attention(query, *keys, plan.keys.repeats)
+        del keys
+    del query
     known = value.transpose(1, 2).reshape(frames, length, heads * width)
     found = found.transpose(1, 2).reshape(frames, -1, len(others) * width)
     seen = [t.transpose(1, 2).reshape(frames, length, len(full), width) for t in seen]
