@@ -146,8 +146,9 @@ def test_the_model_gives_the_same(model, keep_ratio, mode, kind, runs):
     pruned(model, keep_ratio, weights=weights, mode=mode)
     runs.clear()  # those of the trial
     expected = run(model, images)
-    # Uncompiled they serve where something is changed, and nothing is in the stock model.
-    assert len(runs) == (0 if weights is None or keep_ratio == 1 else 8)
+    # Uncompiled they serve where something is changed, as keys are in global blocks, and nothing is in the stock model.
+    without = 4 if mode == "global" else 0
+    assert len(runs) == (0 if keep_ratio == 1 else without if weights is None else 8)
     pruned(model, keep_ratio, weights=weights, mode=mode, compile=True)
     runs.clear()
     found = run(model, images)
@@ -164,7 +165,9 @@ def test_autocast(model, runs, mode):
     images = random_images()
     with torch.autocast("cpu", torch.bfloat16):
         expected = run(pruned(model, 1.0, mode=mode), images)
-        found = run(pruned(model, 1.0, mode=mode, compile=True), images)
+        pruned(model, 1.0, mode=mode, compile=True)
+        runs.clear()  # those of the trial
+        found = run(model, images)
     assert len(runs) == 10
     close(found, expected, 0.05)
 
@@ -273,6 +276,7 @@ def test_blocks_of_another_make_run_as_they_are(model, change, when, runs):
     pruned(model, 0.4, compile=True)
     if when == "after":
         change(model)
+    runs.clear()
     close(run(model, images), expected)
     assert len(runs) == 9 and model.aggregator.global_blocks[1] not in runs
 
@@ -298,6 +302,7 @@ def test_watched_blocks_run_as_they_are(model, what, runs):
         block.sample_drop_ratio = 1e-9
         block.drop_path1 = type("DropPath", (nn.Identity,), {})()
         block.train()
+    runs.clear()
     found = run(model, images)
     if what != "dropout":
         close(found, expected)

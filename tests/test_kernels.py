@@ -154,7 +154,7 @@ def test_importing_the_package_imports_no_library():
 @pytest.mark.parametrize("scale", [None, 0.4])
 def test_our_own_calls_go_to_the_library_too(fake, scale):
     query, key, value = inputs(keys=7, requires_grad=False)
-    found = attention.attention(query, key, value, scale)
+    found = attention.attention(query, key, value, scale=scale)
     assert len(fake.calls) == 1
     expected = F.scaled_dot_product_attention(query, key, value, scale=scale)
     torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
@@ -199,8 +199,8 @@ def test_it_leaves_a_model_that_keeps_all_tokens_alone(fake, mode):
         assert torch.equal(model.aggregator(images)[0][3], stock) and not fake.calls
 
 
-# Sequences and their tokens: of DINO, of frame blocks, of global blocks.
-SHAPES = {"global": [(3, 25), (3, 25), (1, 39)], "pre-aa": [(3, 25), (3, 13), (1, 39)]}
+# Sequences and their tokens: of DINO, of frame blocks, of global blocks, and the keys of those.
+SHAPES = {"global": [(3, 25), (3, 25), (1, 39), (1, 75)], "pre-aa": [(3, 25), (3, 13), (1, 39), (1, 39)]}
 
 
 @pytest.mark.parametrize("compile", [False, True])
@@ -214,8 +214,8 @@ def test_it_serves_dino_frame_and_global_blocks(fake, compile, mode, monkeypatch
     with torch.inference_mode():
         tokens = list(model.aggregator(images)[0])
         kept = summary(model).kept
-        dino, frame, whole = ((*shape, 2, 16) for shape in SHAPES[mode][:3])
-        assert [call[:2] for call in fake.calls] == [(dino, dino)] * 2 + [(frame, frame), (whole, whole)] * 4
+        dino, frame, whole, keys = ((*shape, 2, 16) for shape in SHAPES[mode])
+        assert [call[:2] for call in fake.calls] == [(dino, dino)] * 2 + [(frame, frame), (whole, keys)] * 4
         monkeypatch.setattr(attention, "is_hopper", lambda device: False)
         other = list(model.aggregator(images)[0])
     assert len(fake.calls) == 10

@@ -148,7 +148,7 @@ def breakable(mode: str) -> list[tuple[Any, str]]:
     """Functions that a forward pass calls on its way."""
     from pacevggt_patch.hosts import blocks, dpt
     from pacevggt_patch.method import global_pruning, pre_aa, propagation, scoring
-    from pacevggt_patch.patching import forwards, heads, state
+    from pacevggt_patch.patching import forwards, global_attention, heads, state
 
     found: list[tuple[Any, str]] = [
         (state.State, "begin"), (scoring, "coverage_scores"), (heads, "room"), (dpt, "dense_head"),
@@ -159,7 +159,7 @@ def breakable(mode: str) -> list[tuple[Any, str]]:
     if mode == "global":
         found += [
             (state, "keep_best"), (state, "make_propagation"), (state, "joined"), (forwards, "run_on_kept"),
-            (forwards, "joined_heads"), (propagation, "solve_ridge"), (blocks, "before_attention"),
+            (global_attention, "joined_heads"), (propagation, "solve_ridge"), (blocks, "before_attention"),
             (blocks, "after_attention"), (global_pruning, "token_scores"),
         ]  # fmt: skip
     else:
