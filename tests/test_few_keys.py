@@ -10,7 +10,7 @@ from hosts import random_images, tiny_vggt, with_heads
 
 from pacevggt_patch import accelerate, remove
 from pacevggt_patch.method import few_keys as module
-from pacevggt_patch.method.few_keys import FRAMES, SHARE, FewKeys, few_keys, keys_of_clip, keys_of_frame
+from pacevggt_patch.method.few_keys import FewKeys, few_keys, keys_of_clip, keys_of_frame
 from pacevggt_patch.method.global_pruning import Plan, joined
 from pacevggt_patch.method.propagation import make_propagation
 from pacevggt_patch.patching.global_attention import FewKeysAttention, by_host
@@ -38,7 +38,7 @@ def keys_by_hand(plan, count):
         places = []
         for frame in range(frames):
             places += [(frame * length + n, 1.0) for n in range(SPECIAL)]
-            if frame == 0:
+            if frame == 0 or count == kept:
                 patches, weight = range(PATCHES), 1.0
             else:
                 period, weight = math.ceil(PATCHES / count), PATCHES / count
@@ -49,6 +49,15 @@ def keys_by_hand(plan, count):
                 places.append((frame * length + SPECIAL + best, weight))
         found.append(places)
     return found
+
+
+def told(keys, clip):
+    """Places and counts of the keys of a clip."""
+    if keys.index is None:
+        return range(keys.counts.shape[1]), keys.counts[clip].tolist()
+    alone, weight = keys.counts
+    places = keys.index[clip].tolist()
+    return places, [1.0] * alone + [weight] * (len(places) - alone)
 
 
 def bag(places, weights):
@@ -65,36 +74,32 @@ def bag(places, weights):
 def test_keys_are_those_of_a_loop(batch, frames, keep):
     plan = some_plan(frames, keep, batch)
     found = few_keys(plan.propagation, batch)
-    count = keys_of_frame(frames, PATCHES, keep)
-    weights = np.ones(found.index.shape[1])
-    if found.repeats is not None:
-        weights[found.repeats.alone :] = found.repeats.weight
+    count = keys_of_frame(frames, keep)
     for clip, wanted in enumerate(keys_by_hand(plan, count)):
-        ours = bag(found.index[clip].tolist(), weights)
-        theirs = bag(*zip(*wanted, strict=True))
+        places, counts = told(found, clip)
+        assert len(places) == keys_of_clip(frames, SPECIAL, PATCHES, keep)
+        # All together stand for all tokens of the clip.
+        assert sum(counts) == pytest.approx(frames * (SPECIAL + PATCHES))
+        ours, theirs = bag(places, counts), bag(*zip(*wanted, strict=True))
         assert ours.keys() == theirs.keys()
         for place, weight in theirs.items():
             assert ours[place] == pytest.approx(weight)
-    assert found.index.shape[1] == keys_of_clip(frames, SPECIAL, PATCHES, keep)
-    # All together stand for all tokens of the clip.
-    assert weights.sum() == pytest.approx(frames * (SPECIAL + PATCHES))
 
 
 def test_a_kept_token_stands_for_itself():
-    plan = some_plan(3, 6)
-    keys = few_keys(plan.propagation).index[0][3 * SPECIAL :][:PATCHES]  # of the first frame
+    plan = some_plan(30, 6)
+    keys = few_keys(plan.propagation).index[0][30 * SPECIAL :][:PATCHES]  # of the first frame
     assert keys[plan.kept[0]].tolist() == [SPECIAL + i for i in range(6)]
 
 
 def test_longer_clips_have_fewer_keys_a_frame_and_more_in_all():
     patches, kept = 1036, 311
-    counts = [keys_of_frame(frames, patches, kept) for frames in range(1, 3001)]
-    assert counts == sorted(counts, reverse=True) and counts[0] == patches and counts[-1] >= 1
-    assert all(count <= SHARE * kept for count in counts[FRAMES - 1 :])
-    assert counts[23] >= kept
-    totals = [frames * counts[frames - 1] for frames in (96, 300, 1000, 3000)]
-    assert totals == sorted(totals) and totals[-1] < 30 * totals[0]
-    assert keys_of_frame(10**6, 4, 1) == 1
+    counts = [keys_of_frame(frames, kept) for frames in range(1, 3001)]
+    assert counts == sorted(counts, reverse=True) and counts[23] == kept > counts[24]
+    assert all(count <= kept / 4 for count in counts[95:])
+    totals = [keys_of_clip(frames, 5, patches, kept) for frames in (1, 24, 96, 300, 1000, 3000)]
+    assert totals == sorted(totals) and totals[-1] < 20 * totals[1]
+    assert keys_of_frame(10**6, 1) == 1
 
 
 def softmax_attention(query, key, value, weights, scale):
@@ -122,6 +127,18 @@ def test_keys_count_several_times(dtype, alone, weight):
         assert found.dtype == dtype
         wanted = softmax_attention(query, key, value, weights, 8**-0.5 if scale is None else scale)
         torch.testing.assert_close(found.double(), wanted, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+def test_each_key_counts_for_itself():
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 3, 7, 8, generator=generator)
+    key, value = torch.randn(2, 2, 3, 9, 8, generator=generator)
+    counts = 1 + 9 * torch.rand(2, 9, generator=generator)
+    found = attention(query, key, value, counts, 0.3)
+    for clip, wanted in enumerate(found):
+        one = slice(clip, clip + 1)
+        by_hand = softmax_attention(query[one], key[one], value[one], counts[clip], 0.3)
+        torch.testing.assert_close(wanted[None].double(), by_hand, rtol=1e-5, atol=1e-5)
 
 
 def test_a_library_is_asked_twice_and_its_answers_joined(monkeypatch):
@@ -175,7 +192,7 @@ def test_a_block_of_its_own_code_gives_what_an_open_one_gives(heads, monkeypatch
     monkeypatch.setattr("pacevggt_patch.patching.forwards.BlockForward.fits", lambda *_: False)
     torch.testing.assert_close(model.aggregator(images)[0][-1], closed, rtol=1e-3, atol=1e-4)
     # And it is not what all keys would give.
-    monkeypatch.setattr(module, "keys_of_frame", lambda frames, patches, kept: patches)
+    monkeypatch.setattr(module, "keys_of_frame", lambda frames, kept: kept)
     others = model.aggregator(images)[0][-1]
     assert (others - closed).abs().max() > 1e-3
     remove(model)

@@ -11,15 +11,16 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..runtime.attention import Repeats
-from .propagation import Propagation
+from .propagation import FRAMES_PER_CHUNK, Propagation
 
-# In a clip of so many frames there is a key for every fourth kept token; shorter clips have more, longer ones fewer.
-FRAMES, SHARE = 96, 0.25
-# By these powers of the number of frames: in short clips keys cost little, in long ones each tells little.
-SHORT, LONG = 1.5, 1 / 3
+# Up to so many frames every kept token is a key. Longer clips have as many keys as so many frames have kept tokens,
+FRAMES = 24
+# and from here on more: the keys of a frame fall by this power of the number of frames.
+LONG, POWER = 96, 1 / 3
 
 
 class FewKeys(NamedTuple):
@@ -27,15 +28,17 @@ class FewKeys(NamedTuple):
 
     Attributes:
         index: [B, m] (int64) places among the S * (n + K) special and kept tokens of a clip, some of them several
-            times; those of special tokens and of the first frame come first.
-        repeats: how many those are, and how many tokens each of the others stands for; None where all stand for one.
+            times; those of special tokens and of the first frame come first. None: all of them in their order.
+        counts: how many tokens each key stands for, as `runtime.attention.attention` takes it.
     """
 
-    index: Tensor
-    repeats: Repeats | None
+    index: Tensor | None
+    counts: Repeats | Tensor
 
     def of(self, tensor: Tensor) -> Tensor:
         """Keys or values [B, heads, m, d] of those of special and kept tokens, [B, heads, S * (n + K), d]."""
+        if self.index is None:
+            return tensor
         index = self.index[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3])
         return tensor.gather(2, index)
 
@@ -45,31 +48,35 @@ class FewKeys(NamedTuple):
         Args:
             query: [B, heads, L, d].
             key, value: of special and kept tokens, [B, heads, S * (n + K), d].
-            attention: of queries, keys, values and `Repeats`.
+            attention: of queries, keys, values and `counts`.
         """
-        return attention(query, self.of(key), self.of(value), self.repeats)
+        return attention(query, self.of(key), self.of(value), self.counts)
 
 
-def keys_of_frame(frames: int, patches: int, kept: int) -> int:
-    """How many keys stand for the P patch tokens of a frame, K of them kept, in a clip of so many frames.
+def keys_of_frame(frames: int, kept: int) -> int:
+    """How many keys stand for the patch tokens of a frame, K of them kept, in a clip of S frames.
 
-    SHARE * K * (FRAMES / S) ** SHORT up to FRAMES frames, with LONG in place of SHORT from there on; from 1 to P.
+    K up to FRAMES frames, then K * FRAMES / S, and from LONG frames on K * FRAMES / LONG * (LONG / S) ** POWER.
     """
-    share = SHARE * (FRAMES / frames) ** (SHORT if frames < FRAMES else LONG)
-    return max(1, min(patches, int(share * kept)))
+    share = FRAMES / max(FRAMES, min(frames, LONG)) * (LONG / max(frames, LONG)) ** POWER
+    return max(1, int(kept * share))
 
 
 def keys_of_clip(frames: int, special: int, patches: int, kept: int) -> int:
     """m: all keys of a clip of so many frames, of n special and P patch tokens each."""
-    return frames * special + patches + (frames - 1) * keys_of_frame(frames, patches, kept)
+    count = keys_of_frame(frames, kept)
+    if count == kept:
+        return frames * (special + kept)
+    return frames * special + patches + (frames - 1) * count
 
 
 def few_keys(propagation: Propagation, batch: int = 1) -> FewKeys | None:
-    """The keys of B clips of S frames: special tokens, all patch tokens of the first frame, and some of the others.
+    """The keys of B clips of S frames. A kept token stands for itself and the dropped tokens that take most from it.
 
-    Those are evenly spread over the patch tokens of a frame, in raster order, and shifted from frame to frame. The key
-    of a dropped token is that of the kept token which it takes most from. Nothing waits for the device. None where all
-    tokens are kept.
+    In short clips each kept token is a key, and counts for the tokens that it stands for. In longer ones an even sample
+    of the patch tokens of each frame, in raster order and shifted from frame to frame, is read at the kept tokens that
+    stand for them; of the first frame all patch tokens are. Nothing waits for the device. None where all tokens are
+    kept.
 
     Args:
         propagation: of all frames, one clip after another.
@@ -81,25 +88,30 @@ def few_keys(propagation: Propagation, batch: int = 1) -> FewKeys | None:
     patches = weights.shape[1] - special
     if kept == patches:
         return None
-    count = keys_of_frame(frames, patches, kept)
+    count = keys_of_frame(frames, kept)
 
     def standing_for(rows: Tensor, patch: Tensor) -> Tensor:
         """Numbers of kept tokens in place of patch tokens, for some rows [R] and patches [R, p]."""
         itself = index[rows, None, special:] == (patch + special)[:, :, None]
         return (weights[rows[:, None], patch + special] + itself).argmax(-1)  # of [R, p, K]
 
-    number = torch.arange(frames, device=device)
+    every, number = torch.arange(patches, device=device), torch.arange(len(index), device=device)
+    if count == kept:
+        found = torch.cat(  # [N, P], a few frames at a time
+            [standing_for(some, every.expand(len(some), -1)) for some in number.split(FRAMES_PER_CHUNK)]
+        )
+        sizes = torch.zeros(len(index), kept, device=device).scatter_add_(
+            1, found, torch.ones_like(found).float()
+        )
+        return FewKeys(None, F.pad(sizes, (special, 0), value=1.0).view(batch, -1))  # [B, S * (n + K)]
+    frame = number[:frames]
     period = math.ceil(patches / count)
-    at = torch.arange(count, device=device) + (number % period)[:, None] / period  # [S, c]
+    at = torch.arange(count, device=device) + (frame % period)[:, None] / period  # [S, c]
     at = (at * (patches / count)).long().clamp(max=patches - 1)
-    clips = torch.arange(batch, device=device)
-    others = standing_for(torch.arange(len(index), device=device), at.repeat(batch, 1)).view(
-        batch, frames, count
-    )
-    first = standing_for(clips * frames, torch.arange(patches, device=device).expand(batch, -1))  # [B, P]
-    start = (number * (special + kept))[:, None]
+    others = standing_for(number, at.repeat(batch, 1)).view(batch, frames, count)
+    first = standing_for(number[::frames], every.expand(batch, -1))  # [B, P]
+    start = (frame * (special + kept))[:, None]
     before = (start + torch.arange(special, device=device)).flatten().expand(batch, -1)  # [B, S * n]
     rest = (start + special + others)[:, 1:].flatten(1)
-    one = frames == 1 or count == patches
-    repeats = None if one else Repeats(frames * special + patches, patches / count)
-    return FewKeys(torch.cat([before, special + first, rest], dim=1), repeats)
+    places = torch.cat([before, special + first, rest], dim=1)
+    return FewKeys(places, Repeats(frames * special + patches, patches / count))

@@ -34,7 +34,7 @@ def attend(
         query, key, value: [B, heads, S * (n + P), d], in any dtype that `attention` takes.
         full: numbers of the heads that see all tokens.
         plan: of these clips.
-        attention: of queries, keys and values, and of `Repeats` where the plan has few keys.
+        attention: of queries, keys and values, and how often keys count where the plan says so.
 
     Returns:
         [B, heads, S * (n + P), d], in the dtype that `attention` gives.
@@ -68,7 +68,7 @@ def joined_heads(
         value: of all heads at all tokens, [B, heads, S * (n + P), d].
         full: numbers of the heads that see all tokens.
         plan: of these clips.
-        attention: of queries, keys and values, and of `Repeats` where the plan has few keys.
+        attention: of queries, keys and values, and how often keys count where the plan says so.
 
     Returns:
         [B, heads, S * (n + P), d], in the dtype that `attention` gives.
@@ -85,7 +85,7 @@ def joined_heads(
         found = attention(query, *(pick(few.pop(0), others) for _ in range(2)))
     else:  # few are left before they are copied
         keys = [pick(plan.keys.of(few.pop(0)), others) for _ in range(2)]
-        found = attention(query, *keys, plan.keys.repeats)
+        found = attention(query, *keys, plan.keys.counts)
         del keys
     del query
     known = value.transpose(1, 2).reshape(frames, length, heads * width)

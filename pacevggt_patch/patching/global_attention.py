@@ -116,11 +116,11 @@ def check_heads(index: int, options: dict[str, Any], query: Tensor, key: Tensor)
 
 
 def by_host(run: Callable, options: dict[str, Any]) -> Callable[..., Tensor]:
-    """Attention as the host asks for it, with `Repeats` where keys count several times."""
+    """Attention as the host asks for it, and as `attention` does it where keys count several times."""
 
-    def attends(query: Tensor, key: Tensor, value: Tensor, repeats: Repeats | None = None) -> Tensor:
-        if repeats is None:
+    def attends(query: Tensor, key: Tensor, value: Tensor, counts: Repeats | Tensor | None = None) -> Tensor:
+        if counts is None:
             return run(query, key, value)
-        return attention(query, key, value, repeats, options.get("scale"))
+        return attention(query, key, value, counts, options.get("scale"))
 
     return attends

@@ -94,23 +94,25 @@ def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    repeats: Repeats | None = None,
+    counts: Repeats | Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """Attention of queries, keys and values [B, heads, L, d], by a library where one serves, else by torch.
 
     Args:
         query, key, value: [B, heads, L, d].
-        repeats: which keys count several times, or None.
+        counts: how many times each key counts: [B, m], or `Repeats`; None is once.
         scale: factor of the products of queries and keys; None is d ** -0.5.
     """
-    found = library_attention(query, key, value, repeats, scale)
+    found = library_attention(query, key, value, counts, scale)
     if found is not None:
         return found
     mask = None
-    if repeats is not None:
+    if isinstance(counts, Repeats):
         mask = query.new_zeros(1, 1, 1, key.shape[2])
-        mask[..., repeats.alone :] = math.log(repeats.weight)
+        mask[..., counts.alone :] = math.log(counts.weight)
+    elif counts is not None:
+        mask = counts.log().to(query.dtype)[:, None, None]  # [B, 1, 1, m]
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
 
@@ -118,14 +120,16 @@ def library_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    repeats: Repeats | None = None,
+    counts: Repeats | Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor | None:
     """Attention by a library, or None where none serves these tensors.
 
-    None serves with gradients, in other dtypes than its own (autocast counts), or where the user switched torch's flash
-    attention off (`torch.backends.cuda.enable_flash_sdp(False)`, or `sdpa_kernel` with others).
+    None serves with gradients, in other dtypes than its own (autocast counts), with a count of each key, or where the
+    user switched torch's flash attention off, by `torch.backends.cuda.enable_flash_sdp(False)` or `sdpa_kernel`.
     """
+    if isinstance(counts, Tensor):
+        return None
     found = None if torch.compiler.is_compiling() or query.ndim != 4 else library(query.device)
     if found is None or not torch.backends.cuda.flash_sdp_enabled():
         return None
@@ -141,17 +145,17 @@ def library_attention(
     dtype = dtypes.pop()
     query, key, value = (tensor.to(dtype).transpose(1, 2) for tensor in inputs)
     scale = width**-0.5 if scale is None else scale
-    if repeats is None:
+    if counts is None:
         return found.run(query, key, value, scale).transpose(1, 2)
     run = found.run_with_sums
     if run is None:
         return None
     alone, others = (
-        (key[:, part], value[:, part]) for part in (slice(repeats.alone), slice(repeats.alone, None))
+        (key[:, part], value[:, part]) for part in (slice(counts.alone), slice(counts.alone, None))
     )
-    return joined(
-        *run(query, *alone, scale), *run(query, *others, scale), math.log(repeats.weight)
-    ).transpose(1, 2)
+    return joined(*run(query, *alone, scale), *run(query, *others, scale), math.log(counts.weight)).transpose(
+        1, 2
+    )
 
 
 def joined(
