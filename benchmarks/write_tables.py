@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 # Setting, as in the names of result files -> what it is called, and the call.
 SETTINGS = {
-    "default": ("global pruning, bundled calibration", "`accelerate(model)`"),
+    "default": ("global pruning, bundled weights", "`accelerate(model)`"),
     "calibrated": ("global pruning, calibrated on the first clip", "`accelerate(model)`, no file that fits"),
     "training-free": ("global pruning, training-free", "`weights=None`"),
     "pre-aa": ("pre-AA pruning, bundled weights", '`mode="pre-aa"`'),
@@ -128,7 +128,7 @@ def lengths_table() -> str:
         cells = [f"{row['auc30']:.1f} / {row['absrel']:.4f}" for row in (unpruned, pruned)]
         count = report(f"long-rooms-{frames}")["count"]
         lines.append([str(frames), str(count), *cells, *(change(pruned, key) for key in ("auc30", "absrel"))])
-    head = ["frames", "rooms", "unpruned", "`accelerate(model)`", "change of AUC@30", "change of AbsRel"]
+    head = ["frames", "rooms", "unpruned", "calibrated", "change of AUC@30", "change of AbsRel"]
     return table(head, lines)
 
 
@@ -179,6 +179,7 @@ CPU_ROWS = [
 # Setting of README.md: what it is called, the call, the files with its seconds (None: not timed), and with its loss.
 README_ROWS = [
     ("**global pruning, calibrated by itself**", "`accelerate(model)`", EIGHT, "calibrated"),
+    ("global pruning, trained weights", "`weights=FILE`", None, "default"),
     (
         "pre-AA pruning, no weights",
         '`mode="pre-aa", weights=None`',

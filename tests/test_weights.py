@@ -577,8 +577,7 @@ def test_the_weights_of_vggt_mini_are_bundled_for_both_modes():
     host = find_host(build_mini())
     for mode in MODES:
         found, _ = chosen("auto", host, mode=mode)
-        # A calibration of global pruning holds heads alone.
-        assert found.mode == mode and set(found.modules()) == (MODULES[mode] if mode == "pre-aa" else set())
+        assert found.mode == mode and set(found.modules()) == MODULES[mode]
         assert bool(found.full_heads) == (mode == "global")
 
 
