@@ -97,12 +97,9 @@ def few_keys(propagation: Propagation, batch: int = 1) -> FewKeys | None:
 
     every, number = torch.arange(patches, device=device), torch.arange(len(index), device=device)
     if count == kept:
-        found = torch.cat(  # [N, P], a few frames at a time
-            [standing_for(some, every.expand(len(some), -1)) for some in number.split(FRAMES_PER_CHUNK)]
-        )
-        sizes = torch.zeros(len(index), kept, device=device).scatter_add_(
-            1, found, torch.ones_like(found).float()
-        )
+        each, parts = torch.arange(kept, device=device), number.split(FRAMES_PER_CHUNK)
+        found = [standing_for(some, every.expand(len(some), -1))[:, :, None] == each for some in parts]
+        sizes = torch.cat([one.sum(1) for one in found]).float()  # [N, K]
         return FewKeys(None, F.pad(sizes, (special, 0), value=1.0).view(batch, -1))  # [B, S * (n + K)]
     frame = number[:frames]
     period = math.ceil(patches / count)
