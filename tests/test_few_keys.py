@@ -33,12 +33,13 @@ def keys_by_hand(plan, count):
     batch, kept = plan.batch, plan.kept.shape[1]
     frames = len(plan.kept) // batch
     weights, length = plan.propagation.weights.numpy(), SPECIAL + kept
+    whole = frames * SPECIAL + PATCHES + (frames - 1) * count >= frames * length
     found = []
     for clip in range(batch):
         places = []
         for frame in range(frames):
             places += [(frame * length + n, 1.0) for n in range(SPECIAL)]
-            if frame == 0 or count == kept:
+            if frame == 0 or whole:
                 patches, weight = range(PATCHES), 1.0
             else:
                 period, weight = math.ceil(PATCHES / count), PATCHES / count
@@ -201,24 +202,25 @@ def test_a_block_of_its_own_code_gives_what_an_open_one_gives(heads, monkeypatch
 def test_other_forms_of_attention_keep_their_keys():
     keys = FewKeys(torch.tensor([[0, 3]]), Repeats(1, 5.0))
     said = []
-    few = FewKeysAttention(keys, 6, said.append)
+    few = FewKeysAttention(keys, 1, 6, said.append)
     generator = torch.Generator().manual_seed(0)
     query, key, value = torch.randn(3, 1, 2, 6, 4, generator=generator)
     mask = torch.rand(1, 1, 6, 6, generator=generator) > 0.3
     mask |= torch.eye(6, dtype=torch.bool)
-    for inputs, options in (
-        ((query, key, value), {"attn_mask": mask}),
+    others = (
         ((query, key[:, :, :5], value[:, :, :5]), {}),
-    ):
+        (tuple(t.expand(2, -1, -1, -1) for t in (query, key, value)), {}),
+    )
+    for inputs, options in (((query, key, value), {"attn_mask": mask}), *others):
         with InterceptAttention(few.closed) as mode:
             found = F.scaled_dot_product_attention(*inputs, **options)
         few.check(mode.calls)
         torch.testing.assert_close(found, F.scaled_dot_product_attention(*inputs, **options))
-    assert len(said) == 2
+    assert len(said) == 3
     with InterceptAttention(few.closed) as mode:
         found = F.scaled_dot_product_attention(query, key, value, scale=0.1)
     few.check(mode.calls)
-    assert len(said) == 2
+    assert len(said) == 3
     wanted = softmax_attention(query, key[:, :, [0, 3]], value[:, :, [0, 3]], torch.tensor([1.0, 5.0]), 0.1)
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
 

@@ -1,4 +1,4 @@
-"""Which keys a token sees in global attention: an even sample of the clip, a smaller one the more frames there are.
+"""Which keys a token sees in global attention: kept tokens in short clips, fewer of each frame the longer a clip is.
 
 Most heads gather what many tokens have in common. Such a mean needs no more samples in a long clip than in a short one,
 but its samples must stand for the whole frame: kept tokens alone would count special tokens and rare patches too often.
@@ -64,19 +64,18 @@ def keys_of_frame(frames: int, kept: int) -> int:
 
 def keys_of_clip(frames: int, special: int, patches: int, kept: int) -> int:
     """m: all keys of a clip of so many frames, of n special and P patch tokens each."""
-    count = keys_of_frame(frames, kept)
-    if count == kept:
-        return frames * (special + kept)
-    return frames * special + patches + (frames - 1) * count
+    sampled = frames * special + patches + (frames - 1) * keys_of_frame(frames, kept)
+    return min(frames * (special + kept), sampled)
 
 
+@torch.no_grad()
 def few_keys(propagation: Propagation, batch: int = 1) -> FewKeys | None:
     """The keys of B clips of S frames. A kept token stands for itself and the dropped tokens that take most from it.
 
-    In short clips each kept token is a key, and counts for the tokens that it stands for. In longer ones an even sample
-    of the patch tokens of each frame, in raster order and shifted from frame to frame, is read at the kept tokens that
-    stand for them; of the first frame all patch tokens are. Nothing waits for the device. None where all tokens are
-    kept.
+    Where a sample would not be smaller, each kept token is a key, and counts for the tokens that it stands for. Else
+    an even sample of the patch tokens of each frame, in raster order and shifted from frame to frame, is read at the
+    kept tokens that stand for them; of the first frame all patch tokens are. Nothing waits for the device. None where
+    all tokens are kept.
 
     Args:
         propagation: of all frames, one clip after another.
@@ -96,16 +95,17 @@ def few_keys(propagation: Propagation, batch: int = 1) -> FewKeys | None:
         return (weights[rows[:, None], patch + special] + itself).argmax(-1)  # of [R, p, K]
 
     every, number = torch.arange(patches, device=device), torch.arange(len(index), device=device)
-    if count == kept:
+    if keys_of_clip(frames, special, patches, kept) == frames * (special + kept):
         each, parts = torch.arange(kept, device=device), number.split(FRAMES_PER_CHUNK)
-        found = [standing_for(some, every.expand(len(some), -1))[:, :, None] == each for some in parts]
-        sizes = torch.cat([one.sum(1) for one in found]).float()  # [N, K]
+        found = (standing_for(some, every.expand(len(some), -1)) for some in parts)  # [32, P] each
+        sizes = torch.cat([(one[:, :, None] == each).sum(1) for one in found]).float()  # [N, K]
         return FewKeys(None, F.pad(sizes, (special, 0), value=1.0).view(batch, -1))  # [B, S * (n + K)]
     frame = number[:frames]
     period = math.ceil(patches / count)
     at = torch.arange(count, device=device) + (frame % period)[:, None] / period  # [S, c]
     at = (at * (patches / count)).long().clamp(max=patches - 1)
-    others = standing_for(number, at.repeat(batch, 1)).view(batch, frames, count)
+    parts = zip(number.split(FRAMES_PER_CHUNK), at.repeat(batch, 1).split(FRAMES_PER_CHUNK), strict=True)
+    others = torch.cat([standing_for(*part) for part in parts]).view(batch, frames, count)
     first = standing_for(number[::frames], every.expand(batch, -1))  # [B, P]
     start = (frame * (special + kept))[:, None]
     before = (start + torch.arange(special, device=device)).flatten().expand(batch, -1)  # [B, S * n]

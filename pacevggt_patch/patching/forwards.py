@@ -357,7 +357,7 @@ class BlockForward(Forward):
         fewer = (
             None
             if plan.keys is None or followed.masked
-            else FewKeysAttention(plan.keys, rows.shape[1], state.say_once)
+            else FewKeysAttention(plan.keys, *rows.shape, state.say_once)
         )
 
         def few(tokens: Tensor) -> Tensor:

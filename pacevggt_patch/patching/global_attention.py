@@ -39,12 +39,12 @@ class FewKeysAttention:
 
     Args:
         keys: which.
-        tokens: special and kept tokens of a clip.
+        batch, tokens: clips, and special and kept tokens of each.
         say: tells the user something, once.
     """
 
-    def __init__(self, keys: FewKeys, tokens: int, say: Callable[[str], None]):
-        self.keys, self.tokens, self.say, self.used = keys, tokens, say, False
+    def __init__(self, keys: FewKeys, batch: int, tokens: int, say: Callable[[str], None]):
+        self.keys, self.batch, self.tokens, self.say, self.used = keys, batch, tokens, say, False
 
     def open(self, project: Project, x: Tensor, rotation: Rotation | None) -> Tensor:
         query, key, value = project(x, rotation)
@@ -53,8 +53,10 @@ class FewKeysAttention:
     def closed(
         self, run: Callable, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
     ) -> Tensor:
-        fits = key.ndim == 4 and key.shape[2] == value.shape[2] == self.tokens
-        if not fits or not is_plain(options):
+        sizes = [
+            (len(t), *t.shape[2:3]) for t in (key, value) if t.ndim == 4 and t.shape[1] == query.shape[1]
+        ]
+        if sizes != [(self.batch, self.tokens)] * 2 or not is_plain(options):
             return run(query, key, value)
         self.used = True
         return self.keys.attend(query, key, value, by_host(run, options))
@@ -62,8 +64,9 @@ class FewKeysAttention:
     def check(self, calls: int) -> None:
         if not self.used:
             self.say(
-                "the global blocks of this model compute attention in a way of their own, so kept tokens see the keys "
-                "of kept tokens alone: that costs quality, and time in long clips"
+                "attention in the global blocks of this model has a mask, dropout or keys that heads share, or is none "
+                "of scaled_dot_product_attention, so kept tokens see the keys of kept tokens alone: that costs "
+                "quality, and time in long clips"
             )
 
 

@@ -23,6 +23,7 @@ LIBRARIES = {
 SUMS = "return_attn_probs"  # what gives logarithms of sums of exponentials is called
 HOPPER = 9  # the only compute capability (major) that FlashAttention-3 is written for
 LARGEST_HEAD = 256
+MORE = 8  # channels that say how often keys count; kernels want a multiple of that
 
 # Of the call itself, queries, keys and values [B, heads, L, d], and other arguments by name; gives [B, heads, L, d].
 Handler = Callable[[Callable[..., Tensor], Tensor, Tensor, Tensor, dict[str, Any]], Tensor]
@@ -104,32 +105,53 @@ def attention(
         counts: how many times each key counts: [B, m], or `Repeats`; None is once.
         scale: factor of the products of queries and keys; None is d ** -0.5.
     """
-    found = library_attention(query, key, value, counts, scale)
-    if found is not None:
-        return found
-    mask = None
     if isinstance(counts, Repeats):
-        mask = query.new_zeros(1, 1, 1, key.shape[2])
-        mask[..., counts.alone :] = math.log(counts.weight)
-    elif counts is not None:
-        mask = counts.log().to(query.dtype)[:, None, None]  # [B, 1, 1, m]
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+        found = library_attention(query, key, value, counts, scale)
+        if found is not None:
+            return found
+        alone, weight = counts
+        counts = query.new_full((1, key.shape[2]), weight)
+        counts[:, :alone] = 1
+    width = query.shape[-1]
+    if counts is not None:
+        scale = width**-0.5 if scale is None else scale
+        query, key, value = counted(query, key, value, counts, scale)
+    found = library_attention(query, key, value, scale=scale)
+    if found is None:
+        found = F.scaled_dot_product_attention(query, key, value, scale=scale)
+    return found[..., :width]
+
+
+def counted(
+    query: Tensor, key: Tensor, value: Tensor, counts: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values with MORE channels, in which each key says how many times it counts.
+
+    A mask could say so, too, but kernels that are fast take none.
+
+    Args:
+        query, key, value: [B, heads, L, d].
+        counts: [B, m], or [1, m] for all clips.
+        scale: factor of the products of queries and keys.
+    """
+    logs = counts.to(torch.promote_types(counts.dtype, torch.float32)).log() / scale
+    logs = logs.to(key.dtype)[:, None, :, None].expand(*key.shape[:3], 1)
+    query = F.pad(F.pad(query, (0, 1), value=1.0), (0, MORE - 1))
+    return query, F.pad(torch.cat([key, logs], -1), (0, MORE - 1)), F.pad(value, (0, MORE))
 
 
 def library_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    counts: Repeats | Tensor | None = None,
+    counts: Repeats | None = None,
     scale: float | None = None,
 ) -> Tensor | None:
     """Attention by a library, or None where none serves these tensors.
 
-    None serves with gradients, in other dtypes than its own (autocast counts), with a count of each key, or where the
-    user switched torch's flash attention off, by `torch.backends.cuda.enable_flash_sdp(False)` or `sdpa_kernel`.
+    None serves with gradients, in other dtypes than its own (autocast counts), or where the user switched torch's flash
+    attention off (`torch.backends.cuda.enable_flash_sdp(False)`, or `sdpa_kernel` with others).
     """
-    if isinstance(counts, Tensor):
-        return None
     found = None if torch.compiler.is_compiling() or query.ndim != 4 else library(query.device)
     if found is None or not torch.backends.cuda.flash_sdp_enabled():
         return None
@@ -153,12 +175,12 @@ def library_attention(
     alone, others = (
         (key[:, part], value[:, part]) for part in (slice(counts.alone), slice(counts.alone, None))
     )
-    return joined(*run(query, *alone, scale), *run(query, *others, scale), math.log(counts.weight)).transpose(
-        1, 2
-    )
+    return joined_by_sums(
+        *run(query, *alone, scale), *run(query, *others, scale), math.log(counts.weight)
+    ).transpose(1, 2)
 
 
-def joined(
+def joined_by_sums(
     first: Tensor, first_sums: Tensor, second: Tensor, second_sums: Tensor, log_weight: float
 ) -> Tensor:
     """Attention to two sets of keys, those of the second counting more often, from attention to each.
@@ -211,11 +233,11 @@ def _loaded() -> Library | None:
     for name, dtypes in LIBRARIES.items():
         try:
             flash_attn_func = importlib.import_module(name).flash_attn_func
+            knows = SUMS in inspect.signature(flash_attn_func).parameters
         except Exception:  # not there, or built for another torch
             continue
-        with_sums = functools.partial(_run_with_sums, flash_attn_func)
-        knows = SUMS in inspect.signature(flash_attn_func).parameters
-        return Library(name, functools.partial(_run, flash_attn_func), dtypes, with_sums if knows else None)
+        with_sums = functools.partial(_run_with_sums, flash_attn_func) if knows else None
+        return Library(name, functools.partial(_run, flash_attn_func), dtypes, with_sums)
     return None
 
 
