@@ -26,7 +26,7 @@ from pacevggt_patch.hosts import blocks
 from pacevggt_patch.hosts.rope import static_rope
 from pacevggt_patch.patching.install import retune, state_of
 from pacevggt_patch.runtime import compiling
-from pacevggt_patch.runtime.attention import InterceptAttention
+from pacevggt_patch.runtime.attention import MORE, InterceptAttention
 from pacevggt_patch.training.compiling import works
 
 MODES = ["global", "pre-aa"]
@@ -400,7 +400,8 @@ def test_attention_between_the_compiled_parts_can_be_seen(model, mode, tokens):
     pruned(model, mode=mode, compile=True)
     with torch.inference_mode(), InterceptAttention(look):
         model.aggregator(random_images(3))
-    assert seen == [(3, 2, 25, 16)] * 2 + [(3, 2, tokens, 16), (1, 2, 39, 16)] * 4
+    wide = 16 + (MORE if mode == "global" else 0)  # there channels say how often keys count
+    assert seen == [(3, 2, 25, 16)] * 2 + [(3, 2, tokens, 16), (1, 2, 39, wide)] * 4
     assert F.scaled_dot_product_attention.__name__ == "scaled_dot_product_attention"
 
 
