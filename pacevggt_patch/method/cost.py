@@ -49,10 +49,8 @@ def saved_flops(
     saved = in_clip(before) - in_clip(after)
     if global_alone:
         keys = keys_of_clip(frames, special, patches, kept)
-        others = (
-            frames * after * (frames * after - keys)
-        )  # pairs of queries and keys that are left out besides
-        saved += 4 * channels * others
+        # Pairs of queries and keys that are left out besides.
+        saved += 4 * channels * frames * after * (frames * after - keys)
         # Propagation: a mean over kept tokens, and a product of each token's own by a regression.
         saved -= 2 * frames * (patches * kept * channels + (before + after) * channels**2)
         saved -= 4 * min(frames * kept, ROWS * channels) * channels**2 + 7 * channels**3 // 3

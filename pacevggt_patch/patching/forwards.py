@@ -354,11 +354,9 @@ class BlockForward(Forward):
         args, kwargs = followed.tree(call.args), followed.tree(call.kwargs)
         positions = None if call.positions is None else followed.tensor(call.positions)
         rest: tuple | None = None
-        fewer = (
-            None
-            if plan.keys is None or followed.masked
-            else FewKeysAttention(plan.keys, *rows.shape, state.say_once)
-        )
+        fewer = None
+        if plan.keys is not None and not followed.masked:
+            fewer = FewKeysAttention(plan.keys, *rows.shape, state.say_once)
 
         def few(tokens: Tensor) -> Tensor:
             nonlocal rest
