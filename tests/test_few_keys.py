@@ -12,7 +12,7 @@ from pacevggt_patch import accelerate, remove
 from pacevggt_patch.method import few_keys as module
 from pacevggt_patch.method.few_keys import FewKeys, few_keys, keys_of_clip, keys_of_frame
 from pacevggt_patch.method.global_pruning import Plan, joined
-from pacevggt_patch.method.propagation import make_propagation
+from pacevggt_patch.method.propagation import Propagation, make_propagation
 from pacevggt_patch.patching.global_attention import FewKeysAttention, by_host
 from pacevggt_patch.runtime import attention as runtime
 from pacevggt_patch.runtime.attention import InterceptAttention, Repeats, attention
@@ -167,8 +167,9 @@ def test_a_library_is_asked_twice_and_its_answers_joined(monkeypatch):
 def test_keys_of_a_clip_are_its_own():
     """A batch of two clips gives what each gives alone."""
     plan = some_plan(40, 6, batch=2)
+    whole = plan.propagation
     apart = [
-        Plan(plan.kept[part], type(plan.propagation)(*(t[part] for t in plan.propagation)))
+        Plan(plan.kept[part], Propagation(whole.index[part], whole.columns[part], 6))
         for part in (slice(40), slice(40, 80))
     ]
     together = joined([plan], 2).keys

@@ -141,7 +141,7 @@ def test_dropped_tokens_take_their_change_from_kept_ones(patches, special, data)
 def test_special_tokens_are_never_dropped():
     tokens = torch.arange(2 * 6 * 1.0).view(2, 6, 1)
     halves = torch.nn.functional.pad(torch.full((2, 4, 2), 0.5), (0, 0, 2, 0))
-    made = Propagation(torch.tensor([[0, 1, 3, 5], [0, 1, 2, 4]]), halves)
+    made = Propagation(torch.tensor([[0, 1, 3, 5], [0, 1, 2, 4]]), halves, 2)
     assert made.gather(tokens).flatten(1).tolist() == [[0, 1, 3, 5], [6, 7, 8, 10]]
     after = made.gather(tokens) + torch.tensor([100.0, 200.0, 1.0, 3.0]).view(1, 4, 1)
     alone = tokens.new_zeros(2, 1, 1)
@@ -209,7 +209,7 @@ def test_a_few_frames_tell_the_slope():
     found = made.slope(before, after, 2)
     for clip in range(2):
         chosen = [20 * clip + i for i in frames]
-        alone = made._replace(index=made.index[chosen], weights=made.weights[chosen])
+        alone = made._replace(index=made.index[chosen], columns=made.columns[chosen])
         torch.testing.assert_close(found[clip], alone.slope(before[chosen], after[chosen], 1)[0])
 
 
@@ -240,7 +240,7 @@ def test_what_all_tokens_share_is_not_rounded_into_them(tokens, weights):
     before = before.to(narrow)
     after = made.gather(before) + (0.3 * torch.randn(4, 14, 16, generator=generator)).to(narrow)
     slope = torch.randn(1, 16, 16, generator=generator) / 8
-    wide = Propagation(made.index, made.weights.double())
+    wide = made._replace(columns=made.columns.double())
     exact = wide.propagate(before.double(), after.double(), slope.double())
     found = made.propagate(before, after, slope)
     assert found.dtype == narrow
@@ -422,3 +422,21 @@ def test_hosts_tell_their_blocks_in_the_order_in_which_they_run():
     assert [(kind, index) for kind, index, _ in host.blocks] == [
         (kind, first + i) for first in (0, 2) for kind in ("frame", "global") for i in (0, 1)
     ]
+
+
+@pytest.mark.parametrize(
+    "keep, special, columns", [(8, 5, 8), (11, 5, 16), (10, 5, 10), (3, 5, 8), (7, 0, 7)]
+)
+def test_rows_of_the_weights_are_aligned_by_special_tokens(keep, special, columns):
+    """Special tokens lend columns of zeros where there are enough of them; what is propagated is the same."""
+    generator = torch.Generator().manual_seed(keep)
+    features = torch.randn(2, 20, 5, generator=generator)
+    kept = torch.stack([torch.randperm(20, generator=generator)[:keep].sort().values for _ in range(2)])
+    made = make_propagation(features, kept, (4, 5), special, torch.float64)
+    assert made.columns.shape == (2, special + 20, columns)
+    assert made.columns[..., : columns - keep].count_nonzero() == 0
+    before = torch.randn(2, special + 20, 6, generator=generator, dtype=torch.float64)
+    after = torch.randn(2, special + keep, 6, generator=generator, dtype=torch.float64)
+    slope = torch.randn(1, 6, 6, generator=generator, dtype=torch.float64)
+    exact = made._replace(columns=made.weights)
+    torch.testing.assert_close(made.propagate(before, after, slope), exact.propagate(before, after, slope))

@@ -10,14 +10,14 @@ This module knows the names inside a block, and no other does.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..runtime.attention import attention
+from ..runtime.attention import attention, pick_heads
 from ..runtime.bare_copy import bare_copy
 from ..runtime.chunks import in_chunks
 from ..runtime.compiling import unwatched
@@ -27,9 +27,10 @@ from .rope import Rotation, rotation, static_rope
 INTERNALS = nn.Module().__dict__.keys()
 # A function, and what it is compiled for -> the function to call in its place.
 Speed = Callable[..., Callable[..., Any]]
-# Queries, keys and values [T, heads, d] of some tokens -> those to keep, [T, h, d] each.
-Keep = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
-# Of tokens [T, C] and their rotation, gives queries, keys and values [sequences, heads, L, d].
+# Numbers of the heads whose queries, keys and values are wanted.
+Wanted = tuple[Sequence[int], Sequence[int], Sequence[int]]
+# Of tokens [T, C], their rotation, and which are wanted (all if not given), gives queries, keys and values
+# [sequences, heads, L, d], but for those of no heads.
 Project = Callable[..., list[Tensor]]
 # Parameters of a block: of what comes before attention, and of what comes after it.
 BEFORE = [f"{m}.{p}" for m in ("norm1", "attn.qkv", "attn.q_norm", "attn.k_norm") for p in ("weight", "bias")]
@@ -42,28 +43,30 @@ def before_attention(
     cos: Tensor | None,
     sin: Tensor | None,
     parameters: list[Tensor | None],
-    heads: int,
+    heads: tuple[int, int, int],
     eps: tuple[float, float, float],
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values `[..., heads, C / heads]` of tokens `[..., C]`.
+) -> tuple[Tensor, ...]:
+    """Queries, keys and values `[..., heads, d]` of tokens `[..., C]`, but for those of no heads.
 
     Args:
         x: tokens.
-        cos: `[..., C / heads]` cosines of the rotary embedding, or None without it.
+        cos: `[..., d]` cosines of the rotary embedding, or None without it.
         sin: its sines, those of the first half of each pair of channels negative.
         parameters: weights and biases of the norm, of the joint projection and of query and key norms; None where there
             is none.
-        heads: number of heads.
+        heads: how many of queries, of keys and of values the joint projection has.
         eps: of the norm before attention, of the query and of the key norm.
         dtype: what matrix products are computed in.
     """
     norm_weight, norm_bias, weight, bias, *head_norms = parameters
     joint = linear(normed(x, norm_weight, norm_bias, eps[0], dtype), weight, bias, dtype)
-    query, key, value = joint.unflatten(-1, (3, heads, -1)).unbind(-3)
-    query = turned(query, cos, sin, head_norms[0], head_norms[1], eps[1])
-    key = turned(key, cos, sin, head_norms[2], head_norms[3], eps[2])
-    return query, key, value
+    query, key, value = joint.unflatten(-1, (sum(heads), -1)).split(heads, -2)
+    if heads[0]:
+        query = turned(query, cos, sin, head_norms[0], head_norms[1], eps[1])
+    if heads[1]:
+        key = turned(key, cos, sin, head_norms[2], head_norms[3], eps[2])
+    return tuple(part for part, count in zip((query, key, value), heads, strict=True) if count)
 
 
 def turned(
@@ -75,8 +78,8 @@ def turned(
         out = normed(out, weight, bias, eps, out.dtype)
     if cos is not None and sin is not None:
         # Each half of the channels, for y and for x, turns its own two halves against each other.
-        other = out.unflatten(-1, (2, 2, -1)).flip(-2).flatten(-3)
-        out = out * cos.unsqueeze(-2) + other * sin.unsqueeze(-2)
+        other = out.unflatten(-1, (2, 2, -1)).roll(1, -2).flatten(-3)
+        out = torch.addcmul(out * cos.unsqueeze(-2), other, sin.unsqueeze(-2))
     return out.to(x.dtype)
 
 
@@ -99,7 +102,8 @@ def added(x: Tensor, change: Tensor, scale: Tensor | None) -> Tensor:
     dtype = torch.promote_types(x.dtype, change.dtype)
     if scale is None:
         return (wide(x) + wide(change)).to(dtype)
-    return (wide(x) + wide(change) * wide(scale)).to(torch.promote_types(dtype, scale.dtype))
+    dtype = torch.promote_types(dtype, scale.dtype)
+    return torch.addcmul(*(wide(t).to(wide(x).dtype) for t in (x, change, scale))).to(dtype)
 
 
 def normed(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
@@ -152,20 +156,38 @@ def run_block(
     eps = (module.norm1.eps, *(getattr(norm, "eps", 0.0) for norm in norms))
     # With shapes of parameters in the key no other width makes them dynamic.
     shapes = [tuple(None if p is None else p.shape for p in parameters) for parameters in (before, after)]
+    compiles = speed is not None
     speed = speed or (lambda function, *_: function)
     first = speed(before_attention, shapes[0], turned is None, heads, eps, dtype)
     last = speed(after_attention, shapes[1], module.norm2.eps, dtype)
+    every = range(heads)
 
-    def project(some: Tensor, rotation: Rotation | None, keep: Keep | None = None) -> list[Tensor]:
+    def project(some: Tensor, rotation: Rotation | None, wanted: Wanted = (every,) * 3) -> list[Tensor]:
+        # What is compiled makes all heads: compiling it for each choice would take longer than that saves.
+        made = (every,) * 3 if compiles else wanted
+        parameters = [*before[:2], *(rows_of_heads(p, made, heads) for p in before[2:4]), *before[4:]]
+        counts = tuple(map(len, made))
+
         def part(*chunk: Any) -> tuple[Tensor, ...]:
-            found = first(*chunk, before, heads, eps, dtype)
-            return found if keep is None else keep(*found)
+            found = first(*chunk, parameters, counts, eps, dtype)
+            if made == wanted:
+                return found
+            pairs = zip(found, wanted, strict=True)
+            return tuple(t if len(some) == heads else pick_heads(t, some) for t, some in pairs if some)
 
         parts = in_chunks(part, rows, some, *(rotation or (None, None)))
         return [part.unflatten(0, (sequences, -1)).transpose(1, 2) for part in parts]
 
     attended = (attend or attend_all)(project, x, turned).reshape(x.shape)
     return in_chunks(lambda *some: (last(*some, after, module.norm2.eps, dtype),), rows, x, attended)[0]
+
+
+def rows_of_heads(parameter: Tensor | None, wanted: Wanted, heads: int) -> Tensor | None:
+    """Of a weight or bias [3 * heads * d, ...] of a joint projection, the rows of some heads."""
+    if parameter is None or all(len(part) == heads for part in wanted):
+        return parameter
+    parts = parameter.unflatten(0, (3, heads, -1))
+    return torch.cat([parts[i, head] for i, part in enumerate(wanted) for head in part])
 
 
 def attend_all(project: Project, x: Tensor, rotation: Rotation | None) -> Tensor:

@@ -81,8 +81,12 @@ def few_keys(propagation: Propagation, batch: int = 1) -> FewKeys | None:
         propagation: of all frames, one clip after another.
         batch: B.
     """
-    index, weights = propagation
-    kept, device = weights.shape[2], weights.device
+    index, weights, kept, device = (
+        propagation.index,
+        propagation.weights,
+        propagation.kept,
+        propagation.index.device,
+    )
     special, frames = index.shape[1] - kept, len(index) // batch
     patches = weights.shape[1] - special
     if kept == patches:

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..runtime.attention import attention
+from ..runtime.attention import attention, pick_heads
 from .global_pruning import Plan
 from .propagation import Propagation
 
@@ -44,8 +44,9 @@ def attend(
     rows = plan.token_rows(length)[:, None, :, None].expand(
         -1, heads, -1, width
     )  # [B, heads, S * (n + K), d]
-    few = [t.gather(2, rows) for t in (query, key, value)]
-    whole = [pick(t, full) for t in (query, key, value)] if full else []
+    others = [head for head in range(heads) if head not in full]
+    few = [pick_heads(t.gather(2, rows), others) for t in (query, key, value)] if others else []
+    whole = [pick_heads(t, full) for t in (query, key, value)] if full else []
     return joined_heads(whole, few, value, full, plan, attention)
 
 
@@ -64,7 +65,8 @@ def joined_heads(
 
     Args:
         whole: queries, keys and values of the `full` heads at all tokens, [B, F, S * (n + P), d]; empty without such.
-        few: those of all heads at special and kept tokens, [B, heads, S * (n + K), d]; emptied to free their memory.
+        few: those of the other heads at special and kept tokens, [B, heads - F, S * (n + K), d]; emptied to free their
+            memory.
         value: of all heads at all tokens, [B, heads, S * (n + P), d].
         full: numbers of the heads that see all tokens.
         plan: of these clips.
@@ -80,13 +82,13 @@ def joined_heads(
     seen = [attention(*whole)] if whole else []
     if not others:
         return seen[0]
-    query = pick(few.pop(0), others)
+    query = few.pop(0)
     if plan.keys is None:
-        found = attention(query, *(pick(few.pop(0), others) for _ in range(2)))
-    else:  # few are left before they are copied
-        keys = [pick(plan.keys.of(few.pop(0)), others) for _ in range(2)]
-        found = attention(query, *keys, plan.keys.counts)
-        del keys
+        found = attention(query, few.pop(0), few.pop(0))
+    else:
+        key, value_there = (plan.keys.of(few.pop(0)) for _ in range(2))
+        found = attention(query, key, value_there, plan.keys.counts)
+        del key, value_there
     del query
     known = value.transpose(1, 2).reshape(frames, length, heads * width)
     found = found.transpose(1, 2).reshape(frames, -1, len(others) * width)
@@ -103,11 +105,6 @@ def joined_heads(
 
     out = propagation.by_frames(filled, batch, known, found, *seen)  # [frames, n + P, heads, d]
     return out.view(batch, tokens, heads, width).transpose(1, 2)
-
-
-def pick(tensor: Tensor, numbers: Sequence[int]) -> Tensor:
-    """Some heads of [B, heads, L, d]. By slices: numbers would have to travel to the device."""
-    return torch.stack([tensor[:, number] for number in numbers], dim=1)
 
 
 # Which heads these are is told by what each would lose.

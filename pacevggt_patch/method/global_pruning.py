@@ -55,9 +55,11 @@ def keep_best(
 
 def joined(plans: Sequence[Plan], batch: int) -> Plan:
     """One plan of `batch` clips, of those of its frames."""
-    propagation = plans[0].propagation
-    if len(plans) > 1:
-        propagation = Propagation(*map(torch.cat, zip(*(plan.propagation for plan in plans), strict=True)))
+    parts = [plan.propagation for plan in plans]
+    propagation = parts[0]
+    if len(parts) > 1:
+        index, columns = (torch.cat(some) for some in ([p.index for p in parts], [p.columns for p in parts]))
+        propagation = Propagation(index, columns, propagation.kept)
     kept = torch.cat([plan.kept for plan in plans])
     return Plan(kept, propagation, batch, few_keys(propagation, batch))
 

@@ -22,6 +22,8 @@ FRAMES_PER_CHUNK = 32
 # Ridge of the regression, relative to the mean eigenvalue of the tokens' covariance.
 RIDGE = 1.0
 ROWS = 4  # kept tokens that the regression looks at, for each channel
+# GPUs multiply matrices in half precision faster where rows have a multiple of so many numbers.
+ALIGNED = 8
 
 
 class Propagation(NamedTuple):
@@ -29,11 +31,19 @@ class Propagation(NamedTuple):
 
     Attributes:
         index: [N, n + K] (int64), numbers of special and kept tokens among the n + P tokens of a frame; a row a frame.
-        weights: [N, n + P, K], how much each token takes from each kept one. Rows of tokens in `index` are not read.
+        columns: [N, n + P, c], how much each token takes from each of the last c of those: nothing from special ones,
+            of which there are as many as make c a multiple of ALIGNED. Rows of tokens in `index` are not read.
+        kept: K.
     """
 
     index: Tensor
-    weights: Tensor
+    columns: Tensor
+    kept: int
+
+    @property
+    def weights(self) -> Tensor:
+        """How much each token takes from each kept one, [N, n + P, K]."""
+        return self.columns[..., -self.kept :]
 
     def rows(self, length: int) -> Tensor:
         """Numbers [N * (n + K)] of the tokens of `index` among those of all frames, `length` = n + P each."""
@@ -84,13 +94,13 @@ class Propagation(NamedTuple):
             return self._with_known(self._fill(tokens, self.gather(tokens), values, slope), values)
 
     def _fill(self, tokens: Tensor, few: Tensor, values: Tensor, slope: Tensor) -> Tensor:
-        kept, dtype = self.weights.shape[-1], self.weights.dtype
+        (_, _, read), dtype = self.columns.shape, self.columns.dtype
         matrices = slope.to(dtype).mT
         # What all tokens of a frame share cancels in the sum. It is taken out before anything is rounded.
-        mean = few[:, -kept:].mean(1, keepdim=True)  # [N, 1, C]
+        mean = few[:, -self.kept :].mean(1, keepdim=True)  # [N, 1, C]
         missed = values.to(dtype) - multiply_by_clip((few - mean).to(dtype), matrices)
         guess = multiply_by_clip((tokens - mean).to(dtype), matrices)  # [N, n + P, D]
-        return guess.baddbmm_(self.weights, missed[:, -kept:])
+        return guess.baddbmm_(self.columns, missed[:, -read:])
 
     def _with_known(self, dense: Tensor, values: Tensor) -> Tensor:
         """Write the values of special and kept tokens into those of all, in place."""
@@ -110,12 +120,12 @@ class Propagation(NamedTuple):
             [N, ...].
         """
 
-        def some(index: Tensor, weights: Tensor, *tensors: Tensor) -> tuple[Tensor]:
+        def some(index: Tensor, columns: Tensor, *tensors: Tensor) -> tuple[Tensor]:
             lead = index.shape[:2]
-            part = Propagation(index.flatten(0, 1), weights.flatten(0, 1))
+            part = Propagation(index.flatten(0, 1), columns.flatten(0, 1), self.kept)
             return (function(part, *(t.flatten(0, 1) for t in tensors)).unflatten(0, lead),)
 
-        apart = [t.unflatten(0, (clips, -1)) for t in (self.index, self.weights, *tensors)]  # [B, S, ...]
+        apart = [t.unflatten(0, (clips, -1)) for t in (self.index, self.columns, *tensors)]  # [B, S, ...]
         return in_chunks(some, max(1, FRAMES_PER_CHUNK // clips), *apart, dim=1)[0].flatten(0, 1)
 
     def slope(self, before: Tensor, after: Tensor, clips: int) -> Tensor:
@@ -142,10 +152,10 @@ class Propagation(NamedTuple):
 
     def _sample(self, tokens: Tensor, clips: int, channels: int) -> Tensor:
         """Kept tokens [B, few, K, C] of evenly spread frames: at least ROWS for each of `channels`, if there are."""
-        kept, frames = self.weights.shape[-1], len(tokens) // clips
-        few = min(frames, -(-ROWS * channels // kept))
+        frames = len(tokens) // clips
+        few = min(frames, -(-ROWS * channels // self.kept))
         chosen = torch.arange(few, device=tokens.device) * frames // few
-        some = tokens.detach().unflatten(0, (clips, frames)).index_select(1, chosen)[:, :, -kept:]
+        some = tokens.detach().unflatten(0, (clips, frames)).index_select(1, chosen)[:, :, -self.kept :]
         return some.to(torch.promote_types(tokens.dtype, torch.float32))
 
 
@@ -195,4 +205,7 @@ def make_propagation(
     with torch.autocast(features.device.type, enabled=False):
         chunks = zip(features.split(FRAMES_PER_CHUNK), kept.split(FRAMES_PER_CHUNK), strict=True)
         weights = torch.cat([interpolation_weights(f, k, grid).to(dtype) for f, k in chunks])  # [N, P, K]
-    return Propagation(torch.cat([at_special, kept + special], dim=1), F.pad(weights, (0, 0, special, 0)))
+    count = kept.shape[1]
+    more = -count % ALIGNED
+    columns = F.pad(weights, (more if more <= special else 0, 0, special, 0))
+    return Propagation(torch.cat([at_special, kept + special], dim=1), columns, count)

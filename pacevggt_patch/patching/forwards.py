@@ -343,8 +343,9 @@ class BlockForward(Forward):
         plan = clip.plan
         if heads := self.heads(clip):
             # What is given besides can't be followed head by head: such a call sees all tokens.
-            some = call.plain and len(heads) < state.host.spec().num_heads
-            return self.run(call, clip, FullHeadsAttention(self.index, heads, plan) if some else None)
+            count = state.host.spec().num_heads
+            some = FullHeadsAttention(self.index, heads, count, plan) if len(heads) < count else None
+            return self.run(call, clip, some if call.plain else None)
         length = x.shape[1] * plan.batch // len(plan.kept)
         rows = plan.token_rows(length)
         followed = Followed(

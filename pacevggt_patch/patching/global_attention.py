@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from ..errors import UnsupportedModelError
 from ..hosts.blocks import Project, Rotation
 from ..method.few_keys import FewKeys
-from ..method.full_heads import attend, joined_heads, pick
+from ..method.full_heads import attend, joined_heads
 from ..method.global_pruning import Plan
-from ..runtime.attention import Repeats, attention, is_plain
+from ..runtime.attention import Repeats, attention, is_plain, pick_heads
 
 
 class GlobalAttention(Protocol):
@@ -48,7 +47,10 @@ class FewKeysAttention:
 
     def open(self, project: Project, x: Tensor, rotation: Rotation | None) -> Tensor:
         query, key, value = project(x, rotation)
-        return self.keys.attend(query, key, value, attention).transpose(1, 2)
+        key, value = map(
+            self.keys.of, (key, value)
+        )  # here, so that those that are no keys need no memory from now on
+        return attention(query, key, value, self.keys.counts).transpose(1, 2)
 
     def closed(
         self, run: Callable, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
@@ -76,23 +78,21 @@ class FullHeadsAttention:
     Args:
         index: of the block.
         heads: numbers of the heads that see all.
+        count: how many heads the block has.
         plan: of the clips.
     """
 
-    def __init__(self, index: int, heads: Sequence[int], plan: Plan):
-        self.index, self.heads, self.plan = index, heads, plan
+    def __init__(self, index: int, heads: Sequence[int], count: int, plan: Plan):
+        self.index, self.heads, self.every, self.plan = index, heads, range(count), plan
 
     def open(self, project: Project, x: Tensor, rotation: Rotation | None) -> Tensor:
         # Queries and keys exist of full-attention heads and of kept tokens alone.
         rows = self.plan.propagation.rows(len(x) // len(self.plan.kept))
         turned = None if rotation is None else tuple(t.index_select(0, rows) for t in rotation)
-        few = project(x.index_select(0, rows), turned)
-
-        def keep(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-            return (*(torch.stack([t[:, head] for head in self.heads], 1) for t in (query, key)), value)
-
-        query, key, value = project(x, rotation, keep)
-        whole = [query, key, pick(value, self.heads)]
+        others = [head for head in self.every if head not in self.heads]
+        few = project(x.index_select(0, rows), turned, (others,) * 3)
+        query, key, value = project(x, rotation, (self.heads, self.heads, self.every))
+        whole = [query, key, pick_heads(value, self.heads)]
         return joined_heads(whole, few, value, self.heads, self.plan, attention).transpose(1, 2)
 
     def closed(

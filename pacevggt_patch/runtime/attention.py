@@ -6,7 +6,7 @@ import functools
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -122,6 +122,11 @@ def attention(
     return found[..., :width]
 
 
+def pick_heads(tensor: Tensor, numbers: Sequence[int]) -> Tensor:
+    """Some heads of [B, heads, ...]. By slices: numbers would have to travel to the device."""
+    return torch.stack([tensor[:, number] for number in numbers], dim=1)
+
+
 def counted(
     query: Tensor, key: Tensor, value: Tensor, counts: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -186,12 +191,12 @@ def joined_by_sums(
     """Attention to two sets of keys, those of the second counting more often, from attention to each.
 
     Args:
-        first, second: [B, L, heads, d].
+        first, second: [B, L, heads, d]; the first becomes what is returned.
         first_sums, second_sums: logarithms of the sums of exponentials, [B, heads, L].
         log_weight: logarithm of how many times a key of the second set counts.
     """
     share = torch.sigmoid(second_sums + log_weight - first_sums).mT.unsqueeze(-1)  # [B, L, heads, 1]
-    return torch.lerp(first, second, share.to(first.dtype))
+    return first.lerp_(second, share.to(first.dtype))
 
 
 def _by_library(run: Callable, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
