@@ -41,14 +41,18 @@ def main(argv: list[str] | None = None) -> int:
     }
     unpruned = [mean_metrics(model, clips)]
     report["rows"].append(make_row("unpruned", 1.0, unpruned, unpruned, unpruned))
-    jobs = 1 + len(STAGES) * len(args.runs)
+    # A run without distillation has no file of it.
+    stages = {
+        k: file for k, file in STAGES.items() if all((r / f"{file}.safetensors").is_file() for r in args.runs)
+    }
+    jobs = 1 + len(stages) * len(args.runs)
     with tqdm(total=len(args.keep_ratios) * jobs, unit="setting", disable=None) as bar:
         for ratio in args.keep_ratios:
             accelerate(model, ratio, weights=None, mode=args.mode, min_frames=1)
             free = [mean_metrics(model, clips)]
             bar.update()
             report["rows"].append(make_row("training-free", ratio, free, unpruned, free))
-            for stage, file in STAGES.items():
+            for stage, file in stages.items():
                 found = []
                 for run in args.runs:
                     weights = run / f"{file}.safetensors"
