@@ -12,22 +12,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from typing import Any
 from unittest import mock
 
-import torch
 from quality import add_clip_arguments, header, load, make_row, measure, parse
-from torch import Tensor
 from tqdm import tqdm
 
 from pacevggt_patch import PaceError, accelerate, remove, summary
 from pacevggt_patch.hosts.base import find_host
 from pacevggt_patch.method import few_keys, global_pruning
 from pacevggt_patch.mini import build_mini
-from pacevggt_patch.patching import global_attention
 from pacevggt_patch.patching.install import state_of
-from pacevggt_patch.runtime.attention import Repeats, attention
 from pacevggt_patch.runtime.files import write_json
 
 
@@ -44,54 +40,32 @@ def swapped(*places: tuple[Any, str, Any]) -> Generator[None]:
         yield
 
 
-def thinned(every: int, frames: int, special: int, patches: int) -> Callable[..., Tensor]:
-    """Attention that gives full-attention heads one in `every` patch tokens of a frame as keys, each counting so often.
-
-    The first frame and special tokens stay whole. Which patch tokens are taken is shifted from frame to frame.
-    """
-
-    def attends(
-        query: Tensor, key: Tensor, value: Tensor, counts: Any = None, scale: float | None = None
-    ) -> Tensor:
-        whole = frames * (special + patches)
-        if counts is not None or not query.shape[2] == key.shape[2] == whole:
-            return attention(query, key, value, counts, scale)
-        frame = torch.arange(frames, device=key.device)[:, None]
-        patch = torch.arange(patches, device=key.device)
-        start = frame * (special + patches)
-        alone = [(start + torch.arange(special, device=key.device)).flatten(), special + patch]
-        taken = (patch + frame[1:]) % every == 0
-        rest = (start[1:] + special + patch)[taken]
-        index = torch.cat([*alone, rest])
-        key, value = (t.index_select(2, index) for t in (key, value))
-        return attention(query, key, value, Repeats(len(index) - len(rest), every), scale)
-
-    return attends
-
-
 def variants(frames: int, special: int, patches: int, kept: int, heads: int, full: int) -> dict[str, tuple]:
     """Name -> (places to swap, pairs of queries and keys over the unpruned model's)."""
     tokens, few = frames * (special + patches), frames * (special + kept)
 
-    def pairs(keys: int, keys_of_full: int = tokens) -> float:
-        return (full * tokens * keys_of_full + (heads - full) * few * keys) / (heads * tokens**2)
+    def changed(name: str, once: bool = False, **constants: int) -> None:
+        places: list[tuple[Any, str, Any]] = [
+            (few_keys, constant, value) for constant, value in constants.items()
+        ]
+        if once:
+            places.append((global_pruning, "few_keys", keys_once))
+        with swapped(*places):
+            keys = few if once else few_keys.keys_of_clip(frames, special, patches, kept)
+            of_full = few_keys.keys_of_full(frames, special, patches)
+        found[name] = places, (full * tokens * of_full + (heads - full) * few * keys) / (heads * tokens**2)
 
-    def keys(of_frames: int) -> int:
-        with mock.patch.object(few_keys, "FRAMES", of_frames):
-            return few_keys.keys_of_clip(frames, special, patches, kept)
-
-    found: dict[str, tuple] = {"shipped": ((), pairs(keys(few_keys.FRAMES)))}
-    once = ((global_pruning, "few_keys", keys_once),)
-    found["all kept tokens, each once"] = (once, pairs(few))
-    counted = ((few_keys, "FRAMES", frames), (few_keys, "LONG", frames))
-    found["all kept tokens, counted"] = (counted, pairs(few))
-    for of_frames in (48, 12, 6):
-        name = f"keys of {of_frames} frames in place of {few_keys.FRAMES}"
-        found[name] = (((few_keys, "FRAMES", of_frames),), pairs(keys(of_frames)))
-    for every in (2, 4):
-        some = frames * special + patches + (frames - 1) * patches // every
-        place = (global_attention, "attention", thinned(every, frames, special, patches))
-        found[f"full-attention heads: one in {every} keys"] = ((place,), pairs(keys(few_keys.FRAMES), some))
+    found: dict[str, tuple] = {}
+    changed("shipped")
+    changed("all kept tokens, each once", once=True)
+    # As many frames as the clip has: no sampling.
+    changed("all keys, counted", FRAMES=frames, LONG=frames, FRAMES_OF_FULL=frames)
+    for short in (12, 48):
+        changed(f"keys of {short} frames in place of {few_keys.FRAMES}", FRAMES=short)
+    changed("full-attention heads: all keys", FRAMES_OF_FULL=10**9)
+    for short in (24, 96):
+        name = f"full-attention heads: {short} frames in place of {few_keys.FRAMES_OF_FULL}"
+        changed(name, FRAMES_OF_FULL=short)
     return found
 
 

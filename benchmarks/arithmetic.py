@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pacevggt_patch.method.few_keys import keys_of_clip
+from pacevggt_patch.method.few_keys import keys_of_clip, keys_of_full
 from pacevggt_patch.method.propagation import ROWS
 
 # Dense bfloat16 product and large copy, as measured on an H100 80 GB.
@@ -234,7 +234,8 @@ def stage_work(
             near += Work(passes=4 * patches * 8 * kept)
             work["propagation"] = frames * (near + few * moved) + few * slope
             for share in whole:
-                mixed = share * (frames * in_frames) ** 2 + (1 - share) * (pairs or 0)
+                seen = keys_of_full(frames, dims.special, patches)
+                mixed = share * frames * in_frames * seen + (1 - share) * (pairs or 0)
                 work["global blocks"] += block(1, frames * in_frames, channels, size, True, mixed)
                 wide = (1 - share) * channels  # of the heads that are filled in
                 if not wide:

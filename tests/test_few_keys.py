@@ -10,7 +10,15 @@ from hosts import random_images, tiny_vggt, with_heads
 
 from pacevggt_patch import accelerate, remove
 from pacevggt_patch.method import few_keys as module
-from pacevggt_patch.method.few_keys import FewKeys, few_keys, keys_of_clip, keys_of_frame
+from pacevggt_patch.method.few_keys import (
+    FRAMES_OF_FULL,
+    FewKeys,
+    few_keys,
+    full_keys,
+    keys_of_clip,
+    keys_of_frame,
+    keys_of_full,
+)
 from pacevggt_patch.method.global_pruning import Plan, joined
 from pacevggt_patch.method.propagation import Propagation, make_propagation
 from pacevggt_patch.patching.global_attention import FewKeysAttention, by_host
@@ -101,6 +109,29 @@ def test_longer_clips_have_fewer_keys_a_frame_and_more_in_all():
     totals = [keys_of_clip(frames, 5, patches, kept) for frames in (1, 24, 96, 300, 1000, 3000)]
     assert totals == sorted(totals) and totals[-1] < 20 * totals[1]
     assert keys_of_frame(10**6, 1) == 1
+
+
+def test_full_attention_heads_see_all_of_short_clips_and_more_of_long_ones():
+    assert full_keys(48, 5, 1036, 1, torch.device("cpu")) is None
+    counts = [keys_of_frame(frames, 1036, FRAMES_OF_FULL) for frames in (48, 49, 96, 300, 1000)]
+    assert counts == [1036, 1014, 518, 354, 237]
+    for frames in (49, 96, 300):
+        index, (alone, weight) = full_keys(frames, 5, 1036, 2, torch.device("cpu"))
+        assert index.shape == (2, keys_of_full(frames, 5, 1036)) and torch.equal(index[0], index[1])
+        assert alone == frames * 5 + 1036 and alone + weight * (index.shape[1] - alone) == pytest.approx(
+            frames * 1041
+        )
+        # Special tokens and the first frame come first, each once.
+        first = index[0, :alone]
+        assert first.unique().numel() == alone
+        assert set(range(1041)) <= set(first.tolist())
+        assert ((first % 1041 < 5) | (first < 1041)).all()
+        # The others are patch tokens of all other frames, no two the same.
+        frame, token = index[0, alone:] // 1041, index[0, alone:] % 1041
+        assert (token >= 5).all() and index[0].unique().numel() == index.shape[1]
+        assert frame.bincount(minlength=frames)[1:].unique().tolist() == [
+            keys_of_frame(frames, 1036, FRAMES_OF_FULL)
+        ]
 
 
 def softmax_attention(query, key, value, weights, scale):
@@ -194,7 +225,7 @@ def test_a_block_of_its_own_code_gives_what_an_open_one_gives(heads, monkeypatch
     monkeypatch.setattr("pacevggt_patch.patching.forwards.BlockForward.fits", lambda *_: False)
     torch.testing.assert_close(model.aggregator(images)[0][-1], closed, rtol=1e-3, atol=1e-4)
     # And it is not what all keys would give.
-    monkeypatch.setattr(module, "keys_of_frame", lambda frames, kept: kept)
+    monkeypatch.setattr(module, "keys_of_frame", lambda frames, tokens, short=None: tokens)
     others = model.aggregator(images)[0][-1]
     assert (others - closed).abs().max() > 1e-3
     remove(model)

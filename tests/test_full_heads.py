@@ -1,5 +1,6 @@
 """Heads of global attention that see all tokens: against attention written out, and the stock model."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -23,6 +24,7 @@ from pacevggt_patch import (
 from pacevggt_patch.calibration.full_heads import find_full_heads
 from pacevggt_patch.config import PaceConfig
 from pacevggt_patch.hosts.base import find_host
+from pacevggt_patch.method import few_keys
 from pacevggt_patch.method import full_heads as module
 from pacevggt_patch.method.full_heads import LEAST_ERROR, MOST, attend, choose_full_heads
 from pacevggt_patch.method.global_pruning import Plan
@@ -40,10 +42,11 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return weights / weights.sum(-1, keepdims=True)
 
 
-def attend_by_hand(query, key, value, seeing, propagation, counted=False):
+def attend_by_hand(query, key, value, seeing, propagation, counted=False, of_full=None):
     """One head and one token at a time, in float64; the regression by least squares.
 
-    With `counted` the key of a kept token counts as often as there are patches that it stands for.
+    With `counted` the key of a kept token counts as often as there are patches that it stands for. `of_full` says how
+    often each key counts for heads that see all.
     """
     batch, heads, tokens, width = query.shape
     per_clip, length = len(propagation.index) // batch, tokens * batch // len(propagation.index)
@@ -67,6 +70,9 @@ def attend_by_hand(query, key, value, seeing, propagation, counted=False):
             scores = q[clip, head, some] @ k[clip, head, some].T / np.sqrt(width)
             if counted and head not in seeing:
                 scores += np.log(counts)
+            if of_full is not None and head in seeing:
+                with np.errstate(divide="ignore"):  # no key at all
+                    scores += np.log(of_full)
             values[head] = softmax(scores) @ v[clip, head, some]
             if head in seeing:
                 out[clip, head] = values[head]
@@ -117,19 +123,33 @@ def test_attention_is_that_written_out(seeing, batch, keep):
     torch.testing.assert_close(found.double(), wanted, rtol=1e-3, atol=1e-4)
 
 
-def global_block_by_hand(block, x, where, full, plan):
+def global_block_by_hand(block, x, where, full, plan, of_full):
     """A stock global block on all tokens of clips [B, S * (n + P), C], its attention head by head as above."""
     own = block.attn
     qkv = own.qkv(block.norm1(x)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
     q, k = (own.rope(norm(t), where) for norm, t in ((own.q_norm, qkv[0]), (own.k_norm, qkv[1])))
-    out = attend_by_hand(q, k, qkv[2], full, plan.propagation, counted=True).to(x.dtype)
+    out = attend_by_hand(q, k, qkv[2], full, plan.propagation, counted=True, of_full=of_full).to(x.dtype)
     x = x + block.ls1(own.proj(out.transpose(1, 2).flatten(2)))
     return x + block.ls2(block.mlp(block.norm2(x)))
 
 
+def keys_of_full_by_hand(frames, n, patches, count):
+    """How often each token of a clip is a key of a full-attention head, `count` being sampled of a frame."""
+    weights = np.ones((frames, n + patches))
+    period = math.ceil(patches / count)
+    for frame in range(1, frames):
+        weights[frame, n:] = 0
+        for i in range(count):
+            weights[frame, n + int((i + frame % period / period) * patches / count)] += patches / count
+    return weights.flatten()
+
+
+@pytest.mark.parametrize("short, count", [(48, 20), (1, 6), (2, 13)])
 @pytest.mark.parametrize("way", ["open", "own code"])
 @torch.no_grad()
-def test_a_block_with_such_heads_is_the_stock_block_with_that_attention(way, monkeypatch):
+def test_a_block_with_such_heads_is_the_stock_block_with_that_attention(way, short, count, monkeypatch):
+    """Also with the keys that they have in clips longer than `short` frames."""
+    monkeypatch.setattr(few_keys, "FRAMES_OF_FULL", short)
     model, images = tiny_vggt(), random_images(3, batch=2)
     parts = [stock_parts(model.aggregator, clip[None]) for clip in images]
     tokens, where = torch.cat([torch.cat(part[:2], 1) for part in parts]), parts[0][2]
@@ -138,7 +158,9 @@ def test_a_block_with_such_heads_is_the_stock_block_with_that_attention(way, mon
     plan = Plan(kept, make_propagation(features, kept, (4, 5), 5, torch.float32), 2)
     inside = model.aggregator.frame_blocks[0](tokens, pos=where.expand(6, -1, -1))
     flat, places = inside.view(2, -1, 32), where.repeat(3, 1).expand(2, -1, -1)
-    wanted = global_block_by_hand(model.aggregator.global_blocks[0], flat, places, (1,), plan)
+    weights = keys_of_full_by_hand(3, 5, 20, count)
+    assert weights.sum() == pytest.approx(3 * 25)
+    wanted = global_block_by_hand(model.aggregator.global_blocks[0], flat, places, (1,), plan, weights)
     if way == "own code":
         monkeypatch.setattr("pacevggt_patch.patching.forwards.BlockForward.fits", lambda *_: False)
     found = accelerate(model, 0.3, weights=with_heads(model, (0, 1))).aggregator(images)[0][0][..., 32:]

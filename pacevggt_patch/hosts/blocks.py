@@ -160,11 +160,11 @@ def run_block(
     speed = speed or (lambda function, *_: function)
     first = speed(before_attention, shapes[0], turned is None, heads, eps, dtype)
     last = speed(after_attention, shapes[1], module.norm2.eps, dtype)
-    every = range(heads)
+    every: Wanted = (range(heads), range(heads), range(heads))
 
-    def project(some: Tensor, rotation: Rotation | None, wanted: Wanted = (every,) * 3) -> list[Tensor]:
+    def project(some: Tensor, rotation: Rotation | None, wanted: Wanted = every) -> list[Tensor]:
         # What is compiled makes all heads: compiling it for each choice would take longer than that saves.
-        made = (every,) * 3 if compiles else wanted
+        made = every if compiles else wanted
         parameters = [*before[:2], *(rows_of_heads(p, made, heads) for p in before[2:4]), *before[4:]]
         counts = tuple(map(len, made))
 

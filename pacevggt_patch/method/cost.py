@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .few_keys import keys_of_clip
+from .few_keys import keys_of_clip, keys_of_full
 from .propagation import ROWS
 
 # On a GPU tokens are picked one after another, and each pick waits for a few small kernels, however few frames there
@@ -57,7 +57,9 @@ def saved_flops(
     else:
         saved += in_frames(before) - in_frames(after)
     saved = float((blocks - len(full)) * saved)
-    for share in full:  # only the attention of the other heads is saved, and what it gives is filled in
+    for share in full:  # some keys of these heads are left out; what the others give is filled in
+        before_keys = frames * before - keys_of_full(frames, special, patches)
+        saved += 4 * share * channels * frames * before * before_keys
         filled = (1 - share) * channels
         if not filled:
             continue

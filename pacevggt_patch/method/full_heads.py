@@ -79,7 +79,9 @@ def joined_heads(
     propagation, frames = plan.propagation, len(plan.kept)  # of all clips
     length = tokens * batch // frames
     others = [head for head in range(heads) if head not in full]
-    seen = [attention(*whole)] if whole else []
+    seen = []
+    if whole:
+        seen = [attention(*whole) if plan.full_keys is None else plan.full_keys.attend(*whole, attention)]
     if not others:
         return seen[0]
     query = few.pop(0)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .few_keys import FewKeys, few_keys
+from .few_keys import FewKeys, few_keys, full_keys
 from .propagation import Propagation
 from .scoring import TokenScorer, token_scores
 from .selection import assign
@@ -25,12 +25,14 @@ class Plan(NamedTuple):
         propagation: of the N frames.
         batch: B.
         keys: which keys kept tokens see, where they do not see all of each other's.
+        full_keys: which keys full-attention heads see, where they do not see those of all tokens.
     """
 
     kept: Tensor
     propagation: Propagation
     batch: int = 1
     keys: FewKeys | None = None
+    full_keys: FewKeys | None = None
 
     def token_rows(self, length: int) -> Tensor:
         """Numbers [B, S * (n + K)] of special and kept tokens among the S * `length` tokens of their clip."""
@@ -61,7 +63,11 @@ def joined(plans: Sequence[Plan], batch: int) -> Plan:
         index, columns = (torch.cat(some) for some in ([p.index for p in parts], [p.columns for p in parts]))
         propagation = Propagation(index, columns, propagation.kept)
     kept = torch.cat([plan.kept for plan in plans])
-    return Plan(kept, propagation, batch, few_keys(propagation, batch))
+    frames, count = kept.shape
+    tokens = propagation.columns.shape[1]
+    special = propagation.index.shape[1] - count
+    whole = full_keys(frames // batch, special, tokens - special, batch, kept.device)
+    return Plan(kept, propagation, batch, few_keys(propagation, batch), whole)
 
 
 def run_on_kept(x: Tensor, plan: Plan, block: Callable[[Tensor], Tensor], apart: bool = False) -> Tensor:

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .chunks import in_chunks
+
 # FlashAttention-3, by its authors' package or by wheels of its forward pass, which leave float16 out.
 LIBRARIES = {
     "flash_attn_interface": (torch.bfloat16, torch.float16),
@@ -23,6 +25,7 @@ LIBRARIES = {
 SUMS = "return_attn_probs"  # what gives logarithms of sums of exponentials is called
 HOPPER = 9  # the only compute capability (major) that FlashAttention-3 is written for
 LARGEST_HEAD = 256
+QUERIES = 2**17  # at a time, where outputs are needed twice
 MORE = 8  # channels that say how often keys count; kernels want a multiple of that
 
 # Of the call itself, queries, keys and values [B, heads, L, d], and other arguments by name; gives [B, heads, L, d].
@@ -180,9 +183,12 @@ def library_attention(
     alone, others = (
         (key[:, part], value[:, part]) for part in (slice(counts.alone), slice(counts.alone, None))
     )
-    return joined_by_sums(
-        *run(query, *alone, scale), *run(query, *others, scale), math.log(counts.weight)
-    ).transpose(1, 2)
+
+    def some(query: Tensor) -> tuple[Tensor]:
+        both = (*run(query, *alone, scale), *run(query, *others, scale))
+        return (joined_by_sums(*both, math.log(counts.weight)),)
+
+    return in_chunks(some, QUERIES, query, dim=1)[0].transpose(1, 2)
 
 
 def joined_by_sums(
