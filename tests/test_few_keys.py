@@ -234,7 +234,7 @@ def test_a_block_of_its_own_code_gives_what_an_open_one_gives(heads, monkeypatch
 def test_other_forms_of_attention_keep_their_keys():
     keys = FewKeys(torch.tensor([[0, 3]]), Repeats(1, 5.0))
     said = []
-    few = FewKeysAttention(keys, 1, 6, said.append)
+    few = FewKeysAttention(keys, 3, 1, 6, said.append)
     generator = torch.Generator().manual_seed(0)
     query, key, value = torch.randn(3, 1, 2, 6, 4, generator=generator)
     mask = torch.rand(1, 1, 6, 6, generator=generator) > 0.3

@@ -87,4 +87,5 @@ def run_on_kept(x: Tensor, plan: Plan, block: Callable[[Tensor], Tensor], apart:
     few = propagation.gather(dense)  # [N, n + K, C]
     after = block(few.view(batch, -1, channels)).view(few.shape)
     slope = propagation.slope(few, after, len(plan.kept) if apart else batch)
+    del few  # its memory is needed
     return propagation.propagate(dense, after, slope).view(x.shape)

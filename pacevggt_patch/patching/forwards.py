@@ -348,16 +348,15 @@ class BlockForward(Forward):
             return self.run(call, clip, some if call.plain else None)
         length = x.shape[1] * plan.batch // len(plan.kept)
         rows = plan.token_rows(length)
-        followed = Followed(
-            clip, rows, x.shape[1], getattr(getattr(self.module, "attn", None), "num_heads", 0)
-        )
+        count = getattr(getattr(self.module, "attn", None), "num_heads", 0)
+        followed = Followed(clip, rows, x.shape[1], count)
         state.given |= call.given
         args, kwargs = followed.tree(call.args), followed.tree(call.kwargs)
         positions = None if call.positions is None else followed.tensor(call.positions)
         rest: tuple | None = None
         fewer = None
         if plan.keys is not None and not followed.masked:
-            fewer = FewKeysAttention(plan.keys, *rows.shape, state.say_once)
+            fewer = FewKeysAttention(plan.keys, count, *rows.shape, state.say_once)
 
         def few(tokens: Tensor) -> Tensor:
             nonlocal rest

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from ..errors import UnsupportedModelError
@@ -38,19 +39,26 @@ class FewKeysAttention:
 
     Args:
         keys: which.
+        heads: how many the block has.
         batch, tokens: clips, and special and kept tokens of each.
         say: tells the user something, once.
     """
 
-    def __init__(self, keys: FewKeys, batch: int, tokens: int, say: Callable[[str], None]):
-        self.keys, self.batch, self.tokens, self.say, self.used = keys, batch, tokens, say, False
+    def __init__(self, keys: FewKeys, heads: int, batch: int, tokens: int, say: Callable[[str], None]):
+        self.keys, self.every, self.say, self.used = keys, range(heads), say, False
+        self.batch, self.tokens = batch, tokens
 
     def open(self, project: Project, x: Tensor, rotation: Rotation | None) -> Tensor:
-        query, key, value = project(x, rotation)
-        key, value = map(
-            self.keys.of, (key, value)
-        )  # here, so that those that are no keys need no memory from now on
-        return attention(query, key, value, self.keys.counts).transpose(1, 2)
+        index, counts = self.keys
+        if index is None:
+            query, key, value = project(x, rotation)
+            return attention(query, key, value, counts).transpose(1, 2)
+        (query,) = project(x, rotation, (self.every, (), ()))
+        first = torch.arange(self.batch, device=x.device) * self.tokens
+        rows = (index + first[:, None]).flatten()  # of keys
+        turned = None if rotation is None else tuple(t.index_select(0, rows) for t in rotation)
+        key, value = project(x.index_select(0, rows), turned, ((), self.every, self.every))
+        return attention(query, key, value, counts).transpose(1, 2)
 
     def closed(
         self, run: Callable, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
