@@ -62,7 +62,6 @@ def variants(frames: int, special: int, patches: int, kept: int, heads: int, ful
     changed("all keys, counted", FRAMES=frames, LONG=frames, FRAMES_OF_FULL=frames)
     for short in (12, 48):
         changed(f"keys of {short} frames in place of {few_keys.FRAMES}", FRAMES=short)
-    changed("full-attention heads: all keys", FRAMES_OF_FULL=10**9)
     for short in (24, 96):
         name = f"full-attention heads: {short} frames in place of {few_keys.FRAMES_OF_FULL}"
         changed(name, FRAMES_OF_FULL=short)

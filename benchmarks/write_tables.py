@@ -32,8 +32,9 @@ CLIPS = {
 CHANGED = ("rooms-8", "redkitchen")  # clips that these were measured on
 CHANGES = ("default", "calibrated", "pre-aa")  # settings
 RATIOS = (0.3, 0.15)
-STAGES = ("training-free", "calibrated", "distilled", "refined")
+STAGES = ("training-free", "calibrated", "refined")
 LENGTHS = (8, 24, 96, 300)  # frames of the clips of the longer measurements
+KEYS_LENGTHS = (24, 96, 300)
 UNPRUNED = {
     "rooms-8": "24 rooms, 8 views",
     "rooms-24": "12 rooms, 24 views",
@@ -121,26 +122,42 @@ def changes_table() -> str:
 
 
 def lengths_table() -> str:
-    """What the default costs on clips of several lengths."""
+    """What global pruning costs on clips of several lengths, calibrated and with the bundled weights."""
     lines = []
     for frames in LENGTHS:
-        unpruned, pruned = (row_of(f"long-rooms-{frames}", ratio) for ratio in (1.0, 0.3))
-        cells = [f"{row['auc30']:.1f} / {row['absrel']:.4f}" for row in (unpruned, pruned)]
-        count = report(f"long-rooms-{frames}")["count"]
-        lines.append([str(frames), str(count), *cells, *(change(pruned, key) for key in ("auc30", "absrel"))])
-    head = ["frames", "rooms", "unpruned", "calibrated", "change of AUC@30", "change of AbsRel"]
-    return table(head, lines)
+        name = f"long-rooms-{frames}"
+        unpruned, *pruned = row_of(name, 1.0), row_of(name, 0.3), row_of(f"{name}-bundled", 0.3)
+        cells = [f"{unpruned['auc30']:.1f} / {unpruned['absrel']:.4f}"]
+        cells += [" / ".join(change(row, key) for key in ("auc30", "absrel")) for row in pruned]
+        lines.append([str(frames), str(report(name)["count"]), *cells])
+    return table(["frames", "rooms", "unpruned", "calibrated", "bundled weights"], lines)
+
+
+def keys_table() -> str:
+    """What the parts of the keys are worth: pairs of queries and keys, and what is lost, for each length."""
+    found = [
+        json.loads((RESULTS / f"ablation-keys-rooms-{frames}.json").read_text()) for frames in KEYS_LENGTHS
+    ]
+    lines = []
+    for rows in zip(*(one["rows"][1:] for one in found), strict=True):
+        cells = [
+            f"{100 * row['pairs']:.0f} %: {row['auc30_change']:+.1f} / {row['absrel_change']:+.1f}"
+            for row in rows
+        ]
+        lines.append([rows[0]["variant"], *cells])
+    return table(["keys", *(f"{one['count']} rooms, {one['frames']} views" for one in found)], lines)
 
 
 def stages_table() -> str:
     """What each stage of training weights of global pruning is worth, with the spread over seeds."""
     lines = []
-    for frames in LENGTHS:
-        found = json.loads((RESULTS / f"pace-mini-global-rooms-{frames}.json").read_text())
-        rows = {row["stage"]: row for row in found["rows"]}
-        cells = [rows["unpruned"], *(rows[stage] for stage in STAGES)]
-        lines.append([f"{found['count']} rooms, {frames} views", *map(both_metrics, cells)])
-    return table(["clips", "unpruned", *STAGES], lines)
+    for ratio in RATIOS:
+        for frames in LENGTHS:
+            found = json.loads((RESULTS / f"pace-mini-global-rooms-{frames}.json").read_text())
+            rows = {row["stage"]: row for row in found["rows"] if row["keep_ratio"] in (1.0, ratio)}
+            cells = [rows["unpruned"], *(rows[stage] for stage in STAGES)]
+            lines.append([f"{ratio:g}", f"{found['count']} rooms, {frames} views", *map(both_metrics, cells)])
+    return table(["keep ratio", "clips", "unpruned", *STAGES], lines)
 
 
 def both_metrics(row: dict[str, Any]) -> str:
@@ -164,14 +181,14 @@ def unpruned_table() -> str:
 
 
 # Seconds of VGGT-1B's shape: what a row is called, and its files.
-EIGHT = ("latency-vggt-1b-h200", "latency-vggt-1b-h200-1000")
+EIGHT = ("latency-vggt-1b-h200",)
 GPU_ROWS = [
     ("global pruning, 8 full-attention heads", EIGHT),
     ("global pruning, 24 full-attention heads", ("latency-vggt-1b-h200-heads-24",)),
     ("global pruning, 60 full-attention heads", ("latency-vggt-1b-h200-heads-60",)),
     ("pre-AA pruning", ("latency-vggt-1b-h200-pre-aa",)),
 ]
-GPU_FRAMES, CPU_FRAMES = (100, 300, 1000), (8, 24, 48)
+GPU_FRAMES, README_FRAMES, CPU_FRAMES = (100, 300, 1000, 3000), (100, 300, 1000), (8, 24, 48)
 CPU_ROWS = [
     ("global pruning, 5 full-attention heads", ("latency-mini-cpu",)),
     ("pre-AA pruning, no weights", ("latency-mini-cpu-pre-aa",)),
@@ -231,13 +248,13 @@ def cpu_table() -> str:
 def readme_table() -> str:
     """What each setting gains and costs, in one table."""
     stock = timings("latency-vggt-1b-h200")
-    head = ["setting", "call", *(f"{n} frames" for n in GPU_FRAMES), "AUC@30 lost", "AbsRel worse by"]
-    lines = [["stock", "", *(seconds(stock.get(("stock", n))) for n in GPU_FRAMES), "", ""]]
+    head = ["setting", "call", *(f"{n} frames" for n in README_FRAMES), "AUC@30 lost", "AbsRel worse by"]
+    lines = [["stock", "", *(seconds(stock.get(("stock", n))) for n in README_FRAMES), "", ""]]
     for title, call, names, quality in README_ROWS:
         found = None if names is None else timings(*names)
-        cells = ["not timed"] * len(GPU_FRAMES)
+        cells = ["not timed"] * len(README_FRAMES)
         if found is not None:
-            cells = [seconds(found.get(("pace", n)), stock.get(("stock", n))) for n in GPU_FRAMES]
+            cells = [seconds(found.get(("pace", n)), stock.get(("stock", n))) for n in README_FRAMES]
         row = row_of(f"rooms-8-{quality}", 0.3)
         lines.append([title, call, *cells, f"{-row['auc30_change']:.1f} %", f"{row['absrel_change']:.1f} %"])
     return table(head, lines)
@@ -278,6 +295,7 @@ TABLES = [
     (ROOT / "docs" / "quality.md", "settings", settings_table),
     (ROOT / "docs" / "quality.md", "changes", changes_table),
     (ROOT / "docs" / "quality.md", "lengths", lengths_table),
+    (ROOT / "docs" / "quality.md", "keys", keys_table),
     (ROOT / "docs" / "quality.md", "stages", stages_table),
     (ROOT / "docs" / "latency.md", "gpu", gpu_table),
     (ROOT / "docs" / "latency.md", "cpu", cpu_table),

@@ -111,7 +111,8 @@ def add_train(commands) -> None:
     train.add_argument(
         "--distil",
         type=float,
-        help="share of the steps for the distillation (0.1; none of them with --start)",
+        default=0.0,
+        help="share of the steps for a distillation of the scorer before the refinement (0)",
     )
     train.add_argument(
         "--views", type=int, nargs="+", default=[8], help="frames of a clip, one of these a step (8)"
@@ -185,12 +186,9 @@ def train_command(arguments: argparse.Namespace) -> int:
     from ..training.fit import Settings
     from ..training.run import Options, format_checks, run_training
 
-    distil = arguments.distil
-    if distil is None:  # what the weights to start from have learned is not to be undone
-        distil = Settings.distil if arguments.start is None else 0.0
     settings = Settings(
         steps=0 if arguments.calibrate else arguments.steps,
-        distil=distil,
+        distil=arguments.distil,
         clips=arguments.clips,
         supervised=arguments.supervised_frames,
         views=tuple(arguments.views),

@@ -9,8 +9,8 @@ from .propagation import ROWS
 
 # On a GPU tokens are picked one after another, and each pick waits for a few small kernels, however few frames there
 # are; every global block solves a regression. The device could do this much of attention and MLP in the meantime. An
-# H200 gained from 24 frames of 392x518 on at keep ratio 0.3, and not yet at 16 (latency-vggt-1b-h200-earlier.json).
-GPU_FLOPS_PER_PICK = 150e9
+# H200 gained from 16 frames of 392x518 on at keep ratio 0.3, and not yet at 12 (latency-vggt-1b-h200.json).
+GPU_FLOPS_PER_PICK = 80e9
 
 
 def saved_flops(

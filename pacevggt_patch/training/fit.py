@@ -62,7 +62,7 @@ class Settings:
 
     Attributes:
         steps: gradient steps in all; 0 calibrates only.
-        distil: share of the steps that stage 1 gets.
+        distil: share of the steps that stage 1 gets. With any, what came out was no better.
         clips: clips of a step, in each process, if they have the smallest number of frames; longer ones are fewer, so
             that a step has about as many frames whatever their number.
         views: numbers of frames of a clip; each step has one of them.
@@ -83,7 +83,7 @@ class Settings:
     """
 
     steps: int = 4000
-    distil: float = 0.1
+    distil: float = 0.0
     clips: int = 1
     views: tuple[int, ...] = (8,)
     supervised: int = 4
