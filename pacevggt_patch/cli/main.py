@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -77,6 +78,14 @@ def make_parser() -> argparse.ArgumentParser:
     )
     cache.add_argument("--clear", action="store_true", help="delete them")
     cache.set_defaults(run=cache_command, extra="demo")
+    env = commands.add_parser(
+        "env",
+        help="describe this machine, for a report of a fault",
+        description="Print versions, GPUs, attention kernels, optional libraries and environment variables. No model "
+        "is loaded, and paths have ~ for your home.",
+    )
+    env.add_argument("--json", action="store_true", help="print JSON")
+    env.set_defaults(run=env_command, extra="demo")
     return parser
 
 
@@ -232,6 +241,14 @@ def cache_command(arguments: argparse.Namespace) -> int:
         print(f"{len(found)} kept in {where}")
         for path in found:
             print(f"  {path.name}")
+    return 0
+
+
+def env_command(arguments: argparse.Namespace) -> int:
+    from .env import describe, format_environment
+
+    found = describe()
+    print(json.dumps(found, indent=1) if arguments.json else format_environment(found))
     return 0
 
 
