@@ -36,7 +36,7 @@ def format_environment(found: dict[str, Any]) -> str:
         ("torch", f"{found['torch']}, {build}"),
         *listed("GPU", found["gpus"], gpu_line),
         ("NVIDIA driver", found["driver"] or "none found"),
-        *listed("SDPA may take", found["sdpa"], str),
+        ("SDPA may take", in_words(found["sdpa"], ", ".join)),
         ("FlashAttention-3", found["flash_attention_3"]),
         ("vggt", in_words(found["vggt"], vggt_line)),
         *listed("libraries", found["libraries"], lambda pair: f"{pair[0]:{COLUMN}}{pair[1]}"),
