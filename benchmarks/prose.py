@@ -72,7 +72,7 @@ def docstring_sentences(file: Path) -> list[Sentence]:
         name = getattr(node, "name", "")
         text = None if name.startswith("_") else ast.get_docstring(node)
         if text:
-            # Drawings and code are indented; each argument, error and item of a list begins a paragraph.
+            # Each argument, error and item of a list begins a paragraph, its name left out.
             text = re.sub(r"^\s*(Args|Returns|Raises|Attributes|Yields):\s*$", "", text, flags=re.MULTILINE)
             text = re.sub(r"^(\s*)([-*] |`?[\w, ]+`?: )", r"\n\1", text, flags=re.MULTILINE)
             found += paragraphs(f"{file.relative_to(ROOT).as_posix()} {name}".strip(), text)
@@ -122,7 +122,9 @@ def mean(found: Iterable[Sentence]) -> float:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--longest", type=int, default=10, help="sentences of each kind to show (10)")
     longest = parser.parse_args(arguments).longest
     kinds = gather()

@@ -21,16 +21,17 @@ class PaceConfig:
 
     Args:
         keep_ratio: share of each frame's patch tokens that is kept, in (0, 1]. 1 is the stock model.
-        merge_budget: pre-AA pruning only: share of the clip's patch tokens that is merged into kept ones, in
-            [0, 1 - keep_ratio]; the rest is pruned. None merges all that is not kept.
-        mode: "global" prunes global attention alone; "pre-aa" prunes frame and global attention (PaceVGGT,
-            arXiv 2605.08371). None takes the mode of the weights; without weights "pre-aa" where a merge budget is
-            given, else "global".
-        min_frames: clips of fewer frames run unpruned. None: where that is the faster one, see
-            `method.cost.pruning_pays`. 1 prunes every clip.
-        compile: run attention blocks and dense heads by functions that torch.compile makes at their first call.
-        head_dtype: dtype of the autocast that dense heads run under, bfloat16 or float16. None leaves it to the host.
-        output_device: where dense heads put their outputs, a chunk of frames at a time. None: where they are made.
+        merge_budget: share of the clip's patch tokens that is merged into kept ones, in [0, 1 - keep_ratio]; the rest
+            is pruned. None merges all that is not kept. For pre-AA pruning only.
+        mode: "global" prunes global attention only. "pre-aa" prunes frame and global attention (PaceVGGT,
+            arXiv 2605.08371). None takes the mode of the weights; without weights "pre-aa" if there is a merge budget,
+            else "global".
+        min_frames: clips of fewer frames run unpruned. None prunes where `method.cost.pruning_pays`. 1 prunes every
+            clip.
+        compile: attention blocks and dense heads run by functions that torch.compile makes at the first call.
+        head_dtype: dtype of the autocast of dense heads, bfloat16 or float16. None leaves that to the model.
+        output_device: where the outputs of dense heads go, a chunk of frames at a time. None: they stay where they are
+            made.
 
     Raises:
         PaceError: a value is out of range or of another type.

@@ -1,9 +1,14 @@
 """Clips on disk: a folder of images, one with a `clip.json` that adds cameras and depth, or a video.
 
-`clip.json` holds `width`, `height`, `intrinsics` (`fx fy cx cy`, pixels of the stored frames, **the centre of
-the top-left pixel at (0, 0)**), `pose_unit`, and `frames`: a list of `{file, depth, cam_to_world}` with paths
-relative to the folder and within it, `depth` a 16-bit PNG of z-depth in millimetres (0 = not measured) or null, and
-`cam_to_world` a 4x4 matrix. `intrinsics`, `depth` and `cam_to_world` may be missing or null.
+`clip.json` holds
+
+- `width` and `height`, in pixels;
+- `intrinsics`: `fx fy cx cy`, in pixels of the stored frames, **the centre of the top-left pixel at (0, 0)**;
+- `pose_unit`: "metres" in a clip with poses and depth;
+- `frames`: a list of `{file, depth, cam_to_world}`. Paths are relative to the folder and within it. `depth` is a 16-bit
+  PNG of z-depth in millimetres, 0 where it was not measured. `cam_to_world` is a 4x4 matrix.
+
+`intrinsics`, `depth` and `cam_to_world` may be missing or null.
 """
 
 from __future__ import annotations
@@ -45,10 +50,10 @@ def load_clip(
 ) -> Clip:
     """Load a clip from a folder of images, from a folder with a `clip.json`, or from a video.
 
-    The format of `clip.json` is in this module's description. A folder of images is read in natural order
-    (`frame2` before `frame10`); hidden files are passed over, and a warning names pictures of other formats and broken
-    links, which are left out. Camera orientation tags are applied, transparency is laid on white, and 16-bit greyscale
-    is scaled to the full range; of several pages or moments in one file the first is taken.
+    The format of `clip.json` is in this module's description. A folder of images is read in natural order:
+    `frame2` before `frame10`. Hidden files are passed over. A warning names pictures of other formats and broken links,
+    which are left out. Orientation tags are applied, transparency is laid on white, and 16-bit greyscale is scaled to
+    the full range. Of several pages in one file the first is taken.
 
     A video is decoded once, from its first frame to the last one taken, and turned as it says. It needs the extra
     `video`. All frames that are taken must fit into memory.
@@ -59,20 +64,18 @@ def load_clip(
         start: First frame taken.
         stride: Step between the frames taken.
         width: Width of the loaded frames in pixels, a multiple of 14: 518 for VGGT-1B, 224 for VGGT-mini.
-        mode: "crop" is the "crop" mode of VGGT's own loader: the whole width, resized (bicubic) to `width`,
-            the height to the nearest multiple of 14, and of an image taller than wide the central `width`
-            rows. "square" cuts the central square and resizes that: a model trained on squares alone, as
-            VGGT-mini is, then sees no shape that it was not trained on.
+        mode: "crop" is the "crop" mode of VGGT's own loader. The whole width is resized (bicubic) to `width`, the
+            height to the nearest multiple of 14. Of a result taller than wide the central `width` rows are kept.
+            "square" cuts the central square and resizes that, for models trained on squares only, as VGGT-mini is.
 
     Returns:
         A `Clip` on the CPU with what the source tells: intrinsics and depth follow every crop and resize,
         depth in metres by nearest pixel. Named after the folder or the file, or as `clip.json` says.
 
     Raises:
-        ClipError: The message names the file. Something is out of range or of another type, missing, too large, broken
-            or incomplete; there are too few frames; they differ in size (pictures cut to squares may); or a
-            `clip.json` names files outside its folder.
-        PaceError: The path is a video and PyAV is missing.
+        ClipError: A file is missing, too large, broken or incomplete, there are too few frames, or they differ in size
+            (pictures cut to squares may). Or a `clip.json` names files outside its folder. The message names the file.
+        PaceError: An argument is out of range or of another type, or PyAV is missing for a video.
     """
     check_arguments(frames, start, stride, width, mode)  # before a long list of files
     if is_video(path):

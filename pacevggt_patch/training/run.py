@@ -82,11 +82,10 @@ class Options:
 
 
 def run_training(options: Options) -> dict[str, Any]:
-    """Train pace weights and write them to `options.out`; the first process alone writes.
+    """Train pace weights and write them to `options.out`. Only the first process writes.
 
-    Writes `calibrated.safetensors` and `distilled.safetensors` (what the earlier stages gave, where there were any),
-    `pace.safetensors` (the result), `report.json`, `curve.png`, and `state.pt` to resume from, each whole or not at
-    all.
+    The result is `pace.safetensors`; `calibrated.safetensors` and `distilled.safetensors` are those of earlier stages.
+    `report.json` and `curve.png` describe the run, and `state.pt` resumes it. Each is written whole or not at all.
 
     Returns:
         The content of report.json.
@@ -112,8 +111,8 @@ def run_training(options: Options) -> dict[str, Any]:
     large = model.aggregator.camera_token.shape[-1] >= LARGE
     if large and options.device is None and device.type == "cpu" and settings.steps:
         raise PaceError(
-            "there is no CUDA device, and training for a model of this size would take weeks on the CPU: run it where "
-            "there is a GPU, pass --calibrate, which takes minutes, or --device cpu to insist"
+            "training for a model of this size takes weeks on the CPU, and there is no CUDA device: use a machine with "
+            "a GPU, pass --calibrate, which takes minutes, or --device cpu to insist"
         )
     if device.type == "cuda":
         torch.cuda.set_device(device)
