@@ -9,6 +9,7 @@ import torch
 
 from .arguments import number, shown, whole
 from .errors import PaceError
+from .runtime.device import existing_device
 
 DEFAULT_KEEP_RATIO = 0.3
 GLOBAL, PRE_AA = "global", "pre-aa"
@@ -74,7 +75,8 @@ class PaceConfig:
             raise PaceError(
                 f"head_dtype must be torch.bfloat16, torch.float16 or None, got {shown(self.head_dtype)}"
             )
-        object.__setattr__(self, "output_device", device_of(self.output_device))
+        if self.output_device is not None:
+            object.__setattr__(self, "output_device", existing_device(self.output_device, "output_device"))
 
     def kept_tokens(self, patches: int) -> int:
         """K: patch tokens kept in each frame of `patches` patch tokens."""
@@ -112,17 +114,3 @@ def check_mode(mode: Any) -> None:
     """Raise PaceError for what is no mode."""
     if not isinstance(mode, str) or mode not in MODES:
         raise PaceError(f'mode must be "global" or "pre-aa", got {shown(mode)}')
-
-
-def device_of(name: torch.device | str | None) -> torch.device | None:
-    """A device by its name; None stays None.
-
-    Raises:
-        PaceError: there is no such device on this machine.
-    """
-    try:
-        return None if name is None else torch.empty(0, device=torch.device(name)).device
-    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-        raise PaceError(
-            f'output_device must be a torch device of this machine such as "cpu", or None, got {shown(name)}'
-        ) from error

@@ -14,7 +14,7 @@ ROOT = Path(pacevggt_patch.__path__[0])
 ALLOWED = {
     "method": {"runtime", "errors"},
     "hosts": {"runtime", "errors"},
-    "runtime": {"errors", "version"},
+    "runtime": {"arguments", "errors", "version"},
 }
 FORBIDDEN = {name: {"patching", "hosts", "method", "mini"} for name in ("evaluation", "clips")}
 # The demo and `pacevggt train` offer VGGT-mini and its scenes.

@@ -34,7 +34,7 @@ from .compiling import works
 from .curve import save_training_curve
 from .fit import Fit, Settings
 from .signals import Signals, Stopped
-from .sources import ClipSource, FolderSource
+from .sources import MOST_VIEWS, ClipSource, FolderSource
 from .states import STATE_FILE, loaded_state, results_folder, save_state, writing
 
 PREFETCH = 4  # steps drawn ahead
@@ -162,8 +162,10 @@ def check_options(options: Options) -> None:
             raise PaceError(
                 f"width must be a multiple of {step} up to {WIDEST} for rendered scenes, got {shown(options.width)}"
             )
-    if options.rooms == "all" and not all(2 <= views <= 96 for views in settings.views):
-        raise PaceError(f"views must be between 2 and 96 for rendered scenes, got {list(settings.views)}")
+    if options.rooms == "all" and not all(2 <= views <= MOST_VIEWS for views in settings.views):
+        raise PaceError(
+            f"views must be between 2 and {MOST_VIEWS} for rendered scenes, got {list(settings.views)}"
+        )
     if settings.mode == GLOBAL and options.start is None and min(settings.views) < 2:
         raise PaceError("views must be at least 2 to tell which heads find matches between frames, got 1")
     if (options.out / STATE_FILE).is_file() and not options.resume:
