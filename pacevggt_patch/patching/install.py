@@ -157,8 +157,12 @@ def install(
     return state
 
 
-def place(state: State) -> None:
-    """Replace the forwards of a model that has none of ours."""
+def place(state: State, *, trunk_alone: bool = False) -> None:
+    """Replace the forwards of a model that has none of ours.
+
+    Args:
+        trunk_alone: leave the heads as they are. It takes a good part of the time to tell whether they are stock ones.
+    """
     host, config = state.host, state.config
     state.rope = None if host.rope is None else static_rope(host.rope)
     every = [module for _, _, module in host.blocks]
@@ -180,10 +184,10 @@ def place(state: State) -> None:
         if id(module) in stock:
             run = partial(BlockForward, kind="embedding", index=index, stock=True)
             parts.append((f"{inside}.blocks.{index}", module, run))
-    for name, head in host.dense_heads.items():
+    for name, head in () if trunk_alone else host.dense_heads.items():
         fast = is_dense_head(head, 2 * host.embed_dim, host.depth)
         parts.append((name, head, partial(DenseHeadForward, fast=fast)))
-    if host.camera_head is not None and config.mode == PRE_AA:
+    if host.camera_head is not None and config.mode == PRE_AA and not trunk_alone:
         parts.append(("camera_head", host.camera_head, CameraHeadForward))
     state.placed = [make(module, state, name) for name, module, make in parts]
     fast = any(isinstance(forward, DenseHeadForward) and forward.fast for forward in state.placed)

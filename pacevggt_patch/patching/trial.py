@@ -78,7 +78,7 @@ def _try(kind: str, bare: Any, config: PaceConfig, heads: Heads) -> tuple[bool, 
     on_device = images.is_cuda and _alike_on(images.device, host, images, stock)
     whole = PaceConfig(1.0, mode=config.mode)
     state = State(whole, host, forced=True)
-    place(state)
+    place(state, trunk_alone=True)  # no head is called here
     advice = 'use mode="global"' if config.mode == PRE_AA else "it can't be accelerated as it is"
     try:
         same = flat(host.trunk(images))
