@@ -8,7 +8,7 @@
 # Variables:
 #   PYTHON   interpreter that makes the environment
 #   TORCH    what pip installs as torch, e.g. TORCH="torch==2.4.1"
-#   CLIP     folder of images for `make demo`, instead of the bundled clip
+#   CLIP     folder of images, or video, for `make demo`, instead of the bundled clip
 #   VGGT     a git checkout of vggt to run with, instead of the copy in the feature-3dgs wheel
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)

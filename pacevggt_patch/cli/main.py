@@ -45,8 +45,8 @@ def make_parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--clip",
         type=Path,
-        metavar="DIR",
-        help="folder of images or with a clip.json (bundled clip if not given), cut square",
+        metavar="PATH",
+        help="folder of images or with a clip.json, or a video (bundled clip if not given), cut square",
     )
     demo.add_argument(
         "--out",

@@ -55,8 +55,8 @@ def load_clip(
     which are left out. Orientation tags are applied, transparency is laid on white, and 16-bit greyscale is scaled to
     the full range. Of several pages in one file the first is taken.
 
-    A video is decoded once, from its first frame to the last one taken, and turned as it says. It needs the extra
-    `video`. All frames that are taken must fit into memory.
+    A video is decoded once, from its first frame to the last one taken, and turned as it says. Its pixels are taken as
+    square. It needs the extra `video`, and all frames that are taken must fit into memory.
 
     Args:
         path: The folder, or the video file.
