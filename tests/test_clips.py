@@ -296,7 +296,7 @@ def test_folders_that_hold_no_clip_are_refused(tmp_path):
     )
     assert refusal(load_clip, tmp_path / "none") == f"{tmp_path / 'none'} does not exist"
     (tmp_path / "file").write_text("")
-    assert refusal(load_clip, tmp_path / "file").startswith(f"{tmp_path / 'file'} is not a folder")
+    assert refusal(load_clip, tmp_path / "file").startswith(f"{tmp_path / 'file'} is neither a folder")
     (tmp_path / "a.heic").write_bytes(b"")
     assert "a.heic" in refusal(load_clip, tmp_path)
 

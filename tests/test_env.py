@@ -97,7 +97,9 @@ def test_libraries_that_are_missing_come_with_the_command_that_brings_them(capsy
         'nothing; extra == "video"',
         "never>=2; extra == 'test'",
     ]
-    monkeypatch.setattr(importlib.metadata, "requires", lambda _: [*lines, "gone"])
+    monkeypatch.setattr(
+        importlib.metadata, "requires", lambda _: [*lines, "gone", "pacevggt-patch[video]; extra == 'demo'"]
+    )
     assert told_as_json(capsys)["libraries"] == {
         "gone": "missing: pip install 'pacevggt-patch'",
         "nothing": "missing: pip install 'pacevggt-patch[video]'",

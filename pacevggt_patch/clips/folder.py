@@ -30,7 +30,7 @@ from ..runtime.files import write_json
 from .clip import Clip
 from .framing import PIXEL_CENTRE, Framing, check_arguments, choose, framing_of, images_of
 from .images import check_file, image_names, listed, read_header, read_image, read_rgb
-from .video import VIDEO_SUFFIXES, count_video, is_video, load_video
+from .video import count_video, is_video, load_video
 
 MILLIMETRES_PER_METRE = 1000.0
 MOST_JSON = 2**25  # bytes; tens of thousands of frames
@@ -98,8 +98,6 @@ def count_frames(path: str | Path) -> int:
 def existing_folder(path: str | Path) -> Path:
     """The path, if it is a folder."""
     folder = file_path("path", path)
-    if os.path.isfile(folder):
-        raise ClipError(f"{folder} is not a folder of images (and no video: {' '.join(VIDEO_SUFFIXES)})")
     if not os.path.isdir(folder):
         raise ClipError(f"{folder} {'is not a folder' if os.path.lexists(folder) else 'does not exist'}")
     return folder

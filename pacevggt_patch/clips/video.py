@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..arguments import file_path
 from ..errors import ClipError, PaceError, first_line
 from ..runtime.plotting import load_extra
 from .clip import Clip
@@ -32,12 +33,18 @@ MICROSECONDS = 10**6  # the unit of a container's duration
 
 
 def is_video(path: Any) -> bool:
-    """Whether a path is a file with the suffix of a video."""
-    try:
-        name = os.path.expanduser(path)
-        return str(name).lower().endswith(VIDEO_SUFFIXES) and os.path.isfile(name)
-    except (TypeError, ValueError):
+    """Whether a path is that of a video, told by its suffix.
+
+    Raises:
+        ClipError: It is another file.
+        PaceError: It is no path.
+    """
+    file = file_path("path", path)
+    if not os.path.isfile(file):
         return False
+    if file.suffix.lower() not in VIDEO_SUFFIXES:
+        raise ClipError(f"{file} is neither a folder of images nor a video ({' '.join(VIDEO_SUFFIXES)})")
+    return True
 
 
 def load_video(file: Path, frames: int | None, start: int, stride: int, width: int, mode: str) -> Clip:

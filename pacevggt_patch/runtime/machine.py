@@ -138,7 +138,7 @@ def libraries() -> dict[str, str]:
     found = {}
     for line in importlib.metadata.requires(DISTRIBUTION) or []:
         name, extra = requirement(line)
-        if extra in FOR_DEVELOPERS:
+        if extra in FOR_DEVELOPERS or name == DISTRIBUTION:  # an extra may ask for another
             continue
         try:
             found[name] = importlib.metadata.version(name)
