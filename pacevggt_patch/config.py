@@ -9,6 +9,7 @@ import torch
 
 from .arguments import number, shown, whole
 from .errors import PaceError
+from .runtime.device import existing_device
 
 DEFAULT_KEEP_RATIO = 0.3
 GLOBAL, PRE_AA = "global", "pre-aa"
@@ -21,16 +22,17 @@ class PaceConfig:
 
     Args:
         keep_ratio: share of each frame's patch tokens that is kept, in (0, 1]. 1 is the stock model.
-        merge_budget: pre-AA pruning only: share of the clip's patch tokens that is merged into kept ones, in
-            [0, 1 - keep_ratio]; the rest is pruned. None merges all that is not kept.
-        mode: "global" prunes global attention alone; "pre-aa" prunes frame and global attention (PaceVGGT,
-            arXiv 2605.08371). None takes the mode of the weights; without weights "pre-aa" where a merge budget is
-            given, else "global".
-        min_frames: clips of fewer frames run unpruned. None: where that is the faster one, see
-            `method.cost.pruning_pays`. 1 prunes every clip.
-        compile: run attention blocks and dense heads by functions that torch.compile makes at their first call.
-        head_dtype: dtype of the autocast that dense heads run under, bfloat16 or float16. None leaves it to the host.
-        output_device: where dense heads put their outputs, a chunk of frames at a time. None: where they are made.
+        merge_budget: share of the clip's patch tokens that is merged into kept ones, in [0, 1 - keep_ratio]; the rest
+            is pruned. None merges all that is not kept. For pre-AA pruning only.
+        mode: "global" prunes global attention only. "pre-aa" prunes frame and global attention (PaceVGGT,
+            arXiv 2605.08371). None takes the mode of the weights; without weights "pre-aa" if there is a merge budget,
+            else "global".
+        min_frames: clips of fewer frames run unpruned. None prunes where `method.cost.pruning_pays`. 1 prunes every
+            clip.
+        compile: attention blocks and dense heads run by functions that torch.compile makes at the first call.
+        head_dtype: dtype of the autocast of dense heads, bfloat16 or float16. None leaves that to the model.
+        output_device: where the outputs of dense heads go, a chunk of frames at a time. None: they stay where they are
+            made.
 
     Raises:
         PaceError: a value is out of range or of another type.
@@ -73,7 +75,8 @@ class PaceConfig:
             raise PaceError(
                 f"head_dtype must be torch.bfloat16, torch.float16 or None, got {shown(self.head_dtype)}"
             )
-        object.__setattr__(self, "output_device", device_of(self.output_device))
+        if self.output_device is not None:
+            object.__setattr__(self, "output_device", existing_device(self.output_device, "output_device"))
 
     def kept_tokens(self, patches: int) -> int:
         """K: patch tokens kept in each frame of `patches` patch tokens."""
@@ -111,17 +114,3 @@ def check_mode(mode: Any) -> None:
     """Raise PaceError for what is no mode."""
     if not isinstance(mode, str) or mode not in MODES:
         raise PaceError(f'mode must be "global" or "pre-aa", got {shown(mode)}')
-
-
-def device_of(name: torch.device | str | None) -> torch.device | None:
-    """A device by its name; None stays None.
-
-    Raises:
-        PaceError: there is no such device on this machine.
-    """
-    try:
-        return None if name is None else torch.empty(0, device=torch.device(name)).device
-    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-        raise PaceError(
-            f'output_device must be a torch device of this machine such as "cpu", or None, got {shown(name)}'
-        ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from pacevggt_patch import PaceError
 from pacevggt_patch.cli import demo
 from pacevggt_patch.cli.main import main, make_parser
 from pacevggt_patch.mini.training import train as mini
+from pacevggt_patch.mini.training.trainer import Settings
 from pacevggt_patch.runtime.device import usable_device
 from pacevggt_patch.training import run as command
 
@@ -63,6 +65,9 @@ def test_numbers_that_training_can_not_take(tmp_path, capsys, option, values, na
 
 def test_views_that_scenes_do_not_have_are_named(tmp_path, capsys):
     refused(capsys, ["train", "--rooms", "--views", "8", "97", "--out", str(tmp_path)], "views")
+    assert Settings(frames=96, views=(96,)).views == (96,)
+    with pytest.raises(PaceError, match="views"):
+        Settings(frames=97, views=(97,))
 
 
 @pytest.mark.parametrize(
@@ -113,9 +118,15 @@ def test_devices_that_there_are_not(tmp_path, capsys, device):
 
 
 def test_cuda_is_the_gpu_of_this_process(monkeypatch):
-    monkeypatch.setattr(torch, "zeros", lambda *_, device: torch.ones(1))
+    def empty(_, device):
+        """As with three GPUs, the first of them the current one."""
+        if (device.index or 0) > 3:
+            raise RuntimeError("invalid device ordinal")
+        number = device.index or 0 if device.type == "cuda" else None
+        return SimpleNamespace(device=torch.device(device.type, number))
+
+    monkeypatch.setattr(torch, "empty", empty)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert usable_device("cuda") == usable_device(None) == torch.device("cuda", 0)
     assert usable_device("cuda:3") == torch.device("cuda", 3) and usable_device("cpu").type == "cpu"

@@ -14,10 +14,11 @@ ROOT = Path(pacevggt_patch.__path__[0])
 ALLOWED = {
     "method": {"runtime", "errors"},
     "hosts": {"runtime", "errors"},
-    "runtime": {"errors", "version"},
+    "runtime": {"arguments", "errors", "version"},
 }
 FORBIDDEN = {name: {"patching", "hosts", "method", "mini"} for name in ("evaluation", "clips")}
 # The demo and `pacevggt train` offer VGGT-mini and its scenes.
+LOADED_ON_DEMAND = {"av", "plyfile"}
 IMPORT_MINI = {"cli/demo.py", "training/backbones.py", "training/run.py"}
 
 
@@ -95,6 +96,15 @@ def test_mini_is_imported_where_it_is_offered_alone():
 def test_training_imports_the_renderer_on_demand_alone():
     for node in ast.parse((ROOT / "training" / "run.py").read_text(encoding="utf-8")).body:
         assert not isinstance(node, ast.ImportFrom) or "mini" not in (node.module or "")
+
+
+def test_libraries_of_extras_of_one_use_are_loaded_on_demand_alone():
+    """`load_extra` names what is missing before work starts; an import would fail before that."""
+    for file in ROOT.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            assert not LOADED_ON_DEMAND & {name.split(".")[0] for name in names}, file
 
 
 def test_parts_form_no_circle():

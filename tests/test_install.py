@@ -27,7 +27,7 @@ from pacevggt_patch import (
     remove,
     summary,
 )
-from pacevggt_patch.patching import forwards
+from pacevggt_patch.patching import forwards, install
 from pacevggt_patch.patching.install import forwards_of, retune, state_of
 
 MODES = ["global", "pre-aa"]
@@ -558,6 +558,17 @@ def test_settings_that_can_not_be_met_leave_the_model_as_it_was(model, monkeypat
         accelerate(model, 0.2, weights=None, compile=True)
     assert summary(model).config.keep_ratio == 0.4
     assert_equal(run(model, images), expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_each_dense_head_is_judged_once(model, monkeypatch, mode):
+    """It runs on a copy for that, which takes a good part of the time of `accelerate`."""
+    judged, judge = [], install.is_dense_head
+    monkeypatch.setattr(
+        install, "is_dense_head", lambda head, *size: judged.append(head) or judge(head, *size)
+    )
+    accelerate(model, 0.4, weights=None, mode=mode)
+    assert sorted(map(id, judged)) == sorted(map(id, (model.point_head, model.depth_head)))
 
 
 def other_storage(model, values):

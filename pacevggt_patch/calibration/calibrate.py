@@ -28,20 +28,18 @@ def calibrate(
     keep_ratios: Sequence[float] | None = None,
     run: Run | None = None,
 ) -> PaceWeights:
-    """Weights for `accelerate(model, weights=...)`, in seconds to minutes.
+    """Make weights for `accelerate(model, weights=...)` from frames, in seconds to minutes.
 
-    Global pruning: the heads that must see all tokens, see `find_full_heads`. Pre-AA pruning: the linear part of the
-    restoration, see `fit_linear`. The model is left as it was.
+    For global pruning it finds the heads that must see all tokens (`find_full_heads`). For pre-AA pruning it fits the
+    linear part of the restoration (`fit_linear`). The model is left as it was.
 
     Args:
-        model: any model that `accelerate` takes; not accelerated.
+        model: any model that `accelerate` takes, not accelerated.
         clips: one clip or several, images [S, 3, H, W] or [B, S, 3, H, W] in [0, 1] on the model's device. One clip of
             a few dozen frames will do.
         mode: "global" or "pre-aa".
-        keep_ratios: of pre-AA pruning, keep ratios that the restoration is fitted for, together; None is 0.5, 0.3 and
-            0.15.
-        run: of global pruning, how the model is called, given images [B, S, 3, H, W]; its aggregator alone if not
-            given.
+        keep_ratios: the keep ratios that pre-AA pruning is fitted for, together. None is 0.5, 0.3 and 0.15.
+        run: how the model is called for global pruning, given images [B, S, 3, H, W]. None calls its aggregator.
 
     Returns:
         New weights; `save` writes them.

@@ -23,8 +23,8 @@ def find_full_heads(
 ) -> tuple[Heads, Tensor]:
     """Run an accelerated model unpruned on every clip, and compare the heads of each global block.
 
-    Each head's output is compared with what it would be if the head saw the kept tokens at keep ratio 0.3 alone, those
-    that are kept training-free; see `method.full_heads.head_errors` and `choose_full_heads`.
+    Each head's output is compared with what it would be if the head saw only tokens that are kept at keep ratio 0.3,
+    training-free. See `method.full_heads.head_errors` and `choose_full_heads`.
 
     Args:
         model: an accelerated model; what it prunes is left aside.
@@ -36,7 +36,7 @@ def find_full_heads(
 
     Raises:
         PaceError: there are no clips, one has a single frame, or images do not fit.
-        UnsupportedModelError: the global blocks are of another make.
+        UnsupportedModelError: the global blocks are of an unsupported type.
     """
     state = state_of(model)
     host, found = state.host, []

@@ -28,10 +28,14 @@ def fit_linear(
 ) -> None:
     """Fit `weights.restoration.linear` to the unpruned model, by ridge regression.
 
-    For each cached layer it finds the matrix A that minimises, over the dropped tokens i of all clips and keep ratios,
-    the sum of |t_i - r_i - A d_i|^2 plus lambda |A|^2. t is the token of the unpruned model, r what is restored without
-    a linear part, d_i = f_i - sum_j w_ij f_j the feature difference that `FeatureGuidedRestoration` takes, lambda
-    RIDGE times the mean eigenvalue of sum d d^T. Memory does not grow with the number of clips.
+    For each cached layer it finds the matrix A that minimises the sum of |t_i - r_i - A d_i|^2 plus lambda |A|^2, over
+    the dropped tokens i of all clips and keep ratios:
+
+    - t_i is the token of the unpruned model, and r_i what is restored without a linear part.
+    - d_i = f_i - sum_j w_ij f_j is the feature difference that `FeatureGuidedRestoration` takes.
+    - lambda is RIDGE times the mean eigenvalue of sum d d^T.
+
+    Memory does not grow with the number of clips.
 
     Args:
         model: accelerated with these weights.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -44,8 +45,8 @@ def make_parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--clip",
         type=Path,
-        metavar="DIR",
-        help="folder of images or with a clip.json (bundled clip if not given), cut square",
+        metavar="PATH",
+        help="folder of images or with a clip.json, or a video (bundled clip if not given), cut square",
     )
     demo.add_argument(
         "--out",
@@ -72,11 +73,19 @@ def make_parser() -> argparse.ArgumentParser:
     cache = commands.add_parser(
         "cache",
         help="show or clear the calibrations that are kept on this machine",
-        description="Calibrations that were made on the first clip of a model are kept by its fingerprint in "
-        "$PACEVGGT_CACHE (~/.cache/pacevggt if not set; off keeps none).",
+        description="Show or delete the calibrations that were made on the first clip of a model. They lie in "
+        "$PACEVGGT_CACHE, or in ~/.cache/pacevggt if that is not set. PACEVGGT_CACHE=off keeps none.",
     )
     cache.add_argument("--clear", action="store_true", help="delete them")
     cache.set_defaults(run=cache_command, extra="demo")
+    env = commands.add_parser(
+        "env",
+        help="describe this machine, for a report of a fault",
+        description="Print versions, GPUs, attention kernels, optional libraries and environment variables. No model "
+        "is loaded, and paths have ~ for your home.",
+    )
+    env.add_argument("--json", action="store_true", help="print JSON")
+    env.set_defaults(run=env_command, extra="demo")
     return parser
 
 
@@ -84,9 +93,9 @@ def add_train(commands) -> None:
     train = commands.add_parser(
         "train",
         help="train pace weights for a VGGT on your own images",
-        description="Train scorer, merge, block changes and restoration for a VGGT on your own images; no labels are "
-        "needed. Calibrates, distils, refines. Writes pace.safetensors, report.json, curve.png and state.pt, from "
-        "which --resume goes on after a Ctrl-C or a SIGTERM. Several GPUs: torchrun --nproc-per-node N --no-python "
+        description="Train scorer, merge, block deltas and restoration for a VGGT on your own images, without labels. "
+        "Calibrates, distils, refines. Writes pace.safetensors, report.json, curve.png and state.pt. --resume goes on "
+        "from state.pt, after Ctrl-C or SIGTERM, too. Several GPUs: torchrun --nproc-per-node N --no-python "
         "pacevggt train ...",
     )
     train.add_argument(
@@ -105,7 +114,13 @@ def add_train(commands) -> None:
     train.add_argument(
         "--textures", type=Path, metavar="PATH", help="photographs for --rooms: zip file or folder"
     )
-    train.add_argument("--out", type=Path, metavar="DIR", default=Path("runs/train"), help="(runs/train)")
+    train.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        default=Path("runs/train"),
+        help="folder for the results (runs/train)",
+    )
     train.add_argument("--steps", type=int, default=4000, help="gradient steps (4000)")
     train.add_argument("--calibrate", action="store_true", help="calibration only: no gradient steps")
     train.add_argument(
@@ -115,10 +130,17 @@ def add_train(commands) -> None:
         help="share of the steps for a distillation of the scorer before the refinement (0)",
     )
     train.add_argument(
-        "--views", type=int, nargs="+", default=[8], help="frames of a clip, one of these a step (8)"
+        "--views",
+        type=int,
+        nargs="+",
+        default=[8],
+        help="numbers of frames of a clip; each step has one of them (8)",
     )
     train.add_argument(
-        "--clips", type=int, default=1, help="clips of a step and process, fewer if they have more frames (1)"
+        "--clips",
+        type=int,
+        default=1,
+        help="clips of a step in each process; fewer where clips have more frames (1)",
     )
     train.add_argument(
         "--supervised-frames",
@@ -127,22 +149,22 @@ def add_train(commands) -> None:
         help="frames of a clip on which depth and points are compared (4)",
     )
     train.add_argument(
-        "--width", type=int, help="of the frames in pixels (224 for VGGT-mini, else 518, rooms 504)"
+        "--width", type=int, help="width of the frames in pixels (VGGT-mini 224, else 518, rooms 504)"
     )
     train.add_argument("--rate", type=float, default=2e-3, help="learning rate (0.002)")
     train.add_argument(
         "--scorer-rate",
         type=float,
         default=0.0,
-        help="of pre-AA pruning: share of it for the scorer in the refinement (0)",
+        help="learning rate of the scorer in the refinement, as a share of --rate; for pre-AA pruning (0)",
     )
     train.add_argument("--mode", choices=MODES, default=GLOBAL, help="what is pruned (global)")
-    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--seed", type=int, default=0, help="of everything random (0)")
     train.add_argument("--device", help="cpu or cuda (cuda where there is one if not given)")
     train.add_argument(
         "--start",
         metavar="WEIGHTS",
-        help="pace weights to go on with, and with the heads that they say see all tokens: a file or a Hub id",
+        help="pace weights to start from, with their full-attention heads: a file or a Hub id",
     )
     train.add_argument("--resume", action="store_true", help="go on from DIR/state.pt, if it is there")
     train.set_defaults(run=train_command, extra="train")
@@ -153,7 +175,7 @@ def add_push(commands) -> None:
         "push",
         help="upload pace weights to the Hugging Face Hub",
         description="Upload a pace weight file, with a model card, to a model repository on the Hugging Face Hub, "
-        "which is made if it is not there. Log in first: hf auth login.",
+        "which is made if need be. Log in first: hf auth login.",
     )
     push.add_argument(
         "file", type=Path, metavar="FILE", help="a pace weight file, as `pacevggt train` writes it"
@@ -230,6 +252,14 @@ def cache_command(arguments: argparse.Namespace) -> int:
         print(f"{len(found)} kept in {where}")
         for path in found:
             print(f"  {path.name}")
+    return 0
+
+
+def env_command(arguments: argparse.Namespace) -> int:
+    from .env import describe, format_environment
+
+    found = describe()
+    print(json.dumps(found, indent=1) if arguments.json else format_environment(found))
     return 0
 
 

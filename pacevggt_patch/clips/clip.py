@@ -22,9 +22,8 @@ class Clip:
       are the source's own.
     - Image coordinates are continuous: the image spans `[0, W] x [0, H]`, and the pixel in row i and column j
       has its **centre at (j + 0.5, i + 0.5)**. A camera that looks through the middle of its image has its
-      principal point at `(W / 2, H / 2)`, which is where VGGT's pose encoding puts it, and resizing an image
-      by s scales all of `fx, fy, cx, cy` by s. Sources that put pixel centres on whole numbers are shifted by
-      half a pixel on loading.
+      principal point at `(W / 2, H / 2)`, as in VGGT's pose encoding. Resizing an image by s scales all of
+      `fx, fy, cx, cy` by s. Sources that put pixel centres on whole numbers are shifted by half a pixel on loading.
     - `depth` is the z coordinate in the camera frame (not the length of the ray), in the unit of the poses.
 
     Args:

@@ -1,18 +1,21 @@
-"""Clips on disk: a folder of images, or a folder with a `clip.json` that adds cameras and depth.
+"""Clips on disk: a folder of images, one with a `clip.json` that adds cameras and depth, or a video.
 
-`clip.json` holds `width`, `height`, `intrinsics` (`fx fy cx cy`, pixels of the stored frames, **the centre of
-the top-left pixel at (0, 0)**), `pose_unit`, and `frames`: a list of `{file, depth, cam_to_world}` with paths
-relative to the folder and within it, `depth` a 16-bit PNG of z-depth in millimetres (0 = not measured) or null, and
-`cam_to_world` a 4x4 matrix. `intrinsics`, `depth` and `cam_to_world` may be missing or null.
+`clip.json` holds
+
+- `width` and `height`, in pixels;
+- `intrinsics`: `fx fy cx cy`, in pixels of the stored frames, **the centre of the top-left pixel at (0, 0)**;
+- `pose_unit`: "metres" in a clip with poses and depth;
+- `frames`: a list of `{file, depth, cam_to_world}`. Paths are relative to the folder and within it. `depth` is a 16-bit
+  PNG of z-depth in millimetres, 0 where it was not measured. `cam_to_world` is a 4x4 matrix.
+
+`intrinsics`, `depth` and `cam_to_world` may be missing or null.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,82 +28,15 @@ from ..arguments import file_path, shown, whole
 from ..errors import ClipError, first_line
 from ..runtime.files import write_json
 from .clip import Clip
-from .images import MOST_PIXELS, check_file, image_names, listed, read_header, read_image, read_rgb
+from .framing import PIXEL_CENTRE, Framing, check_arguments, choose, framing_of, images_of
+from .images import check_file, image_names, listed, read_header, read_image, read_rgb
+from .video import count_video, is_video, load_video
 
-PATCH_SIZE = 14
 MILLIMETRES_PER_METRE = 1000.0
 MOST_JSON = 2**25  # bytes; tens of thousands of frames
 LARGEST = 1e18  # of the numbers in a clip.json, with which float32 still computes
 
 Source = tuple[str, tuple[int, int]]  # name, and width and height
-
-# clip.json puts pixel centres on whole numbers, a Clip on halves.
-PIXEL_CENTRE = 0.5
-
-
-@dataclass(frozen=True)
-class Framing:
-    """How a source image becomes a frame: crop to a box, resize, then keep a band of rows."""
-
-    box: tuple[int, int, int, int]  # left, top, right, bottom, in source pixels
-    resized: tuple[int, int]  # width, height after resizing
-    band: tuple[int, int]  # first row and end row kept of the resized image
-
-    @property
-    def scale(self) -> tuple[float, float]:
-        """Resized pixels per source pixel, in x and y (they differ: the height is rounded to patches)."""
-        left, top, right, bottom = self.box
-        return self.resized[0] / (right - left), self.resized[1] / (bottom - top)
-
-    def image(self, image: Image.Image) -> np.ndarray:
-        """`[H, W, 3]` uint8 of an RGB image, resized with the bicubic filter."""
-        cropped = image if self.box == (0, 0, *image.size) else image.crop(self.box)
-        resized = cropped.resize(self.resized, Image.Resampling.BICUBIC)
-        return np.asarray(resized.crop((0, self.band[0], self.resized[0], self.band[1])))
-
-    def depth(self, depth: np.ndarray) -> np.ndarray:
-        """`[H, W]` of a source depth map, the nearest source pixel for each pixel.
-
-        Depth is never interpolated: between a near and a far surface there is nothing halfway.
-        """
-        (left, top, right, bottom), (scale_x, scale_y) = self.box, self.scale
-        columns = left + nearest_source(self.resized[0], right - left, scale_x)
-        rows = top + nearest_source(self.resized[1], bottom - top, scale_y)[self.band[0] : self.band[1]]
-        return depth[rows[:, None], columns[None, :]]
-
-    def intrinsics(self, fx: float, fy: float, cx: float, cy: float) -> Tensor:
-        """`[3, 3]` float32 intrinsics of the frame; all in continuous coordinates (see `Clip`)."""
-        (left, top, _, _), (scale_x, scale_y) = self.box, self.scale
-        return torch.tensor(
-            [
-                [fx * scale_x, 0.0, (cx - left) * scale_x],
-                [0.0, fy * scale_y, (cy - top) * scale_y - self.band[0]],
-                [0.0, 0.0, 1.0],
-            ]
-        )
-
-
-def nearest_source(size: int, source_size: int, scale: float) -> np.ndarray:
-    """`[size]` source pixel that holds the centre of each resized pixel."""
-    centres = (np.arange(size) + PIXEL_CENTRE) / scale
-    return np.clip(np.floor(centres).astype(np.int64), 0, source_size - 1)
-
-
-def crop_framing(width: int, height: int, target: int) -> Framing:
-    """VGGT's "crop" mode: width to `target`, height to whole patches, at most `target` rows of it."""
-    rows = max(round(height * (target / width) / PATCH_SIZE) * PATCH_SIZE, PATCH_SIZE)
-    first = max(rows - target, 0) // 2
-    return Framing((0, 0, width, height), (target, rows), (first, first + min(rows, target)))
-
-
-def square_framing(width: int, height: int, target: int) -> Framing:
-    """The central square of the image, resized to `target` x `target`."""
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    return Framing((left, top, left + side, top + side), (target, target), (0, target))
-
-
-FRAMINGS = {"crop": crop_framing, "square": square_framing}
 
 
 def load_clip(
@@ -112,44 +48,51 @@ def load_clip(
     width: int = 518,
     mode: Literal["crop", "square"] = "crop",
 ) -> Clip:
-    """Load a clip from a folder of images, or from a folder with a `clip.json`.
+    """Load a clip from a folder of images, from a folder with a `clip.json`, or from a video.
 
-    The format of `clip.json` is in this module's description. A folder of images is read in natural order
-    (`frame2` before `frame10`); hidden files are passed over, and a warning names pictures of other formats and broken
-    links, which are left out. Camera orientation tags are applied, transparency is laid on white, and 16-bit greyscale
-    is scaled to the full range; of several pages or moments in one file the first is taken.
+    The format of `clip.json` is in this module's description. A folder of images is read in natural order:
+    `frame2` before `frame10`. Hidden files are passed over. A warning names pictures of other formats and broken links,
+    which are left out. Orientation tags are applied, transparency is laid on white, and 16-bit greyscale is scaled to
+    the full range. Of several pages in one file the first is taken.
+
+    A video is decoded once, from its first frame to the last one taken, and turned as it says. Its pixels are taken as
+    square. It needs the extra `video`, and all frames that are taken must fit into memory.
 
     Args:
-        path: The folder.
+        path: The folder, or the video file.
         frames: How many frames to take; None takes all there are.
         start: First frame taken.
         stride: Step between the frames taken.
         width: Width of the loaded frames in pixels, a multiple of 14: 518 for VGGT-1B, 224 for VGGT-mini.
-        mode: "crop" is the "crop" mode of VGGT's own loader: the whole width, resized (bicubic) to `width`,
-            the height to the nearest multiple of 14, and of an image taller than wide the central `width`
-            rows. "square" cuts the central square and resizes that: a model trained on squares alone, as
-            VGGT-mini is, then sees no shape that it was not trained on.
+        mode: "crop" is the "crop" mode of VGGT's own loader. The whole width is resized (bicubic) to `width`, the
+            height to the nearest multiple of 14. Of a result taller than wide the central `width` rows are kept.
+            "square" cuts the central square and resizes that, for models trained on squares only, as VGGT-mini is.
 
     Returns:
-        A `Clip` on the CPU with what the folder tells: intrinsics and depth follow every crop and resize,
-        depth in metres by nearest pixel. Named after the folder, or as `clip.json` says.
+        A `Clip` on the CPU with what the source tells: intrinsics and depth follow every crop and resize,
+        depth in metres by nearest pixel. Named after the folder or the file, or as `clip.json` says.
 
     Raises:
-        ClipError: An argument is out of range or of another type, the folder has no (or too few) images, a file is
-            missing, too large or cannot be read, the frames differ in size (pictures cut to squares may), or
-            `clip.json` is broken, incomplete or names files outside the folder. The message names the file.
+        ClipError: A file is missing, too large, broken or incomplete, there are too few frames, or they differ in size
+            (pictures cut to squares may). Or a `clip.json` names files outside its folder. The message names the file.
+        PaceError: An argument is out of range or of another type, or PyAV is missing for a video.
     """
     check_arguments(frames, start, stride, width, mode)  # before a long list of files
+    if is_video(path):
+        return load_video(file_path("path", path), frames, start, stride, width, mode)
     return ClipFolder(path).load(frames, start, stride, width, mode)
 
 
 def count_frames(path: str | Path) -> int:
-    """How many frames `load_clip` finds in a folder.
+    """How many frames `load_clip` finds in a folder or a video.
+
+    A video is read to its end. It is decoded, too, if its container does not list the frames.
 
     Raises:
-        ClipError: The folder or its images are missing, or its `clip.json` is broken.
+        ClipError: The folder or its images are missing, its `clip.json` is broken, or the video can't be read.
+        PaceError: The path is a video and PyAV is missing.
     """
-    return len(ClipFolder(path))
+    return count_video(file_path("path", path)) if is_video(path) else len(ClipFolder(path))
 
 
 def existing_folder(path: str | Path) -> Path:
@@ -158,19 +101,6 @@ def existing_folder(path: str | Path) -> Path:
     if not os.path.isdir(folder):
         raise ClipError(f"{folder} {'is not a folder' if os.path.lexists(folder) else 'does not exist'}")
     return folder
-
-
-def check_arguments(frames: int | None, start: int, stride: int, width: int, mode: str) -> None:
-    """Raise `PaceError` if an argument of `load_clip` is out of range or no whole number."""
-    if frames is not None:
-        whole("frames", frames, 1)
-    whole("start", start, 0)
-    whole("stride", stride, 1)
-    whole("width", width, PATCH_SIZE)
-    if width % PATCH_SIZE:
-        raise ClipError(f"width must be a multiple of {PATCH_SIZE}, got {width}")
-    if mode not in tuple(FRAMINGS):
-        raise ClipError(f"mode must be one of {', '.join(FRAMINGS)}, got {shown(mode)}")
 
 
 class ClipFolder:
@@ -202,19 +132,14 @@ class ClipFolder:
 
     def framing(self, name: str, size: tuple[int, int], first: Source, width: int, mode: str) -> Framing:
         """How the picture of that name and size becomes a frame; `ClipError` if not of the size of the first one."""
-        file = f"{self.folder / name} is {size[0]}x{size[1]}"
         if self.description:
             first = "clip.json", (self.description["width"], self.description["height"])
         if size != first[1] and (self.description or mode != "square"):
             raise ClipError(
-                f"{file}, but {first[0]} has {first[1][0]}x{first[1][1]}: all frames of a clip must have one size"
+                f"{self.folder / name} is {size[0]}x{size[1]}, but {first[0]} has {first[1][0]}x{first[1][1]}: "
+                "all frames of a clip must have one size"
             )
-        framing = FRAMINGS[mode](*size, width)
-        if math.prod(framing.resized) > MOST_PIXELS:
-            raise ClipError(
-                f"{file}, which is too large at a width of {width} pixels: crop it, or ask for a smaller width"
-            )
-        return framing
+        return framing_of(self.folder / name, size, width, mode)
 
     def check(self, width: int, mode: str) -> tuple[int, int]:
         """Width and height of the first picture; `ClipError` if the header of any picture or depth map does not fit."""
@@ -240,10 +165,10 @@ class ClipFolder:
             image = read_rgb(self.folder / entry["file"])
             first = first or (entry["file"], image.size)
             framing = self.framing(entry["file"], image.size, first, width, mode)
-            pictures.append(torch.from_numpy(framing.image(image).copy()))
+            pictures.append(framing.image(image))
             if has_depth:
                 maps.append(framing.depth(read_depth(self.folder, entry.get("depth"), image.size)))
-        images = torch.stack(pictures).permute(0, 3, 1, 2).float().div_(255).contiguous()  # [S, 3, H, W]
+        images = images_of(pictures)  # [S, 3, H, W]
 
         intrinsics = None
         if self.description.get("intrinsics") is not None:
@@ -264,19 +189,6 @@ def natural_key(name: str) -> tuple[list[tuple[int, int | str]], str]:
     """Sort key that compares runs of digits as numbers; the plain name decides between `a1` and `a01`."""
     parts = re.split(r"([0-9]+)", name.lower())
     return [(0, int(part)) if part.isascii() and part.isdigit() else (1, part) for part in parts], name
-
-
-def choose(items: list[Any], source: Path, frames: int | None, start: int, stride: int) -> list[Any]:
-    """The `frames` items from `start` on, every `stride`-th; all of them if `frames` is None."""
-    chosen = items[start::stride][:frames]
-    if not chosen:
-        raise ClipError(f"{source} has {len(items)} frames, there is no frame {start}")
-    if frames is not None and len(chosen) < frames:
-        raise ClipError(
-            f"{source} has {len(items)} frames: only {len(chosen)} from frame {start} in steps of {stride}, "
-            f"not the {frames} asked for"
-        )
-    return chosen
 
 
 def read_description(file: Path) -> dict[str, Any]:

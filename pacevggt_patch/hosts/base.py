@@ -211,7 +211,7 @@ class Host:
         """The matrix [C, C] from the outputs of all heads of a global block to what it adds to the tokens.
 
         Raises:
-            UnsupportedModelError: the block is of another make, quantised or offloaded.
+            UnsupportedModelError: the block is of an unsupported type, quantised or offloaded.
         """
         module = unwrapped(self.of_kind("global")[index])
         matrix = getattr(getattr(getattr(module, "attn", None), "proj", None), "weight", None)

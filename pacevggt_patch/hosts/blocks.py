@@ -1,8 +1,8 @@
 """A stock attention block as functions of tokens, cut where attention mixes them: the same arithmetic, fit to compile.
 
-What comes before and after attention works token by token on `[T, C]`, so that DINO, frame and global blocks and clips
-of any length share a few compiled functions, with the parameters as arguments. Norms, activations, scales, residuals
-and the rotary embedding are computed in float32 at least, and rounded where they are stored.
+What comes before and after attention works token by token on `[T, C]`, with the parameters as arguments. So DINO, frame
+and global blocks and clips of any length share a few compiled functions. Norms, activations, scales, residuals and the
+rotary embedding are computed in float32 at least, and rounded where they are stored.
 
 This module knows the names inside a block, and no other does.
 """
@@ -295,7 +295,7 @@ def is_block(module: Any, channels: int) -> bool:
             ours = run_block(bare, x.flatten(0, 1), turned, 2, torch.float32)
         error = (theirs - ours.view_as(theirs)).abs().max()
         return theirs.dtype == ours.dtype and bool(error <= 1e-4 * (theirs - x).abs().max())
-    except Exception:  # whatever a block of another make trips over
+    except Exception:  # whatever a block of an unknown type trips over
         return False
 
 

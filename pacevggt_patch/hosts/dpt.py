@@ -1,10 +1,13 @@
 """A stock DPT head as a function of patch tokens: the same layers, arranged for speed.
 
-It differs from the host's own forward in two ways, neither of which changes the outputs beyond rounding. The feature
-maps stay channels-last from the tokens on, which is how tokens lie in memory, how convolutions on CPU and GPU like
-them, and how a bilinear enlargement reads whole pixels at once. And the last convolution of a fusion block sees one
-pixel at a time, so that it may come before the enlargement by two, where there is a quarter of the pixels (the weights
-of an enlarged pixel sum to 1, so its bias may, too). Every other layer is the host's own module.
+It differs from the host's own forward in two ways, neither of which changes the outputs beyond rounding:
+
+- The feature maps stay channels-last from the tokens on. Tokens lie in memory so, and convolutions on CPU and GPU like
+  it. A bilinear enlargement then reads whole pixels at once.
+- The last convolution of a fusion block sees one pixel at a time. So it comes before the enlargement by two, where
+  there is a quarter of the pixels. Its bias may, too, as the weights of an enlarged pixel sum to 1.
+
+Every other layer is the host's own module.
 
 This module knows the names inside a DPT head, and no other does.
 """
@@ -176,7 +179,7 @@ def is_dense_head(head: Any, channels: int, layers: int) -> bool:
             return False
         theirs, ours = ((a,) if isinstance(a, Tensor) else tuple(a) for a in (theirs, ours))
         return len(theirs) == len(ours) and all(map(_alike, theirs, ours))
-    except Exception:  # whatever a head of another make trips over
+    except Exception:  # whatever a head of an unknown type trips over
         return False
 
 

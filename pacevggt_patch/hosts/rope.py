@@ -31,7 +31,7 @@ def static_rope(rope: Any) -> Any:
     try:
         theirs = type(rope).forward(static, tokens.clone(), positions)
         known = torch.equal(theirs, rotate(tokens, *rotation(static, 8, tokens.dtype, positions)))
-    except Exception:  # whatever a RoPE of another make trips over
+    except Exception:  # whatever a RoPE of an unknown type trips over
         known = False
     return static if known else None
 

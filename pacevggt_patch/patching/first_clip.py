@@ -48,7 +48,7 @@ def calibrate_on(state: State, clip: Clip, call: BlockCall) -> None:
         with torch.no_grad():
             errors = _unpruned_errors(state, clip, call, frames)
         heads = choose_full_heads(errors)
-    except Exception as error:  # whatever blocks of another make trip over
+    except Exception as error:  # whatever blocks of an unknown type trip over
         state.pending = isinstance(error, torch.cuda.OutOfMemoryError)
         reason = first_line(error)
         state.say_once(

@@ -131,10 +131,10 @@ def run_dense_head(
 ):
     """Run a DPT head a chunk of frames at a time, restoring the tokens of just those frames.
 
-    A pruned grid goes through `dpt.dense_head` where that fits, in chunks of as many frames as memory serves well (see
-    `chunk_frames`), never more than the caller asks for by `frames_chunk_size`. All else goes through the stock head,
-    in the chunks in which it walks through a clip itself, so on an unpruned grid the outputs are its own. A head that
-    does not work in chunks gets the tokens as they are: they read like a list.
+    A pruned grid goes through `dpt.dense_head` where that fits. Its chunks have as many frames as suit the memory
+    (`chunk_frames`), never more than the caller's `frames_chunk_size`. All else goes through the stock head, in that
+    head's own chunks, so on an unpruned grid the outputs are its own. A head that does not work in chunks gets the
+    tokens as they are: they read like a list.
 
     Args:
         head: a module with `intermediate_layer_idx`.
@@ -143,8 +143,8 @@ def run_dense_head(
         args, kwargs: the arguments of the call.
         fast: whether `dpt.dense_head` does what this head does.
         device: where the outputs go, chunk by chunk; None leaves them where they are made.
-        speed: gives the function to call in place of `dpt.dense_head`, given that and what it is compiled for; all
-            chunks are of one size then, the last one going over some frames again.
+        speed: gives the function to call in place of `dpt.dense_head`, given that and what it is compiled for. All
+            chunks are of one size then: the last one goes over some frames again.
 
     Returns:
         What the stock head returns.

@@ -1,7 +1,7 @@
 """Install the pruned forward on one model instance, and take it off again.
 
-Nothing but `forward` in the `__dict__` of some modules is touched: `__call__` finds it there, so hooks run,
-`state_dict` and the class stay as they are, other instances never notice, and deleting it is a full undo.
+Nothing but `forward` in the `__dict__` of some modules is touched. `__call__` finds it there, so hooks run. Other
+instances, `state_dict` and the class stay as they are, and deleting it is a full undo.
 """
 
 from __future__ import annotations
@@ -55,40 +55,42 @@ def accelerate(
     head_dtype: torch.dtype | None = None,
     output_device: torch.device | str | None = None,
 ) -> Model:
-    """Accelerate a VGGT in place by token pruning: it is called as before and gives what it gave before, sooner.
+    """Accelerate a VGGT in place by token pruning. It is called as before and returns the same outputs, sooner.
 
-    By default global attention alone is pruned: it sees `keep_ratio` of each frame's patch tokens, and a few heads that
-    look for matches see all. The model's own aggregator runs, with its own arguments and return values. Call it again
-    to change the settings, `remove` to have the stock model back. `keep_ratio=1` is the stock model, to the bit without
-    `compile`.
+    By default only global attention is pruned. It sees `keep_ratio` of each frame's patch tokens; a few heads that look
+    for matches see all. The model's own aggregator runs, with its own arguments and return values.
+
+    Call it again to change the settings, and `remove` to have the stock model back. `keep_ratio=1` is the stock model,
+    to the bit without `compile`.
 
     Args:
         model: a VGGT, or a fork with the same parts.
-        keep_ratio: share of each frame's patch tokens that is kept, in (0, 1]; or a `PaceConfig` with all settings, as
+        keep_ratio: share of each frame's patch tokens that is kept, in (0, 1]. Or a `PaceConfig` with all settings, as
             `fit_budget` returns one.
-        merge_budget: share of the clip's patch tokens that is merged into kept ones, in [0, 1 - keep_ratio]. It belongs
-            to pre-AA pruning and chooses that.
+        merge_budget: share of the clip's patch tokens that is merged into kept ones, in [0, 1 - keep_ratio]. A merge
+            budget chooses pre-AA pruning.
         weights: "auto" takes the bundled weights of this checkpoint, else a calibration that is kept on this machine,
-            else calibrates on the first clip that comes. None is training-free. Else a path, a Hugging Face Hub id
+            else it calibrates on the first clip. None is training-free. Or a path, a Hugging Face Hub id
             "user/repo[@revision]", or `PaceWeights`, as `calibrate` returns them.
-        mode: "global", or "pre-aa" for the paper's own method: frame attention is pruned, too, which is faster and
-            loses more. None takes that of the weights.
-        min_frames: clips of fewer frames run unpruned. None takes the number from which on pruning is the faster one; 1
-            prunes every clip.
-        compile: run attention blocks and dense heads by functions that torch.compile makes when they are first called,
-            which takes a minute or so. Modules with hooks, a replaced forward, or of an unknown class run uncompiled.
-            Outputs differ by rounding.
-        head_dtype: torch.bfloat16 or torch.float16: dense heads run under autocast to it, also where the model switches
+        mode: "global" or "pre-aa", the paper's own method. The latter prunes frame attention, too, and loses more. None
+            takes the mode of the weights.
+        min_frames: clips of fewer frames run unpruned. None prunes from the number of frames on from which pruning is
+            faster; 1 prunes every clip.
+        compile: attention blocks and dense heads run by functions that torch.compile makes at the first call, which
+            takes a minute or so. Modules with hooks, a replaced forward or an unknown class run uncompiled. Outputs
+            differ by rounding.
+        head_dtype: torch.bfloat16 or torch.float16. Dense heads run under autocast to it, even if the model switches
             autocast off for them. Outputs of float32 heads stay float32.
-        output_device: where the outputs of dense heads go, a chunk of frames at a time; "cpu" leaves the memory of the
+        output_device: where the outputs of dense heads go, a chunk of frames at a time. "cpu" leaves the memory of the
             GPU to longer clips.
 
     Returns:
         `model`.
 
     Raises:
-        PaceError: a setting is out of range (`UnsupportedModelError`: the model does not fit, and why;
-            `WeightsError`: the weights do not fit or can't be read). The model is as it was before the call.
+        PaceError: a setting is out of range.
+        UnsupportedModelError: the model does not fit, and why.
+        WeightsError: the weights do not fit or can't be read. After any error the model is as it was before.
     """
     settings = dict(
         mode=mode,
@@ -155,8 +157,12 @@ def install(
     return state
 
 
-def place(state: State) -> None:
-    """Replace the forwards of a model that has none of ours."""
+def place(state: State, *, trunk_alone: bool = False) -> None:
+    """Replace the forwards of a model that has none of ours.
+
+    Args:
+        trunk_alone: leave the heads as they are. It takes a good part of the time to tell whether they are stock ones.
+    """
     host, config = state.host, state.config
     state.rope = None if host.rope is None else static_rope(host.rope)
     every = [module for _, _, module in host.blocks]
@@ -178,17 +184,17 @@ def place(state: State) -> None:
         if id(module) in stock:
             run = partial(BlockForward, kind="embedding", index=index, stock=True)
             parts.append((f"{inside}.blocks.{index}", module, run))
-    for name, head in host.dense_heads.items():
+    for name, head in () if trunk_alone else host.dense_heads.items():
         fast = is_dense_head(head, 2 * host.embed_dim, host.depth)
         parts.append((name, head, partial(DenseHeadForward, fast=fast)))
-    if host.camera_head is not None and config.mode == PRE_AA:
+    if host.camera_head is not None and config.mode == PRE_AA and not trunk_alone:
         parts.append(("camera_head", host.camera_head, CameraHeadForward))
     state.placed = [make(module, state, name) for name, module, make in parts]
     fast = any(isinstance(forward, DenseHeadForward) and forward.fast for forward in state.placed)
     if config.compile and not stock and not fast:
         raise UnsupportedModelError(
-            f"compile=True, but no block and no dense head of this {type(host.model).__name__} is of the stock make, "
-            "which is what can be compiled: pass compile=False"
+            f"compile=True, but no block and no dense head of this {type(host.model).__name__} works as the stock one "
+            "does, so nothing can be compiled: pass compile=False"
         )
     for forward in state.placed:
         forward.module.__dict__[forward.attribute] = forward
@@ -198,7 +204,7 @@ def remove(model: Model) -> Model:
     """Give the stock model back, bit for bit. A model that is not accelerated is left as it is.
 
     Raises:
-        PaceError: somebody replaced a forward of an accelerated model, so that ours can't be taken out from under it.
+        PaceError: a forward was replaced after `accelerate`; ours can't be taken out from under it.
     """
     check_foreign(model)
     for forward in forwards_of(model):
@@ -222,7 +228,7 @@ def check_foreign(model: nn.Module) -> None:
 
 
 def is_accelerated(model: nn.Module) -> bool:
-    """Whether `accelerate` is in force on this model (paused or not); not where its trunk was replaced since."""
+    """Whether this model is accelerated, paused or not. It no longer is if its aggregator was replaced since."""
     return bool(_states(model))
 
 
@@ -280,8 +286,8 @@ def summary(model: nn.Module, images: Tensor | None = None) -> Summary:
 
     Args:
         model: an accelerated model.
-        images: [S, 3, H, W] or [B, S, 3, H, W]; runs the model on them and times every stage (with `compile`, after a
-            run that compiles). None reports the tokens of the last forward pass.
+        images: [S, 3, H, W] or [B, S, 3, H, W]. The model runs on them and each stage is timed; with `compile` a run
+            that compiles comes first. None reports the tokens of the last forward pass.
 
     Raises:
         PaceError: the model is not accelerated.

@@ -280,9 +280,9 @@ class State:
         grid = self.threads.grid
         if grid is None or grid[0] * grid[1] != patches:
             raise UnsupportedModelError(
-                f"the blocks of this model are given {tokens.shape[1]} tokens a frame where {self.host.special_tokens} "
-                f"special ones and {'none' if grid is None else grid[0] * grid[1]} of the embedded patches were "
-                "expected: only models with one token for each patch can be pruned, use `with paused(model):` here"
+                f"the blocks of this model are given {tokens.shape[1]} tokens a frame, not {self.host.special_tokens} "
+                f"special and {'no' if grid is None else grid[0] * grid[1]} patch tokens: only models with one token "
+                "for each patch can be pruned, use `with paused(model):` here"
             )
         if self.rope is not None and max(grid) >= ROPE_TABLE:
             raise UnsupportedModelError(f"images of {ROPE_TABLE} patches on a side or more are not supported")

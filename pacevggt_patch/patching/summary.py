@@ -94,8 +94,8 @@ class Summary:
         attention: who computes attention, in words.
         compiled: what runs compiled, in words.
         stages: of the last forward pass; empty before the first.
-        kept: [B, S, K] (int64) indices of the patch tokens of each frame that the last forward pass kept; None before
-            the first, and after one that was not pruned.
+        kept: [B, S, K] (int64), indices of the patch tokens that the last forward pass kept in each frame. None before
+            the first pass, and after an unpruned one.
     """
 
     backbone: str

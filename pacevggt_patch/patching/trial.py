@@ -78,7 +78,7 @@ def _try(kind: str, bare: Any, config: PaceConfig, heads: Heads) -> tuple[bool, 
     on_device = images.is_cuda and _alike_on(images.device, host, images, stock)
     whole = PaceConfig(1.0, mode=config.mode)
     state = State(whole, host, forced=True)
-    place(state)
+    place(state, trunk_alone=True)  # no head is called here
     advice = 'use mode="global"' if config.mode == PRE_AA else "it can't be accelerated as it is"
     try:
         same = flat(host.trunk(images))
@@ -127,7 +127,7 @@ def _problem_of_heads(state: State, heads: Heads, images: Tensor) -> str | None:
     state.weights = PaceWeights.of_heads(state.host, heads, {})
     try:
         state.host.trunk(images)
-    except Exception as error:  # whatever attention of another make trips over
+    except Exception as error:  # whatever attention of an unknown type trips over
         return first_line(error)
     finally:
         state.weights = None
@@ -155,8 +155,8 @@ def _stock(kind: str, host: Host) -> tuple[Tensor | None, Any]:
         except Exception as error:
             reason = f"{type(error).__name__}: {first_line(error)}"
     raise UnsupportedModelError(
-        f"{kind}.{host.trunk_name} fails by itself on a tiny clip ({reason}), so pruning can't be tried: if it is "
-        "set to one size of images, or merges tokens of one grid, turn that off"
+        f"{kind}.{host.trunk_name} fails by itself on a tiny clip ({reason}), so pruning can't be tried: turn off "
+        "what ties it to one size of images or one grid of tokens"
     )
 
 

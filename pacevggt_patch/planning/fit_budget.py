@@ -4,8 +4,11 @@ What a forward costs is known up to a few coefficients. With N frames of L token
 
     seconds = a + b N + c N L + d (N L^2 + (N L)^2)
 
-b N is what does not depend on pruning (DINO and heads, on the whole grid), c N L the linear layers of the blocks, d
-the attention inside frames and across the clip; memory is a + b N + c N L in each stage, and the largest stage counts.
+- b N does not depend on pruning: DINO and heads, on the whole grid.
+- c N L is the linear layers of the blocks.
+- d is attention, inside frames and across the clip.
+
+Memory is a + b N + c N L in each stage, and the largest stage counts.
 The coefficients are fitted to a few short forwards. These reach the clip's sequence lengths N L with fewer frames, by
 keeping more of each: attention, which grows fastest, is measured where it will run.
 """
@@ -143,29 +146,29 @@ def fit_budget(
 ) -> BudgetPlan:
     """Find the largest keep ratio whose forward fits a time or memory budget on the model's device.
 
-    Runs the model on random images of that size: up to six settings, four times each, on at most half as many frames
-    (from 64 frames on). For a clip of hundreds of frames that takes as long as a few of its pruned forwards, for a
-    short one as long as a few dozen; the plan says how long. The model is left as it was. Apply the plan with
-    `accelerate(model, plan, weights=weights)`, the weights being those that were planned with.
+    Runs the model on random images of that size: up to six settings, four times each. From 64 frames on these clips
+    have at most half as many frames. All of it takes as long as a few pruned forwards of a clip of hundreds of frames,
+    or a few dozen of a short one. The model is left as it was.
+
+    Apply the plan with `accelerate(model, plan, weights=weights)`, with the weights that were planned with.
 
     Args:
         model: a VGGT on its device. If it is accelerated, its weights and settings are planned with.
         frames: N, frames of the clip to come.
         size: its height and width in pixels.
         seconds: wall time that one forward may take.
-        memory_gib: peak CUDA memory that PyTorch may allocate, in GiB, weights included; what the driver and the
-            allocator's fragments take comes on top. Measuring it resets PyTorch's peak statistics.
-        config: settings to plan with, but for the keep ratio; None takes those of an accelerated model, else the
+        memory_gib: peak CUDA memory that PyTorch may allocate, in GiB, weights included. The driver and fragments of
+            the allocator take more. Measuring it resets PyTorch's peak statistics.
+        config: settings to plan with, but for the keep ratio. None takes those of an accelerated model, else the
             defaults. A mode in it must be that of an accelerated model.
         weights: as in `accelerate`. An accelerated model has its own already: leave it at "auto".
-        run: how the model is called, given images [1, n, 3, H, W] in the dtype of the weights; `model(images)` if not
-            given. Autocast that is on when this function is called is on during the measurement, too.
+        run: how the model is called, given images [1, n, 3, H, W] in the dtype of the weights. None is `model(images)`.
+            Autocast that is on at this call is on during the measurement, too.
 
     Raises:
-        PaceError: no budget is given or it is not positive, memory is asked for where it can't be measured, settings
-            or weights are not those of an accelerated model, a model that would calibrate on its first clip has not
-            seen one, clips of so few frames run unpruned, or not even one kept token a frame fits: the message says
-            what the smallest possible figure is.
+        PaceError: no budget is given, or it is not positive; memory can't be measured here; settings or weights are
+            not those of the accelerated model. Or the model has not calibrated yet, clips of so few frames run
+            unpruned, or nothing fits: the message gives the smallest possible figure.
     """
     budgets = {"seconds": seconds, "memory_gib": memory_gib}
     for name, value in budgets.items():
@@ -200,8 +203,8 @@ def fit_budget(
         state = state_of(model)
         if state.pending or (state.auto and state.weights is None and state.config.keep_ratio == 1):
             raise PaceError(
-                "this model has no weights yet, and which of its heads see all tokens decides what it costs: on the "
-                "stock model, pass weights=pacevggt_patch.calibrate(model, clips), or None to plan without such heads"
+                "this model has no weights yet, so it is not known how many of its heads see all tokens: on the stock "
+                "model, pass weights=pacevggt_patch.calibrate(model, clips), or None to plan without such heads"
             )
         settings, most = state.config, _largest_keep(state.config, patches)
         if settings.min_frames is not None and frames < settings.min_frames:

@@ -1,9 +1,9 @@
 """Training of pace weights: settings, what a step does, and a state from which a run goes on as if never stopped.
 
 Stage 1 (distil) teaches the scorer which tokens the unpruned model attends to. Between the stages the linear part of
-the restoration is fitted in closed form. Stage 2 (refine) trains merge, block changes and restoration (the scorer on
-demand), so that the pruned model says what the unpruned one says (and the truth, where it is known), at keep ratios and
-merge budgets drawn from a few.
+the restoration is fitted in closed form. Stage 2 (refine) trains merge, block deltas and restoration, and the scorer on
+demand. It teaches the pruned model what the unpruned one says, and the truth where it is known. Keep ratios and merge
+budgets are drawn from a few.
 
 Everything random of a step follows from the seed, the number of the step and of the process.
 """
@@ -69,9 +69,9 @@ class Settings:
         supervised: frames of a clip on which depth, points and dense tokens are compared.
         keep_ratios: least and largest keep ratio of a step.
         rate: learning rate.
-        scorer_rate: that of the scorer in stage 2 over `rate`. 0 leaves it as stage 1 made it: the gradient that
-            reaches it through the weights of the merge made the selection worse (250 steps, 24 rooms, keep ratio 0.15:
-            AUC@30 38.9 with the scorer that came of it, 44.1 with none, 41.2 training-free).
+        scorer_rate: that of the scorer in stage 2 over `rate`. 0 leaves it as stage 1 made it. The gradient that
+            reaches it through the weights of the merge made the selection worse. After 250 steps, AUC@30 on 24 rooms at
+            keep ratio 0.15 was 38.9 with that scorer, 44.1 with none, 41.2 training-free.
         adaptation_rate: learning rate of the changes of attention blocks over `rate`; 0 leaves the blocks as they are.
         warm_up: steps over which it rises at the start of each stage; it falls by a cosine from there.
         weight_decay: decoupled.

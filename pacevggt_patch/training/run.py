@@ -34,7 +34,7 @@ from .compiling import works
 from .curve import save_training_curve
 from .fit import Fit, Settings
 from .signals import Signals, Stopped
-from .sources import ClipSource, FolderSource
+from .sources import MOST_VIEWS, ClipSource, FolderSource
 from .states import STATE_FILE, loaded_state, results_folder, save_state, writing
 
 PREFETCH = 4  # steps drawn ahead
@@ -82,11 +82,10 @@ class Options:
 
 
 def run_training(options: Options) -> dict[str, Any]:
-    """Train pace weights and write them to `options.out`; the first process alone writes.
+    """Train pace weights and write them to `options.out`. Only the first process writes.
 
-    Writes `calibrated.safetensors` and `distilled.safetensors` (what the earlier stages gave, where there were any),
-    `pace.safetensors` (the result), `report.json`, `curve.png`, and `state.pt` to resume from, each whole or not at
-    all.
+    The result is `pace.safetensors`; `calibrated.safetensors` and `distilled.safetensors` are those of earlier stages.
+    `report.json` and `curve.png` describe the run, and `state.pt` resumes it. Each is written whole or not at all.
 
     Returns:
         The content of report.json.
@@ -112,8 +111,8 @@ def run_training(options: Options) -> dict[str, Any]:
     large = model.aggregator.camera_token.shape[-1] >= LARGE
     if large and options.device is None and device.type == "cpu" and settings.steps:
         raise PaceError(
-            "there is no CUDA device, and training for a model of this size would take weeks on the CPU: run it where "
-            "there is a GPU, pass --calibrate, which takes minutes, or --device cpu to insist"
+            "training for a model of this size takes weeks on the CPU, and there is no CUDA device: use a machine with "
+            "a GPU, pass --calibrate, which takes minutes, or --device cpu to insist"
         )
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -163,8 +162,10 @@ def check_options(options: Options) -> None:
             raise PaceError(
                 f"width must be a multiple of {step} up to {WIDEST} for rendered scenes, got {shown(options.width)}"
             )
-    if options.rooms == "all" and not all(2 <= views <= 96 for views in settings.views):
-        raise PaceError(f"views must be between 2 and 96 for rendered scenes, got {list(settings.views)}")
+    if options.rooms == "all" and not all(2 <= views <= MOST_VIEWS for views in settings.views):
+        raise PaceError(
+            f"views must be between 2 and {MOST_VIEWS} for rendered scenes, got {list(settings.views)}"
+        )
     if settings.mode == GLOBAL and options.start is None and min(settings.views) < 2:
         raise PaceError("views must be at least 2 to tell which heads find matches between frames, got 1")
     if (options.out / STATE_FILE).is_file() and not options.resume:

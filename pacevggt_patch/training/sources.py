@@ -24,6 +24,7 @@ LARGEST_STRIDE = 4
 # Bytes of pictures up to which all are decoded before training begins: a few seconds' work.
 DECODED_FIRST = 2**28
 DEEPEST = 3  # levels below a folder of clips that are looked through for more
+MOST_VIEWS = 96  # frames of a rendered scene
 SWEEPS = 0.25  # share of steps that see photographs instead of scenes, where there are some
 
 

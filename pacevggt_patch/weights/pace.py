@@ -83,7 +83,7 @@ class PaceWeights:
     ) -> PaceWeights:
         """Untrained weights that fit a model, in float32 on its device. They change nothing until they are trained.
 
-        The same every time; the global random state is left alone.
+        They are the same every time, and the global random state is left alone.
 
         Raises:
             UnsupportedModelError: `model` can't be accelerated, or its parameters hold no values.
@@ -125,16 +125,16 @@ class PaceWeights:
         return cls(host.spec(), fingerprints(host), GLOBAL, heads, training=training, source=source)
 
     def save(self, path: str | PathLike[str], *, eight_bits: bool = False, rank: int | None = None) -> None:
-        """Write one safetensors file with everything else as JSON in its metadata, at once or not at all.
+        """Write one safetensors file, whole or not at all. What is no tensor is JSON in its metadata.
 
         Args:
             path: of the file.
-            eight_bits: write matrices in 8 bits, see `tensorfile.in_8_bits`, which rounds; else float32.
-            rank: write the deltas of matrices as the nearest ones of this rank; None as they are.
+            eight_bits: write matrices in 8 bits, which rounds (`tensorfile.in_8_bits`); else in float32.
+            rank: write the nearest block deltas of this rank. None writes them as they are.
 
         Raises:
-            WeightsError: no such folder, NaN or infinity, `training` is not JSON, a rank or another value out of range,
-                or the write failed.
+            WeightsError: there is no such folder, a value is out of range, NaN or infinite, `training` is not JSON, or
+                writing failed.
         """
         if rank is not None:
             most = 0 if self.block_deltas is None else self.block_deltas.rank
@@ -189,7 +189,7 @@ class PaceWeights:
             The weights in evaluation mode, float32, on the CPU.
 
         Raises:
-            WeightsError: `source` is neither, can't be had, is damaged, or needs another version of this package.
+            WeightsError: `source` is no path or id, can't be had, is damaged, or is of another format.
         """
         return load(source)
 

@@ -3,11 +3,11 @@
     python -m pacevggt_patch.mini.training.train --out DIR --seconds 1000 --textures textures.zip
     torchrun --nproc-per-node 2 -m pacevggt_patch.mini.training.train --out DIR --seconds 1000 --textures textures.zip
 
-Scenes are drawn by the number of the step, so that a run that was killed goes on with `--resume` as if it had not been;
-what a signal ends, Ctrl-C for one, writes its state first.
-The learning rate rises, stays level, and falls to zero over the last part of the run; the weights from before that fall
-are kept in `level.safetensors`, from which `--from-weights` goes on training another time. On several GPUs, gradients
-are averaged over the processes that torchrun starts.
+Scenes are drawn by the number of the step, so a run that was killed goes on with `--resume` as if it had not been. A
+run that a signal ends, such as Ctrl-C, writes its state first. The learning rate rises, stays level, and falls to zero
+over the last part of the run. The weights from before that fall are kept in `level.safetensors`, from which
+`--from-weights` goes on training another time. On several GPUs, gradients are averaged over the processes that torchrun
+starts.
 
 `DIR` receives `mini.safetensors` (the model, as `build_mini` reads it), `level.safetensors`, `state.pt` (to resume),
 `curve.json` and `curve.png`.

@@ -18,7 +18,7 @@ from ...hosts.dpt import dense_head, dense_tables
 from ...training.cuda_graphs import Recorder
 from ...training.losses import camera_losses, pair_losses
 from ...training.seeds import mixed_seed
-from ...training.sources import to_device
+from ...training.sources import MOST_VIEWS, to_device
 from ...training.tensors import total
 from ..compiling import faster
 from ..model import MiniConfig, build_mini
@@ -40,7 +40,6 @@ from .losses import (
 from .optim import FlatOptimizer
 
 VIEWS = (2, 4, 8, 12, 24)
-MOST_VIEWS = 96
 VIEW_SHARES = (0.12, 0.2, 0.38, 0.16, 0.14)
 
 
