@@ -10,12 +10,13 @@ from ..errors import PaceError
 from .files import whole_file
 
 
-def load_extra(name: str, what: str) -> Any:
+def load_extra(name: str, what: str, extra: str = "compare") -> Any:
     """A module that is not always installed.
 
     Args:
         name: of the module.
         what: needs it, in words.
+        extra: of this package, that brings it.
 
     Raises:
         PaceError: there is none.
@@ -23,7 +24,7 @@ def load_extra(name: str, what: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise PaceError(f"{what} need {name}: pip install 'pacevggt-patch[demo]'") from error
+        raise PaceError(f"{what} need {name}: pip install 'pacevggt-patch[{extra}]'") from error
 
 
 def load_pyplot() -> Any:

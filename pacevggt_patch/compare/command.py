@@ -1,0 +1,182 @@
+"""`compare`: one after another what the other files of this folder do."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..arguments import file_path
+from ..config import DEFAULT_KEEP_RATIO
+from ..errors import PaceError
+from ..patching.install import is_accelerated, remove
+from ..runtime.files import whole_file, write_json
+from ..training.backbones import load_backbone
+from ..training.states import results_folder, writing
+from .clouds import make_cloud
+from .differences import Difference, difference
+from .exports import COLMAP_POINTS, save_colmap, save_ply
+from .page import Page, as_bytes
+from .plan import Options, Plan, Source, make_plan
+from .report import clip_report, new_report
+from .runs import STOCK, Runner, Side, quiet
+
+REPORT, PAGE = "report.json", "report.html"
+PLY_POINTS = 1_000_000
+REPORT_FILES = (REPORT, PAGE)
+
+
+def compare(
+    backbone: str | nn.Module = "mini",
+    clips: Sequence[str | PathLike[str]] = (),
+    *,
+    out: str | PathLike[str] = "runs/compare",
+    keep_ratios: Sequence[float] = (DEFAULT_KEEP_RATIO,),
+    modes: Sequence[str | None] = (None,),
+    merge_budget: float | None = None,
+    weights: Any = "auto",
+    frames: int | None = None,
+    device: str | None = None,
+    precision: str | None = None,
+    repeats: int = 3,
+    compile: bool = False,
+    colmap: str | PathLike[str] | None = None,
+    ply: bool = False,
+) -> dict[str, Any]:
+    """Run a VGGT stock and accelerated on clips, and write how much faster it is and how far apart the outputs are.
+
+    Writes `report.json` and `report.html` to `out`, each whole or not at all, anew after every clip. Progress goes to
+    standard error. Where one side runs out of GPU memory the report says so.
+
+    Args:
+        backbone: "mini", a checkpoint file of VGGT-mini or VGGT-1B, a Hub id, or a loaded VGGT, which is moved to the
+            device and is the stock model again at the end.
+        clips: folders of images, folders with a `clip.json`, or videos. None: the clip that comes with the package.
+        out: folder; made if it is not there.
+        keep_ratios, modes: each mode is run with each keep ratio. The mode None is that of the weights.
+        merge_budget, weights, compile: as in `accelerate`.
+        frames: of a clip, evenly spaced; None takes all, up to 24 on the CPU and 100 on a GPU.
+        device: None takes CUDA where there is one.
+        precision: "float32", "autocast" or "bfloat16"; None takes float32 on the CPU, else autocast.
+        repeats: timed runs of each side, in turn.
+        colmap: folder for a COLMAP model of each side; needs the extra `colmap`.
+        ply: write the cloud of each side as PLY.
+
+    Returns:
+        The content of report.json.
+
+    Raises:
+        PaceError: a library is missing, or a setting, clip, model or file does not fit; before long work starts.
+    """
+    options = Options(
+        backbone=backbone, clips=tuple(clips), keep_ratios=tuple(keep_ratios), modes=tuple(modes),
+        merge_budget=merge_budget, weights=weights, frames=frames, device=device, precision=precision, repeats=repeats,
+        compile=compile, out=out, colmap=colmap, ply=ply,
+    )  # fmt: skip
+    return run_plan(make_plan(options))
+
+
+def run_plan(plan: Plan) -> dict[str, Any]:
+    """Run what was planned; see `compare`."""
+    model = loaded_model(plan.options.backbone).to(plan.device)
+    if plan.precision == "bfloat16":
+        model.to(dtype=torch.bfloat16)
+    try:
+        with quiet():
+            return Comparison(plan, model).run()
+    finally:
+        remove(model)
+
+
+def loaded_model(backbone: str | nn.Module) -> nn.Module:
+    """The model in evaluation mode.
+
+    Raises:
+        PaceError: it can't be loaded, or is accelerated already.
+    """
+    if isinstance(backbone, str):
+        if backbone != "mini":
+            print(f"loading {backbone}", file=sys.stderr)
+        return load_backbone(backbone)
+    if is_accelerated(backbone):
+        raise PaceError("this model is accelerated already: call pacevggt_patch.remove(model) first")
+    return backbone.eval()
+
+
+class Comparison:
+    """A plan that is being run."""
+
+    def __init__(self, plan: Plan, model: nn.Module):
+        self.plan, self.options = plan, plan.options
+        self.runner = Runner(model, plan)
+        self.out = file_path("out", self.options.out)
+        self.page, self.report = Page(), new_report(plan)
+
+    def run(self) -> dict[str, Any]:
+        """Run all clips, and write after each of them."""
+        from tqdm import tqdm
+
+        results_folder(self.out, REPORT_FILES)
+        sources = self.plan.sources
+        sides = 1 + len(self.runner.configs)
+        passes = (1 + self.options.repeats) * sides
+        seconds = self.runner.estimate([source.clip for source in sources])
+        if seconds is not None:
+            more = ", and more for compiling" if self.options.compile else ""
+            print(f"{passes * len(sources)} runs: at most about {seconds:.0f} s{more}", file=sys.stderr)
+        for source in sources:
+            with tqdm(total=passes, desc=f"{source.clip.name}, {len(source.clip)} frames", unit="run") as bar:
+                found = self.runner.run(source.clip, bar.update)
+                bar.update(bar.total - bar.n)  # what did not fit has not run
+            with tqdm(total=3, desc="report", unit="part") as bar:
+                self.add(source, found, bar.update)
+        return self.report
+
+    def add(self, source: Source, sides: list[Side], update: Callable[[], Any]) -> None:
+        """Compare the sides of a clip, and write all there is so far."""
+        stock = sides[0].prediction if sides[0].fits else None
+        differences: dict[str, Difference] = {}
+        for side in sides[1:]:
+            if stock is not None and side.fits and side.prediction is not None:
+                differences[side.name] = difference(stock, side.prediction)
+        entry = clip_report(source, sides, differences, self.runner)
+        update()
+        self.report["clips"].append(entry)
+        sections = len(self.plan.sources) * len(self.runner.configs)
+        self.page.add(source.clip, entry, sides, differences, self.runner.patch_size, sections)
+        update()
+        self.export(source, sides, len(self.report["clips"]) - 1, differences)
+        with writing(self.out / REPORT):
+            write_json(self.out / REPORT, self.report)
+        with writing(self.out / PAGE), whole_file(self.out / PAGE) as temporary:
+            temporary.write_bytes(as_bytes(self.page.html(self.report)))
+        update()
+
+    def export(
+        self, source: Source, sides: list[Side], number: int, differences: dict[str, Difference]
+    ) -> None:
+        """Write PLY files and COLMAP models, where they are asked for."""
+        for side in sides:
+            if not side.fits or side.prediction is None:
+                continue
+            name = file_name(side.name) if len(self.plan.sources) == 1 else f"{number}-{file_name(side.name)}"
+            found = differences.get(side.name)
+            # Both clouds in the frame of stock, so that they can be laid over each other.
+            alignment = None if side.name == STOCK or found is None else found.alignment
+            if self.options.ply:
+                cloud = make_cloud(side.prediction, source.clip.images, alignment, PLY_POINTS)
+                save_ply(self.out / f"points-{name}.ply", cloud.points, cloud.colours)
+            if self.options.colmap is not None:
+                cloud = make_cloud(side.prediction, source.clip.images, alignment, COLMAP_POINTS)
+                save_colmap(Path(file_path("colmap", self.options.colmap)) / name, cloud)
+
+
+def file_name(name: str) -> str:
+    """A name as a part of a file's: letters, digits, dots and dashes."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
