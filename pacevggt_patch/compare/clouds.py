@@ -115,7 +115,7 @@ def view_of(cloud: Cloud, height: int, width: int) -> View:
             high = torch.maximum(high, places.kthvalue(max(1, int(share * len(places))), dim=0).values)
     if not bool((high > low).all()):
         low, high = torch.full((2,), -0.5), torch.full((2,), 0.5)
-    focal = 0.94 * float((torch.tensor([width, height]) / (high - low)).min())
+    focal = 0.9 * float((torch.tensor([width, height]) / (high - low)).min())
     return View(eye, rotation, focal, -focal * (low + high) / 2, near, height, width)
 
 
@@ -172,7 +172,7 @@ def frusta(world_to_camera: Tensor, intrinsics: Tensor, size: tuple[int, int], l
 
 def camera_length(cloud: Cloud) -> float:
     """Length of the pyramids that stand for cameras."""
-    return 0.1 * cloud_size(cloud.points)
+    return 0.08 * cloud_size(cloud.points)
 
 
 def still(cloud: Cloud, view: View, colour: tuple[int, int, int], length: float) -> np.ndarray:
@@ -244,7 +244,7 @@ def turned_figure(clouds: dict[str, Cloud], most: int) -> str:
         scene={
             **{f"{axis}axis": {**hidden, "range": span} for axis, span in ranges.items()},
             "aspectmode": "manual", "aspectratio": ratio,
-            "camera": {"eye": {"x": 0, "y": -1.3, "z": 0.3}, "up": {"x": 0, "y": 0, "z": 1}},
+            "camera": {"eye": {"x": 0, "y": -1.55, "z": 0.45}, "up": {"x": 0, "y": 0, "z": 1}},
             "dragmode": "orbit",
         },
         template="none", margin={"l": 0, "r": 0, "t": 0, "b": 0}, showlegend=False, uirevision="keep",

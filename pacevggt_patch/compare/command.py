@@ -6,26 +6,22 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..arguments import file_path
 from ..config import DEFAULT_KEEP_RATIO
-from ..errors import PaceError
-from ..patching.install import is_accelerated, remove
-from ..runtime.files import whole_file, write_json
-from ..training.backbones import load_backbone
-from ..training.states import results_folder, writing
+from ..patching.install import remove
+from ..runtime.files import write_json
+from ..training.states import result_file, results_folder, writing
 from .clouds import make_cloud
 from .differences import Difference, difference
 from .exports import COLMAP_POINTS, save_colmap, save_ply
 from .page import Page, as_bytes
 from .plan import Options, Plan, Source, make_plan
 from .report import clip_report, new_report
-from .runs import STOCK, Runner, Side, quiet
+from .runs import STOCK, Runner, Side, quiet, to_device
 
 REPORT, PAGE = "report.json", "report.html"
 PLY_POINTS = 1_000_000
@@ -56,7 +52,7 @@ def compare(
 
     Args:
         backbone: "mini", a checkpoint file of VGGT-mini or VGGT-1B, a Hub id, or a loaded VGGT, which is moved to the
-            device and is the stock model again at the end.
+            device, cast to bfloat16 where that is the precision, and is the stock model again at the end.
         clips: folders of images, folders with a `clip.json`, or videos. None: the clip that comes with the package.
         out: folder; made if it is not there.
         keep_ratios, modes: each mode is run with each keep ratio. The mode None is that of the weights.
@@ -84,29 +80,12 @@ def compare(
 
 def run_plan(plan: Plan) -> dict[str, Any]:
     """Run what was planned; see `compare`."""
-    model = loaded_model(plan.options.backbone).to(plan.device)
-    if plan.precision == "bfloat16":
-        model.to(dtype=torch.bfloat16)
+    model = to_device(plan.options.backbone, plan)
     try:
         with quiet():
             return Comparison(plan, model).run()
     finally:
         remove(model)
-
-
-def loaded_model(backbone: str | nn.Module) -> nn.Module:
-    """The model in evaluation mode.
-
-    Raises:
-        PaceError: it can't be loaded, or is accelerated already.
-    """
-    if isinstance(backbone, str):
-        if backbone != "mini":
-            print(f"loading {backbone}", file=sys.stderr)
-        return load_backbone(backbone)
-    if is_accelerated(backbone):
-        raise PaceError("this model is accelerated already: call pacevggt_patch.remove(model) first")
-    return backbone.eval()
 
 
 class Comparison:
@@ -117,6 +96,7 @@ class Comparison:
         self.runner = Runner(model, plan)
         self.out = file_path("out", self.options.out)
         self.page, self.report = Page(), new_report(plan)
+        self.exported: list[str] = []
 
     def run(self) -> dict[str, Any]:
         """Run all clips, and write after each of them."""
@@ -140,6 +120,7 @@ class Comparison:
 
     def add(self, source: Source, sides: list[Side], update: Callable[[], Any]) -> None:
         """Compare the sides of a clip, and write all there is so far."""
+        page, report = self.out / PAGE, self.out / REPORT
         stock = sides[0].prediction if sides[0].fits else None
         differences: dict[str, Difference] = {}
         for side in sides[1:]:
@@ -152,9 +133,10 @@ class Comparison:
         self.page.add(source.clip, entry, sides, differences, self.runner.patch_size, sections)
         update()
         self.export(source, sides, len(self.report["clips"]) - 1, differences)
-        with writing(self.out / REPORT):
-            write_json(self.out / REPORT, self.report)
-        with writing(self.out / PAGE), whole_file(self.out / PAGE) as temporary:
+        self.report["files"] = [REPORT, PAGE, *self.exported]
+        with writing(report):
+            write_json(report, self.report)
+        with result_file(page) as temporary:
             temporary.write_bytes(as_bytes(self.page.html(self.report)))
         update()
 
@@ -171,10 +153,12 @@ class Comparison:
             alignment = None if side.name == STOCK or found is None else found.alignment
             if self.options.ply:
                 cloud = make_cloud(side.prediction, source.clip.images, alignment, PLY_POINTS)
-                save_ply(self.out / f"points-{name}.ply", cloud.points, cloud.colours)
+                file = f"points-{name}.ply"
+                save_ply(self.out / file, cloud.points, cloud.colours)
+                self.exported.append(file)
             if self.options.colmap is not None:
                 cloud = make_cloud(side.prediction, source.clip.images, alignment, COLMAP_POINTS)
-                save_colmap(Path(file_path("colmap", self.options.colmap)) / name, cloud)
+                save_colmap(file_path("colmap", self.options.colmap) / name, cloud)
 
 
 def file_name(name: str) -> str:

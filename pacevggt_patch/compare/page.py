@@ -17,8 +17,8 @@ from .report import DID_NOT_FIT, agreement_cell, run_range, significant, speedup
 from .runs import Side
 
 STILL = (460, 600)  # height and width of the still picture of a cloud
-# Points of all clouds of a page that can be turned; each takes some 17 bytes.
-MOST_POINTS = 180_000
+# Points of all clouds of a page that can be turned; each takes some 10 bytes.
+MOST_POINTS = 240_000
 STYLE = """
 :root { color-scheme: light; }
 * { box-sizing: border-box; }
@@ -119,15 +119,14 @@ class Page:
         stock, *others = sides
         for side, setting in zip(others, entry["settings"], strict=True):
             if side.fits:
-                most = min(clouds.TURNED_POINTS, MOST_POINTS // (2 * settings))
                 found = differences.get(side.name)
-                self.sections.append(self.section(clip, entry, setting, stock, side, found, patch, most))
+                self.sections.append(self.section(clip, entry, setting, stock, side, found, patch, settings))
             else:
                 self.sections.append(heading(entry, setting) + "<p>There is nothing to show.</p></section>")
 
     def section(
         self, clip: Clip, entry: dict[str, Any], setting: dict[str, Any], stock: Side, side: Side,
-        found: Difference | None, patch: int, most: int,
+        found: Difference | None, patch: int, settings: int,
     ) -> str:  # fmt: skip
         """The section of one clip and setting."""
         both = {"stock": stock, "accelerated": side} if found is not None else {"accelerated": side}
@@ -135,7 +134,10 @@ class Page:
         for name, one in both.items():
             assert one.prediction is not None
             depths[name] = one.prediction.depth
-        rows, ranges = pictures.frame_rows(clip.images, side.kept, depths, found and found.depth, patch)
+        shown = pictures.FRAMES_SHOWN if settings <= 2 else 3  # the page is to stay small
+        rows, ranges = pictures.frame_rows(
+            clip.images, side.kept, depths, found and found.depth, patch, shown
+        )
         drawn = {}
         for name, one in both.items():
             assert one.prediction is not None
@@ -362,15 +364,15 @@ def scale(colours: str, low: str, high: str, what: str) -> str:
 def curve_part(found: Difference) -> str:
     """How far each frame is from stock."""
     each = found.values["per_frame"]
-    panels = {
+    shares: list[float | None] = each["depth"] or []
+    percent = [None if share is None else 100 * share for share in shares]
+    panels: dict[str, list[float | None]] = {
         "rotation from stock, degrees": each["rotation_deg"],
         "direction from stock, degrees": each["direction_deg"],
-        "depth from stock, %": each["depth"] and [v if v is None else 100 * v for v in each["depth"]],
-        "points from stock, % of size": each["points_percent"],
+        "depth from stock, %": percent,
+        "points from stock, % of size": each["points_percent"] or [],
     }
-    panels = {
-        name: values for name, values in panels.items() if values and any(v is not None for v in values)
-    }
+    panels = {name: values for name, values in panels.items() if any(value is not None for value in values)}
     if not panels:
         return ""
     return (

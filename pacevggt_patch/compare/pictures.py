@@ -14,7 +14,7 @@ from torch import Tensor
 from ..runtime.plotting import load_extra, load_pyplot
 
 FRAMES_SHOWN = 5
-WIDEST = 460  # pixels of a picture in a grid: twice as wide as it is shown
+WIDEST = 400  # pixels of a picture in a grid: twice as wide as it is shown
 DEPTH_COLOURS, DIFFERENCE_COLOURS = "turbo", "magma"
 
 
@@ -72,7 +72,7 @@ def as_jpeg(picture: np.ndarray, widest: int | None = WIDEST) -> str:
             (widest, max(1, round(image.height * widest / image.width))), Image.Resampling.LANCZOS
         )
     content = io.BytesIO()
-    image.save(content, "JPEG", quality=88, subsampling=0)
+    image.save(content, "JPEG", quality=85)
     return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
@@ -111,6 +111,7 @@ def frame_rows(
     depths: dict[str, Tensor],
     difference: Tensor | None,
     patch: int,
+    most_shown: int = FRAMES_SHOWN,
 ) -> tuple[list[dict[str, Any]], dict[str, tuple[float, float]]]:
     """The pictures of some frames, and the ranges of the colours of depth and difference.
 
@@ -120,11 +121,12 @@ def frame_rows(
         depths: [S, H, W] of each side, by its name; the first one sets the range.
         difference: [S, H, W] relative difference, or None.
         patch: pixels a side of a patch.
+        most_shown: frames.
 
     Returns:
         For each frame its number as `frame` and pictures by their titles; `depth` and `difference` (in percent).
     """
-    shown = spread(len(images))
+    shown = spread(len(images), most_shown)
     first = next(iter(depths.values()))[shown]
     low, high = limits(first, 0.01, 0.99)
     most = 100 * limits(difference[shown], 0.0, 0.98)[1] if difference is not None else 1.0

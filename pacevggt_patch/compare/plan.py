@@ -120,13 +120,17 @@ class Plan:
     precision: str
 
 
-def make_plan(options: Options) -> Plan:
+def make_plan(options: Options, page: bool = True) -> Plan:
     """Look at all that can be looked at before a model is loaded.
+
+    Args:
+        options: what is asked for.
+        page: whether the page will be written, which takes libraries.
 
     Raises:
         PaceError: a library is missing, or a setting, device, file or clip does not fit; in one sentence.
     """
-    for name, what in LIBRARIES:
+    for name, what in LIBRARIES if page else ():
         load_extra(name, what)
     if options.ply:
         load_extra("plyfile", "PLY files")
@@ -187,13 +191,14 @@ def load_evenly(path: str | PathLike[str], frames: int | None, device: torch.dev
         device: what will run it.
         mini: central squares of 224 pixels for VGGT-mini, else 518 pixels of the whole width.
     """
-    total = count_frames(file_path("clip", path))
+    folder = file_path("clip", path)
+    total = count_frames(folder)
     if frames is None:
         frames = min(MOST_FRAMES.get(device.type, MOST_FRAMES["cuda"]), total)
     stride = max(1, (total - 1) // max(1, frames - 1))
     if mini:
-        return load_clip(path, frames=frames, stride=stride, width=MINI_WIDTH, mode="square")
-    return load_clip(path, frames=frames, stride=stride, width=WIDTH)
+        return load_clip(folder, frames=frames, stride=stride, width=MINI_WIDTH, mode="square")
+    return load_clip(folder, frames=frames, stride=stride, width=WIDTH)
 
 
 def in_words(config: PaceConfig) -> str:

@@ -230,10 +230,9 @@ def format_table(report: dict[str, Any]) -> str:
         for name, row in table:
             aligned = (f"  {cell:>{wide}s}" for cell, wide in zip(row, widths, strict=True))
             lines.append(f"{name:{width}s}{''.join(aligned)}")
-        for setting in clip["settings"]:
-            lines.append(f"{setting['name']}: {setting['outcome']}.")
-            lines.append(f"  weights {setting['weights'] or 'unknown: it did not run'}")
-        lines.append("")
+        lines += [f"{setting['name']}: {setting['outcome']}." for setting in clip["settings"]]
+        used = dict.fromkeys(setting["weights"] for setting in clip["settings"] if setting["weights"])
+        lines += [*(f"weights: {weights}" for weights in used), ""]
     return "\n".join(lines).rstrip()
 
 

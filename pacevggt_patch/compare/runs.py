@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import sys
 import time
 import warnings
 from collections.abc import Callable, Generator, Mapping
@@ -20,10 +21,11 @@ from ..errors import PaceError
 from ..evaluation import decode_pose_encoding
 from ..evaluation.timing import Timing, time_interleaved
 from ..hosts.base import find_host
-from ..patching.install import accelerate, paused, state_of, summary
+from ..patching.install import accelerate, is_accelerated, paused, state_of, summary
 from ..planning.fit_budget import non_negative_least_squares
+from ..training.backbones import load_backbone
 from ..weights import cache
-from .plan import Plan, in_words
+from .plan import Plan, in_words, runs_mini
 
 STOCK = "stock"
 
@@ -240,6 +242,26 @@ def memory_kept(device: torch.device) -> Generator[list[bool]]:
     if not fits and device.type == "cuda":  # the error itself, which holds the tensors, is gone by now
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def to_device(backbone: str | nn.Module, plan: Plan) -> nn.Module:
+    """The model in evaluation mode on the device, in the dtype that the precision wants.
+
+    Raises:
+        PaceError: it can't be loaded, is accelerated already, or does not fit into the device's memory.
+    """
+    if isinstance(backbone, str):
+        if not runs_mini(backbone):
+            print(f"loading {backbone}", file=sys.stderr)
+        model = load_backbone(backbone)
+    elif is_accelerated(backbone):
+        raise PaceError("this model is accelerated already: call pacevggt_patch.remove(model) first")
+    else:
+        model = backbone.eval()
+    try:
+        return model.to(plan.device, torch.bfloat16 if plan.precision == "bfloat16" else None)
+    except torch.cuda.OutOfMemoryError as error:
+        raise PaceError(f"the model itself does not fit into the memory of {plan.device}") from error
 
 
 def prediction_of(outputs: Mapping[str, Any], clip: Clip, name: str) -> Prediction:
