@@ -18,7 +18,7 @@ from .runs import Prediction
 
 # The share of pixels that is drawn. The least confident ones are mostly sky and the edges of things.
 DRAWN = 0.7
-STILL_POINTS, TURNED_POINTS = 600_000, 60_000
+STILL_POINTS, TURNED_POINTS = 1_200_000, 60_000
 SAMPLING = 2  # a picture is drawn so many times as large, then reduced
 LARGEST_SPLAT = 24  # pixels
 CAMERA_COLOURS = {"stock": (214, 39, 40), "accelerated": (31, 119, 180)}
@@ -104,19 +104,30 @@ def view_of(cloud: Cloud, height: int, width: int) -> View:
     right = F.normalize(torch.linalg.cross(down, ahead), dim=0)
     rotation = torch.stack([right, torch.linalg.cross(ahead, right), ahead])
     near = 0.2 * float((middle - eye).norm())
-    low, high = (torch.full((2,), sign) for sign in (torch.inf, -torch.inf))
-    for points, share in ((cloud.points, 0.98), (centres, 1.0)):  # all cameras, and nearly all points
-        seen = (points - eye) @ rotation.T
-        seen = seen[seen[:, 2] > near]
-        if len(seen):
-            places = seen[:, :2] / seen[:, 2:]  # [N, 2]
-            # By sorting: quantile() refuses large inputs.
-            low = torch.minimum(low, places.kthvalue(max(1, int((1 - share) * len(places))), dim=0).values)
-            high = torch.maximum(high, places.kthvalue(max(1, int(share * len(places))), dim=0).values)
+    low, high = window(cloud.points, eye, rotation, near, 0.98)
+    lowest, highest = window(centres, eye, rotation, near, 1.0)
+    reach = 0.25 * (high - low)  # cameras far away from what they see would make it small
+    low, high = (
+        torch.maximum(torch.minimum(low, lowest), low - reach),
+        torch.minimum(torch.maximum(high, highest), high + reach),
+    )
     if not bool((high > low).all()):
         low, high = torch.full((2,), -0.5), torch.full((2,), 0.5)
     focal = 0.9 * float((torch.tensor([width, height]) / (high - low)).min())
     return View(eye, rotation, focal, -focal * (low + high) / 2, near, height, width)
+
+
+def window(points: Tensor, eye: Tensor, rotation: Tensor, near: float, share: float) -> tuple[Tensor, Tensor]:
+    """The least and the largest x / z and y / z, [2] each, that hold so large a share of points [N, 3] either way."""
+    seen = (points - eye) @ rotation.T
+    seen = seen[seen[:, 2] > near]
+    if not len(seen):
+        return torch.full((2,), torch.inf), torch.full((2,), -torch.inf)
+    places = seen[:, :2] / seen[:, 2:]  # [N, 2]
+    # By sorting: quantile() refuses large inputs.
+    ends = (max(1, int((1 - share) * len(places))), max(1, int(share * len(places))))
+    low, high = (places.kthvalue(end, dim=0).values for end in ends)
+    return low, high
 
 
 def splat(cloud: Cloud, view: View) -> np.ndarray:
@@ -128,8 +139,8 @@ def splat(cloud: Cloud, view: View) -> np.ndarray:
     ahead = seen[:, 2] > view.near
     seen, colours = seen[ahead], cloud.colours[ahead].numpy()
     total = len(cloud.world_to_camera) * cloud.size[0] * cloud.size[1]
-    thinned = math.sqrt(DRAWN * total / max(1, len(cloud.points)))  # as fewer points are drawn than there are
-    wide = 1.2 * thinned * cloud.spacing[ahead] / seen[:, 2] * view.focal
+    fewer = math.sqrt(DRAWN * total / max(1, len(cloud.points)))  # than there are, and then not evenly
+    wide = (1.8 * fewer if fewer > 1.02 else 1.2) * cloud.spacing[ahead] / seen[:, 2] * view.focal
     sides = wide.ceil().clamp(1, LARGEST_SPLAT).long()  # [N] pixels
     corner = seen[:, :2] / seen[:, 2:] * view.focal + view.offset - sides[:, None] / 2  # x and y
     columns = (corner[:, 0] + view.width / 2).round().long()

@@ -17,8 +17,8 @@ from .report import DID_NOT_FIT, agreement_cell, run_range, significant, speedup
 from .runs import Side
 
 STILL = (460, 600)  # height and width of the still picture of a cloud
-# Points of all clouds of a page that can be turned; each takes some 10 bytes.
-MOST_POINTS = 240_000
+# Points of all clouds of a page that can be turned, each of some 10 bytes; and of a cloud at least.
+MOST_POINTS, LEAST_POINTS = 200_000, 15_000
 STYLE = """
 :root { color-scheme: light; }
 * { box-sizing: border-box; }
@@ -139,6 +139,7 @@ class Page:
             clip.images, side.kept, depths, found and found.depth, patch, shown
         )
         drawn = {}
+        most = min(clouds.TURNED_POINTS, max(LEAST_POINTS, MOST_POINTS // (2 * settings)))
         for name, one in both.items():
             assert one.prediction is not None
             alignment = found.alignment if found is not None and name != "stock" else None

@@ -39,8 +39,7 @@ def pixels(image: Tensor) -> np.ndarray:
 
 def coloured(values: Tensor, low: float, high: float, colours: str) -> np.ndarray:
     """[H, W, 3] uint8 of values [H, W] from `low` to `high` in the colours of matplotlib; grey where there is none."""
-    colormap = load_extra("matplotlib", "the pictures").colormaps[colours].copy()
-    colormap.set_bad((0.6, 0.6, 0.6))
+    colormap = load_extra("matplotlib", "the pictures").colormaps[colours].with_extremes(bad=(0.6, 0.6, 0.6))
     share = (values.double().numpy() - low) / max(high - low, 1e-12)
     return (colormap(np.ma.masked_invalid(share))[..., :3] * 255).round().astype(np.uint8)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from ..clips import Clip
@@ -117,12 +118,8 @@ def significant(value: float, digits: int = 2) -> str:
     """A number with at least so many significant digits and no exponent; what is below 0.001 is 0."""
     if abs(value) < 1e-3:
         return "0"
-    places = max(0, digits - 1)
-    while places < 4 and abs(value) * 10**places < 10 ** (digits - 1):
-        places += 1
-    while places and abs(value) >= 10 ** (digits - places):
-        places -= 1
-    return f"{value:.{places}f}"
+    rounded = abs(float(f"{value:.{digits - 1}e}"))
+    return f"{value:.{max(0, digits - 1 - math.floor(math.log10(rounded)))}f}"
 
 
 def seconds(value: float) -> str:

@@ -19,7 +19,7 @@ from ..evaluation.agreement import cloud_size
 from ..evaluation.geometry import camera_to_world, quaternions
 from ..patching.install import remove
 from ..runtime.plotting import load_extra
-from .clouds import CAMERA_COLOURS, Cloud, camera_length, make_cloud
+from .clouds import CAMERA_COLOURS, Cloud, camera_length, make_cloud, view_of
 from .differences import difference
 from .plan import Options, make_plan
 from .runs import Prediction, Runner, Side, in_words, memory_kept, quiet, to_device
@@ -76,6 +76,12 @@ class Viewer:
         for control in (self.shown, self.size, self.confidence):
             control.on_update(lambda _: self.update())
         self.update()
+        eye, middle = view_of(first, 1, 1).eye.numpy(), first.points.median(dim=0).values.numpy()
+
+        @self.server.on_client_connect
+        def look(client: Any) -> None:
+            client.camera.position, client.camera.look_at = eye, middle
+            client.camera.up_direction = (0.0, -1.0, 0.0)
 
     def add(self, name: str, layer: Layer, images: Tensor, length: float) -> None:
         """Add a layer's points and cameras to the scene."""
@@ -99,6 +105,7 @@ class Viewer:
                     fov=float(angles[index]),
                     aspect=width / height,
                     scale=length,
+                    thickness=0.02 * length,
                     color=CAMERA_COLOURS[name],
                     image=(small.permute(1, 2, 0) * 255).byte().numpy(),
                     wxyz=turns[index],
