@@ -194,6 +194,14 @@ def test_a_model_without_weights_calibrates_itself(backbone, room, tmp_path, cac
     assert str(cache) not in (tmp_path / "report.json").read_text() + (tmp_path / "report.html").read_text()
 
 
+def test_a_clip_too_short_to_calibrate_on_is_said(backbone, photos, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        report = quick(backbone, [photos], tmp_path, frames=3, weights="auto")
+    (setting,) = report["clips"][0]["settings"]
+    assert "could not be calibrated on" in setting["weights"] and setting["full_heads"] == 0
+
+
 def test_a_loaded_model_is_given_back_as_it_was(photos, tmp_path):
     model = build_mini(False, SMALL)
     images = torch.rand(2, 3, 56, 56)
@@ -847,7 +855,7 @@ def test_ctrl_c_ends_the_viewer(viser, backbone, photos, monkeypatch, capsys):
     assert "http://localhost:" in capsys.readouterr().out
 
 
-def test_what_the_viewer_lacks_is_named(monkeypatch, capsys):
+def test_what_the_viewer_lacks_is_named(viser, monkeypatch, capsys):
     assert main(["view", "--port", "0"]) == main(["view", "--port", "99999"]) == 2
     assert "port" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "viser", None)

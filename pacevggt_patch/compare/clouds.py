@@ -104,7 +104,7 @@ def view_of(cloud: Cloud, height: int, width: int) -> View:
     right = F.normalize(torch.linalg.cross(down, ahead), dim=0)
     rotation = torch.stack([right, torch.linalg.cross(ahead, right), ahead])
     near = 0.2 * float((middle - eye).norm())
-    low, high = window(cloud.points, eye, rotation, near, 0.98)
+    low, high = window(cloud.points, eye, rotation, near, 0.985)
     lowest, highest = window(centres, eye, rotation, near, 1.0)
     reach = 0.25 * (high - low)  # cameras far away from what they see would make it small
     low, high = (
@@ -224,7 +224,7 @@ def turned_figure(clouds: dict[str, Cloud], most: int) -> str:
         shown = name == next(iter(clouds))
         figure.add_scatter3d(
             **axes(few.points, unit), mode="markers", name=f"points, {name}", visible=shown, hoverinfo="skip",
-            marker={"size": 2.2, "color": colours, "colorscale": palette, "cmin": 0, "cmax": len(palette) - 1},
+            marker={"size": 2.5, "color": colours, "colorscale": palette, "cmin": 0, "cmax": len(palette) - 1},
         )  # fmt: skip
         edges = frusta(cloud.world_to_camera, cloud.intrinsics, cloud.size, camera_length(first)).flatten(
             0, 1
@@ -255,7 +255,7 @@ def turned_figure(clouds: dict[str, Cloud], most: int) -> str:
         scene={
             **{f"{axis}axis": {**hidden, "range": span} for axis, span in ranges.items()},
             "aspectmode": "manual", "aspectratio": ratio,
-            "camera": {"eye": {"x": 0, "y": -1.55, "z": 0.45}, "up": {"x": 0, "y": 0, "z": 1}},
+            "camera": {"eye": {"x": 0, "y": -1.3, "z": 0.4}, "up": {"x": 0, "y": 0, "z": 1}},
             "dragmode": "orbit",
         },
         template="none", margin={"l": 0, "r": 0, "t": 0, "b": 0}, showlegend=False, uirevision="keep",

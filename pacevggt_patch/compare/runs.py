@@ -224,7 +224,8 @@ class Runner:
         """Take down what ran, right after a run of the setting."""
         assert side.config is not None
         found, state = summary(self.model), state_of(self.model)
-        side.weights = without_paths(found.weights)
+        side.weights = "none (this clip could not be calibrated on)" if state.pending else found.weights
+        side.weights = without_paths(side.weights)
         side.kept = None if found.kept is None else found.kept[0].cpu()
         if state.weights is not None:
             side.full_heads = len(state.weights.full_heads)

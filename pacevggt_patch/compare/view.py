@@ -60,7 +60,7 @@ class Viewer:
     """
 
     def __init__(self, layers: dict[str, Layer], images: Tensor, host: str, port: int):
-        viser = load_extra("viser", "the viewer", "view")
+        viser = load_extra("viser", "points in a browser", "view")
         self.layers = layers
         self.server = viser.ViserServer(host=host, port=port, verbose=False)
         self.server.scene.set_up_direction("-y")  # cameras look along z, and y is down
@@ -161,7 +161,7 @@ def view(
     Raises:
         PaceError: the extra `view` is missing, or a setting, clip, model or port does not fit.
     """
-    load_extra("viser", "the viewer", "view")
+    load_extra("viser", "points in a browser", "view")
     if whole("port", port) > PORTS:
         raise PaceError(f"port must be at most {PORTS}, got {port}")
     options = Options(
