@@ -266,6 +266,18 @@ def test_a_setting_that_does_not_fit_is_said(backbone, room, tmp_path, monkeypat
     assert "There is nothing to show" in (tmp_path / "report.html").read_text()
 
 
+def test_there_is_no_estimate_where_not_even_a_few_frames_fit(
+    backbone, photos, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(Runner, "forward", out_of_memory)
+    report = quick(backbone, [photos], tmp_path)
+    assert not any(side["fits"] for side in (report["clips"][0]["stock"], *report["clips"][0]["settings"]))
+    assert "at most about" not in capsys.readouterr().err
+    assert (
+        "did not fit" in format_table(report) and "There is nothing" in (tmp_path / "report.html").read_text()
+    )
+
+
 def test_running_out_of_memory_ends_a_block_and_other_errors_do_not():
     with memory_kept(CPU) as fits:
         out_of_memory()
@@ -326,6 +338,17 @@ def test_a_missing_library_is_named_before_anything_runs(
     assert main(["compare", "--out", str(tmp_path / "out"), *given]) == 2
     error = capsys.readouterr().err
     assert library in error and f"pacevggt-patch[{extra}]" in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [({"clips": "frames"}, "clips"), ({"keep_ratios": 0.3}, "keep_ratios"), ({"modes": "global"}, "modes"),
+     ({"modes": []}, "mode"), ({"keep_ratios": []}, "keep ratio"), ({"backbone": 3}, "backbone"), ({"out": 3}, "out")],
+)  # fmt: skip
+def test_values_that_are_of_another_kind_are_named(given, named, tmp_path):
+    with pytest.raises(PaceError, match=named):
+        compare(**{"out": tmp_path / "out", "device": "cpu", "frames": 1, **given})
     assert not (tmp_path / "out").exists()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..arguments import file_path
+from ..arguments import file_path, several
 from ..config import DEFAULT_KEEP_RATIO
 from ..patching.install import remove
 from ..runtime.files import write_json
@@ -71,10 +71,21 @@ def compare(
         PaceError: a library is missing, or a setting, clip, model or file does not fit; before long work starts.
     """
     options = Options(
-        backbone=backbone, clips=tuple(clips), keep_ratios=tuple(keep_ratios), modes=tuple(modes),
-        merge_budget=merge_budget, weights=weights, frames=frames, device=device, precision=precision, repeats=repeats,
-        compile=compile, out=out, colmap=colmap, ply=ply,
-    )  # fmt: skip
+        backbone=backbone,
+        clips=tuple(several("clips", clips)),
+        keep_ratios=tuple(several("keep_ratios", keep_ratios)),
+        modes=tuple(several("modes", modes)),
+        merge_budget=merge_budget,
+        weights=weights,
+        frames=frames,
+        device=device,
+        precision=precision,
+        repeats=repeats,
+        compile=compile,
+        out=out,
+        colmap=colmap,
+        ply=ply,
+    )
     return run_plan(make_plan(options))
 
 

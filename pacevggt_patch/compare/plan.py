@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..arguments import file_path, several, shown, whole
+from ..arguments import file_path, shown, whole
 from ..clips import BUNDLED_CLIP, Clip, count_frames, load_clip
 from ..config import DEFAULT_KEEP_RATIO, PaceConfig
 from ..errors import PaceError
@@ -151,13 +151,12 @@ def make_plan(options: Options, page: bool = True) -> Plan:
 
 def make_configs(options: Options) -> tuple[PaceConfig, ...]:
     """Every mode with every keep ratio, without repetitions; clips are pruned however short they are."""
-    ratios, modes = several("keep_ratios", options.keep_ratios), several("modes", options.modes)
-    if not ratios or not modes:
+    if not options.keep_ratios or not options.modes:
         raise PaceError("give at least one keep ratio and one mode")
     configs = (
         PaceConfig(ratio, options.merge_budget, mode, min_frames=1, compile=options.compile)
-        for mode in modes
-        for ratio in ratios
+        for mode in options.modes
+        for ratio in options.keep_ratios
     )
     return tuple(dict.fromkeys(configs))
 
@@ -165,10 +164,9 @@ def make_configs(options: Options) -> tuple[PaceConfig, ...]:
 def load_sources(options: Options, device: torch.device) -> list[Source]:
     """The clips, all of them, before anything runs."""
     mini = runs_mini(options.backbone)
-    paths = several("clips", options.clips)
-    if not paths:
+    if not options.clips:
         return [Source(None, load_evenly(BUNDLED_CLIP, options.frames, device, mini))]
-    return [Source(str(path), load_evenly(path, options.frames, device, mini)) for path in paths]
+    return [Source(str(path), load_evenly(path, options.frames, device, mini)) for path in options.clips]
 
 
 def runs_mini(backbone: str | nn.Module) -> bool:
