@@ -10,6 +10,7 @@ import shlex
 import shutil
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -669,7 +670,7 @@ def whole_cloud(monkeypatch) -> tuple[Cloud, View]:
 def test_a_surface_has_no_holes_from_near(monkeypatch):
     cloud, view = whole_cloud(monkeypatch)
     assert len(cloud.points) == 1600
-    assert (cloud.spacing == 2 / 40).all()
+    torch.testing.assert_close(cloud.spacing, torch.full((1600,), 2 / 40))
     drawn = splat(cloud, view)  # each pixel of the camera is 3 x 3 here
     assert (drawn[..., 2] == 0).all()  # no white
     far = splat(cloud, view._replace(eye=torch.tensor([0.0, 0.0, -2.0])))
@@ -677,6 +678,21 @@ def test_a_surface_has_no_holes_from_near(monkeypatch):
     assert share == pytest.approx(0.25, abs=0.03)
     thin = splat(make_cloud(*plane(), None, 400), view)  # a quarter of the points, twice as wide
     assert (thin[..., 2] == 0).mean() > 0.9
+
+
+def test_points_of_a_slanted_surface_are_as_wide_as_they_lie_apart():
+    prediction, images = plane()
+    depth = torch.linspace(2, 4, 40).expand(1, 40, 40)  # it recedes to the right
+    slanted, cut = replace(prediction, depth=depth), depth.clone()
+    cut[..., 20:] *= 10
+    cloud = make_cloud(slanted, images, None, 10_000)
+    every = unproject(depth, prediction.intrinsics, prediction.world_to_camera)
+    apart = (every[0, :, 1:] - every[0, :, :-1]).norm(dim=-1)  # [40, 39]
+    inner = cloud.pixels % 40 < 39
+    expected = apart[cloud.pixels[inner] // 40, cloud.pixels[inner] % 40]
+    torch.testing.assert_close(cloud.spacing[inner], expected)
+    cloud = make_cloud(replace(prediction, depth=cut), images, None, 10_000)
+    assert (cloud.spacing <= 2.01 * cut.flatten()[cloud.pixels] / 40).all()  # not across the edge
 
 
 def test_nearer_points_hide_farther_ones_in_whichever_order(monkeypatch):

@@ -21,6 +21,8 @@ DRAWN = 0.7
 STILL_POINTS, TURNED_POINTS = 1_200_000, 60_000
 SAMPLING = 2  # a picture is drawn so many times as large, then reduced
 LARGEST_SPLAT = 24  # pixels
+# Points of a surface that is seen at a slant lie so many times as far apart as those of one that faces the camera.
+STEEPEST = 2.0
 CAMERA_COLOURS = {"stock": (214, 39, 40), "accelerated": (31, 119, 180)}
 
 
@@ -30,7 +32,7 @@ class Cloud(NamedTuple):
     Attributes:
         points: [N, 3].
         colours: RGB [N, 3] in [0, 1].
-        spacing: [N] distance to the neighbouring points of the same frame, were all of its pixels drawn.
+        spacing: [N] distance to the neighbours in the same frame, were all of its pixels drawn; see `spacings`.
         world_to_camera: [S, 3, 4].
         intrinsics: [S, 3, 3], pixels.
         size: height and width of the frames in pixels.
@@ -82,13 +84,23 @@ def make_cloud(prediction: Prediction, images: Tensor, alignment: Similarity | N
         chosen = chosen[lot.sort().values]
     height, width = images.shape[-2:]
     frame = chosen // (height * width)
-    spacing = prediction.depth.flatten()[chosen] / prediction.intrinsics[frame, 0, 0]
-    points, cameras = world_points(prediction).view(-1, 3)[chosen], prediction.world_to_camera
+    every, cameras = world_points(prediction), prediction.world_to_camera
+    points, spacing = every.view(-1, 3)[chosen], spacings(every).flatten()[chosen]
+    facing = prediction.depth.flatten()[chosen] / prediction.intrinsics[frame, 0, 0]
+    # Across the edge of a thing the next pixel is far away, but on no surface with this one.
+    spacing = torch.minimum(torch.maximum(spacing, facing), STEEPEST * facing)
     if alignment is not None:
         points, cameras = moved(points, alignment), moved_cameras(cameras, alignment)
         spacing = spacing * float(alignment.scale)
     colours = images.permute(0, 2, 3, 1).reshape(-1, 3)[chosen].cpu()
     return Cloud(points, colours, spacing, cameras, prediction.intrinsics, (height, width), chosen)
+
+
+def spacings(points: Tensor) -> Tensor:
+    """[S, H, W] distances of points [S, H, W, 3] to the farther of the next ones below and to the right."""
+    along = F.pad((points[:, :, 1:] - points[:, :, :-1]).norm(dim=-1), (0, 1))
+    down = F.pad((points[:, 1:] - points[:, :-1]).norm(dim=-1), (0, 0, 0, 1))
+    return torch.maximum(along, down)
 
 
 def view_of(cloud: Cloud, height: int, width: int) -> View:

@@ -42,6 +42,7 @@ figure img { width: 100%; height: auto; display: block; background: #f2f2f2; }
 .grid figcaption { padding: 2px 0 4px; }
 .head { font-size: 13px; font-weight: 600; }
 .two { display: grid; grid-template-columns: 1fr 1fr; gap: 14px; }
+.two img { border: 1px solid #e2e2e2; }
 .scale { display: grid; grid-template-columns: auto 220px auto 1fr; gap: 8px; align-items: center;
   font-size: 13px; margin: 8px 0; }
 .scale i { height: 12px; border-radius: 2px; }
