@@ -111,11 +111,11 @@ def view_of(cloud: Cloud, height: int, width: int) -> View:
     distance = (middle - start).norm().clamp(min=1e-6)
     forward = F.normalize(cloud.world_to_camera[:, 2, :3].mean(dim=0), dim=0)
     down = F.normalize(cloud.world_to_camera[:, 1, :3].mean(dim=0), dim=0)
-    eye = start - (0.55 * forward + 0.45 * down) * distance
+    eye = start - (0.9 * forward + 0.4 * down) * distance
     ahead = F.normalize(middle - eye, dim=0)
     right = F.normalize(torch.linalg.cross(down, ahead), dim=0)
     rotation = torch.stack([right, torch.linalg.cross(ahead, right), ahead])
-    near = 0.2 * float((middle - eye).norm())
+    near = 0.3 * float((middle - eye).norm())  # a wall behind the cameras is not in the way
     low, high = window(cloud.points, eye, rotation, near, 0.985)
     lowest, highest = window(centres, eye, rotation, near, 1.0)
     reach = 0.25 * (high - low)  # cameras far away from what they see would make it small

@@ -34,7 +34,7 @@ table { border-collapse: collapse; width: 100%; margin: 14px 0 6px; font-size: 1
 th, td { padding: 6px 7px; text-align: right; vertical-align: top; border-bottom: 1px solid #e6e6e6; }
 th { font-weight: 600; background: #f6f6f6; }
 th small, td small { display: block; font-weight: 400; color: #5a5a5a; }
-th[scope=row], .name { text-align: left; min-width: 96px; overflow-wrap: anywhere; }
+th[scope=row], .name { text-align: left; min-width: 112px; overflow-wrap: anywhere; }
 tbody td { font-variant-numeric: tabular-nums; }
 figure { margin: 0; min-width: 0; }
 figure img { width: 100%; height: auto; display: block; background: #f2f2f2; }
