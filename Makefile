@@ -1,6 +1,6 @@
 # Needs make and Python 3.10 or 3.11 (any Python from 3.10 on, with VGGT set). Everything else is installed here.
 #
-#   make demo    accelerate VGGT-mini on the clip that comes with the package
+#   make demo    compare VGGT-mini, stock and accelerated, on the clip that comes with the package
 #   make test    linters, type checker, tests
 #   make floors  the tests once more, with every dependency at the oldest version that pyproject.toml allows
 #                (needs Python 3.11)
@@ -40,7 +40,7 @@ ifeq ($(VGGT),)
 	  echo "feature-3dgs, which brings vggt, has wheels for Python 3.10 and 3.11 only:"; \
 	  echo "run make with PYTHON=python3.11, or with VGGT=path/to/a/git/checkout/of/vggt"; exit 1; }
 endif
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check einops -e ".[demo,video,eval,test,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check einops -e ".[compare,colmap,view,video,eval,test,dev]"
 ifeq ($(VGGT),)
 	@# Its dependencies would bring another torch; vggt itself needs none of them.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps feature-3dgs==1.15.1
@@ -62,7 +62,7 @@ test: lint
 # Every dependency of the package and of its tests as "name==oldest".
 OLDEST = $(shell $(PYTHON) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
   extras = p["optional-dependencies"]; print(*(n.replace(">=", "==") for n in \
-  [*p["dependencies"], *extras["demo"], *extras["video"], *extras["eval"], *extras["test"]]))')
+  [*p["dependencies"], *(n for name in ("compare", "colmap", "view", "video", "eval", "test") for n in extras[name])]))')
 
 floors:
 	rm -rf .venv-floors

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pacevggt_patch import PaceError
+from pacevggt_patch.compare.report import format_table
 from pacevggt_patch.runtime.files import whole_file
 
 ROOT = Path(__file__).parent.parent
@@ -278,6 +279,12 @@ def robustness_table() -> str:
     )
 
 
+def comparison() -> str:
+    """What `pacevggt compare` prints, as it printed it."""
+    found = json.loads((RESULTS / "compare-mini-redkitchen.json").read_text())
+    return f"```\n{found['command']}\n\n{format_table(found)}\n```"
+
+
 def filled(text: str, name: str, table: str) -> str:
     """`text` with `table` between the markers `<!-- name -->` and `<!-- /name -->`.
 
@@ -297,6 +304,7 @@ TABLES = [
     (ROOT / "docs" / "quality.md", "lengths", lengths_table),
     (ROOT / "docs" / "quality.md", "keys", keys_table),
     (ROOT / "docs" / "quality.md", "stages", stages_table),
+    (ROOT / "docs" / "compare.md", "example", comparison),
     (ROOT / "docs" / "latency.md", "gpu", gpu_table),
     (ROOT / "docs" / "latency.md", "cpu", cpu_table),
     (ROOT / "README.md", "settings", readme_table),

@@ -15,8 +15,7 @@ import torch
 from huggingface_hub import HfApi
 
 from pacevggt_patch import accelerate, calibrate, summary
-from pacevggt_patch.cli.demo import BUNDLED_CLIP
-from pacevggt_patch.clips import load_clip
+from pacevggt_patch.clips import BUNDLED_CLIP, load_clip
 from pacevggt_patch.mini import build_mini
 from pacevggt_patch.weights.hub import HUB_FILE
 

@@ -9,8 +9,7 @@ import argparse
 import torch
 
 import pacevggt_patch
-from pacevggt_patch.cli.demo import BUNDLED_CLIP
-from pacevggt_patch.clips import load_clip
+from pacevggt_patch.clips import BUNDLED_CLIP, load_clip
 from pacevggt_patch.mini import build_mini
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

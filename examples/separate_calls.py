@@ -3,8 +3,7 @@
 import torch
 
 import pacevggt_patch
-from pacevggt_patch.cli.demo import BUNDLED_CLIP
-from pacevggt_patch.clips import load_clip
+from pacevggt_patch.clips import BUNDLED_CLIP, load_clip
 from pacevggt_patch.evaluation import decode_pose_encoding, unproject
 from pacevggt_patch.mini import build_mini
 

@@ -10,8 +10,8 @@ import torch
 from hosts import write_images
 
 from pacevggt_patch import PaceError
-from pacevggt_patch.cli import demo
 from pacevggt_patch.cli.main import main, make_parser
+from pacevggt_patch.compare import runs
 from pacevggt_patch.mini.training import train as mini
 from pacevggt_patch.mini.training.trainer import Settings
 from pacevggt_patch.runtime.device import usable_device
@@ -30,7 +30,7 @@ def unloadable(*_, **__):
 def no_model(monkeypatch):
     monkeypatch.setattr(command, "load_backbone", unloadable)
     monkeypatch.setattr(mini, "Trainer", unloadable)
-    monkeypatch.setattr(demo, "build_mini", unloadable)
+    monkeypatch.setattr(runs, "load_backbone", unloadable)
 
 
 def refused(capsys, arguments, named):
@@ -75,6 +75,7 @@ def test_views_that_scenes_do_not_have_are_named(tmp_path, capsys):
     [
         ("--frames", NO_COUNTS, "frames"),
         ("--keep-ratio", [*NO_SHARES, "0"], "keep_ratio"),
+        ("--repeats", NO_COUNTS, "repeats"),
         ("--merge-budget", NO_SHARES, "merge_budget"),
     ],
 )
@@ -144,11 +145,11 @@ def test_stages_are_named_as_in_the_guide(capsys):
     assert "distillation" in shown and "refinement" in shown and "stage" not in shown
 
 
-@pytest.mark.parametrize("library", ["matplotlib", "plyfile"])
+@pytest.mark.parametrize("library", ["matplotlib", "plotly"])
 def test_a_library_that_the_demo_lacks_is_named_before_work_starts(tmp_path, monkeypatch, capsys, library):
     monkeypatch.setitem(sys.modules, library, None)
     refused(
-        capsys, ["demo", "--out", str(tmp_path / "out")], f"{library}: pip install 'pacevggt-patch[demo]'"
+        capsys, ["demo", "--out", str(tmp_path / "out")], f"{library}: pip install 'pacevggt-patch[compare]'"
     )
     assert not (tmp_path / "out").exists()
 

@@ -17,9 +17,11 @@ ALLOWED = {
     "runtime": {"arguments", "errors", "version"},
 }
 FORBIDDEN = {name: {"patching", "hosts", "method", "mini"} for name in ("evaluation", "clips")}
-# The demo and `pacevggt train` offer VGGT-mini and its scenes.
-LOADED_ON_DEMAND = {"av", "plyfile"}
-IMPORT_MINI = {"cli/demo.py", "training/backbones.py", "training/run.py"}
+LOADED_ON_DEMAND = {"av", "plotly", "plyfile", "pycolmap", "viser"}
+# Commands load VGGT-mini by its name, and `pacevggt train` offers its scenes.
+IMPORT_MINI = {"training/backbones.py", "training/run.py"}
+# Of training, `compare` needs what loads models and what writes results: no more.
+COMPARE_FROM_TRAINING = {"training/backbones", "training/states"}
 
 
 def imported(file: Path) -> set[str]:
@@ -91,6 +93,12 @@ def test_measures_and_clips_know_no_model(name):
 
 def test_mini_is_imported_where_it_is_offered_alone():
     assert breaks(lambda file, own, other: other != "mini" or file in IMPORT_MINI) == []
+
+
+def test_compare_is_on_top_and_takes_little_of_training():
+    assert breaks(lambda file, own, other: other != "compare" or own == "cli") == []
+    taken = {module for file, modules in INNER.items() if part(file) == "compare" for module in modules}
+    assert {module for module in taken if part(module) in ("training", "cli")} == COMPARE_FROM_TRAINING
 
 
 def test_training_imports_the_renderer_on_demand_alone():

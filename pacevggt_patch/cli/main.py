@@ -36,38 +36,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"pacevggt-patch {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    demo = commands.add_parser(
-        "demo",
-        help="run VGGT-mini on a clip, stock and accelerated",
-        description="Run VGGT-mini on a clip, stock and accelerated; print a table, write report.json, tokens.png, "
-        "depth.png, points.png and points.ply.",
-    )
-    demo.add_argument(
-        "--clip",
-        type=Path,
-        metavar="PATH",
-        help="folder of images or with a clip.json, or a video (bundled clip if not given), cut square",
-    )
-    demo.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        default=Path("runs/demo"),
-        help="folder for the results (runs/demo)",
-    )
-    demo.add_argument("--frames", type=int, help="frames, evenly spaced (up to 24 if not given)")
-    demo.add_argument(
-        "--keep-ratio", type=float, default=DEFAULT_KEEP_RATIO, help="share of patch tokens kept (0.3)"
-    )
-    demo.add_argument(
-        "--merge-budget", type=float, help="share merged into kept ones (all others if not given)"
-    )
-    demo.add_argument(
-        "--weights", default="auto", help='"auto" (default), "none" (training-free), a file, a Hub id'
-    )
-    demo.add_argument("--mode", choices=MODES, help="what is pruned (that of the weights if not given)")
-    demo.add_argument("--device", help="cpu or cuda (cuda where there is one if not given)")
-    demo.set_defaults(run=demo_command, extra="demo")
+    add_compare(commands)
+    add_demo(commands)
+    add_view(commands)
     add_train(commands)
     add_push(commands)
     cache = commands.add_parser(
@@ -77,7 +48,7 @@ def make_parser() -> argparse.ArgumentParser:
         "$PACEVGGT_CACHE, or in ~/.cache/pacevggt if that is not set. PACEVGGT_CACHE=off keeps none.",
     )
     cache.add_argument("--clear", action="store_true", help="delete them")
-    cache.set_defaults(run=cache_command, extra="demo")
+    cache.set_defaults(run=cache_command, extra="compare")
     env = commands.add_parser(
         "env",
         help="describe this machine, for a report of a fault",
@@ -85,8 +56,139 @@ def make_parser() -> argparse.ArgumentParser:
         "is loaded, and paths have ~ for your home.",
     )
     env.add_argument("--json", action="store_true", help="print JSON")
-    env.set_defaults(run=env_command, extra="demo")
+    env.set_defaults(run=env_command, extra="compare")
     return parser
+
+
+def add_compare(commands) -> None:
+    compare = commands.add_parser(
+        "compare",
+        help="run a VGGT stock and accelerated on your own clips: how much faster, how far apart",
+        description="Run a VGGT stock and accelerated, in turn, on your own clips. Tells how much faster it is, how "
+        "much memory it takes, how far cameras, depth and points are from stock, and from the truth where a clip has "
+        "it. Prints a table and writes report.json and report.html, a page to look at in a browser.",
+    )
+    add_backbone(compare)
+    compare.add_argument(
+        "--clip",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="folder of images, folder with a clip.json, or video; give it again for more clips (the bundled clip)",
+    )
+    add_comparison(compare, "runs/compare")
+    compare.set_defaults(run=compare_command)
+
+
+def add_demo(commands) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="compare with VGGT-mini and the bundled clip",
+        description="`pacevggt compare` with VGGT-mini and the bundled clip, written to runs/demo.",
+    )
+    demo.add_argument(
+        "--clip", action="append", default=[], metavar="PATH", help="another clip, as in `pacevggt compare`"
+    )
+    add_comparison(demo, "runs/demo")
+    demo.set_defaults(run=compare_command, backbone="mini")
+
+
+def add_backbone(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--backbone",
+        default="mini",
+        help='"mini" (default), a checkpoint file, or a Hub id such as facebook/VGGT-1B',
+    )
+
+
+def add_comparison(parser: argparse.ArgumentParser, out: str) -> None:
+    """The options of `compare` that `demo` has, too."""
+    parser.add_argument(
+        "--keep-ratios",
+        type=numbers,
+        default=(DEFAULT_KEEP_RATIO,),
+        metavar="R,R",
+        help="shares of patch tokens kept, one after another (0.3)",
+    )
+    parser.add_argument(
+        "--modes",
+        type=words,
+        default=(None,),
+        metavar="MODE,MODE",
+        help=f"what is pruned: {', '.join(MODES)} (that of the weights); each is run with each keep ratio",
+    )
+    parser.add_argument(
+        "--merge-budget",
+        type=float,
+        metavar="M",
+        help="of pre-aa: share of patch tokens merged into kept ones (all others)",
+    )
+    add_run_options(parser)
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="timed runs of each, in turn (3)")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the accelerated model, which takes a minute or so; made for GPUs",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", default=Path(out), help=f"folder for the report ({out})"
+    )
+    parser.add_argument("--colmap", type=Path, metavar="DIR", help="write a COLMAP model of each side there")
+    parser.add_argument("--ply", action="store_true", help="write the point cloud of each side as PLY")
+    parser.set_defaults(extra="compare")
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """What `compare` and `view` run, and on what."""
+    parser.add_argument(
+        "--weights", default="auto", help='"auto" (default), "none" (training-free), a file, a Hub id'
+    )
+    parser.add_argument(
+        "--frames",
+        type=int,
+        metavar="N",
+        help="frames of a clip, evenly spaced (all, up to 24 on the CPU, which takes minutes for more, and up to 100 "
+        "on a GPU)",
+    )
+    parser.add_argument("--device", help="cpu or cuda (cuda where there is one if not given)")
+    parser.add_argument(
+        "--precision",
+        metavar="PRECISION",
+        help="float32 (default on the CPU), autocast to bfloat16 (default on a GPU), or bfloat16 weights",
+    )
+
+
+def add_view(commands) -> None:
+    view = commands.add_parser(
+        "view",
+        help="look at the points of both in a browser",
+        description="Run a VGGT once stock and once accelerated, and serve both point clouds and their cameras to a "
+        "browser, with a switch between them. Ctrl-C ends it.",
+    )
+    add_backbone(view)
+    view.add_argument(
+        "--clip",
+        metavar="PATH",
+        help="folder of images, folder with a clip.json, or video (the bundled clip)",
+    )
+    view.add_argument("--keep-ratio", type=float, default=DEFAULT_KEEP_RATIO, metavar="R", help="(0.3)")
+    view.add_argument("--mode", metavar="MODE", help=f"{' or '.join(MODES)} (that of the weights)")
+    add_run_options(view)
+    view.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at (127.0.0.1, this machine alone)"
+    )
+    view.add_argument("--port", type=int, default=8080, help="(8080, or the next free one)")
+    view.set_defaults(run=view_command, extra="view")
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """Numbers that commas part."""
+    return tuple(float(part) for part in text.split(","))
+
+
+def words(text: str) -> tuple[str, ...]:
+    """Words that commas part."""
+    return tuple(part.strip() for part in text.split(","))
 
 
 def add_train(commands) -> None:
@@ -186,22 +288,43 @@ def add_push(commands) -> None:
     push.set_defaults(run=push_command, extra="train")
 
 
-def demo_command(arguments: argparse.Namespace) -> int:
-    from .demo import format_table, run_demo
+def compare_command(arguments: argparse.Namespace) -> int:
+    from ..compare import compare
+    from ..compare.report import format_table
 
-    report = run_demo(
-        arguments.out,
+    names = (
+        "out", "keep_ratios", "modes", "merge_budget", "frames", "device", "precision", "repeats", "compile", "colmap",
+        "ply",
+    )  # fmt: skip
+    report = compare(
+        arguments.backbone,
         arguments.clip,
-        frames=arguments.frames,
-        keep_ratio=arguments.keep_ratio,
-        merge_budget=arguments.merge_budget,
-        weights=None if arguments.weights == "none" else arguments.weights,
-        mode=arguments.mode,
-        device=arguments.device,
+        weights=weights_of(arguments),
+        **{name: getattr(arguments, name) for name in names},
     )
     print(format_table(report))
-    print(f"wrote {arguments.out}/: report.json, tokens.png, depth.png, points.png, points.ply")
+    print(f"wrote {arguments.out}/: {', '.join(report['files'])}")
+    if arguments.colmap is not None:
+        print(f"wrote {arguments.colmap}/: a COLMAP model of each side")
     return 0
+
+
+def view_command(arguments: argparse.Namespace) -> int:
+    from ..compare.view import view
+
+    names = ("keep_ratio", "mode", "frames", "device", "precision", "host", "port")
+    view(
+        arguments.backbone,
+        arguments.clip,
+        weights=weights_of(arguments),
+        **{name: getattr(arguments, name) for name in names},
+    )
+    return 0
+
+
+def weights_of(arguments: argparse.Namespace) -> str | None:
+    """The weights that were asked for, as `accelerate` takes them."""
+    return None if arguments.weights == "none" else arguments.weights
 
 
 def train_command(arguments: argparse.Namespace) -> int:

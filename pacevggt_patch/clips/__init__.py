@@ -1,6 +1,7 @@
 """Clips: frames of one scene with what is known of their cameras and depth, and where they come from."""
 
+from .bundled import BUNDLED_CLIP
 from .clip import Clip
 from .folder import count_frames, load_clip, save_clip
 
-__all__ = ["Clip", "count_frames", "load_clip", "save_clip"]
+__all__ = ["BUNDLED_CLIP", "Clip", "count_frames", "load_clip", "save_clip"]

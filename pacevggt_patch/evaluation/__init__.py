@@ -1,5 +1,6 @@
-"""Quality of predicted cameras, depth and points against ground truth."""
+"""Quality of predicted cameras, depth and points against ground truth, and how far two predictions are apart."""
 
+from .agreement import camera_agreement, depth_agreement, point_agreement
 from .geometry import decode_pose_encoding, similarity_alignment, unproject
 from .metrics import (
     absolute_trajectory_error,
@@ -12,10 +13,13 @@ from .metrics import (
 
 __all__ = [
     "absolute_trajectory_error",
+    "camera_agreement",
     "decode_pose_encoding",
+    "depth_agreement",
     "depth_errors",
     "evaluate_predictions",
     "pairwise_pose_errors",
+    "point_agreement",
     "point_error",
     "pose_auc",
     "similarity_alignment",

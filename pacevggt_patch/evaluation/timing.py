@@ -39,6 +39,7 @@ def time_interleaved(
     keep_results: bool = True,
     warm_up: bool = True,
     update: Callable[[], Any] = lambda: None,
+    prepare: Callable[[str], Any] = lambda name: None,
 ) -> dict[str, Timing]:
     """Time functions in turn, A B A B ..., so that a drift of the machine's speed hits all of them.
 
@@ -49,12 +50,14 @@ def time_interleaved(
         keep_results: keep what the last run returned (which takes memory during the others).
         warm_up: run each once more, first; that run is not counted.
         update: called after every run, for a progress bar.
+        prepare: called with the name before every run, outside of the timed span.
     """
     device = torch.device(device)
     timings = {name: Timing() for name in runs}
     for repeat in range(0 if warm_up else 1, repeats + 1):
         for name, run in runs.items():
             timing = timings[name]
+            prepare(name)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
                 torch.cuda.reset_peak_memory_stats(device)

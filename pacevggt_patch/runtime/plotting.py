@@ -10,7 +10,7 @@ from ..errors import PaceError
 from .files import whole_file
 
 
-def load_extra(name: str, what: str, extra: str = "demo") -> Any:
+def load_extra(name: str, what: str, extra: str = "compare") -> Any:
     """A module that is not always installed.
 
     Args:
