@@ -103,7 +103,7 @@ def test_libraries_that_are_missing_come_with_the_command_that_brings_them(capsy
     assert told_as_json(capsys)["libraries"] == {
         "gone": "missing: pip install 'pacevggt-patch'",
         "nothing": "missing: pip install 'pacevggt-patch[video]'",
-        "nowhere": "missing: pip install 'pacevggt-patch[compare]'",
+        "nowhere": "missing: pip install 'pacevggt-patch[demo]'",
         "numpy": np.__version__,
     }
 
