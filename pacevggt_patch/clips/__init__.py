@@ -2,5 +2,6 @@
 
 from .clip import Clip
 from .folder import count_frames, load_clip, save_clip
+from .seven_scenes import load_seven_scenes
 
-__all__ = ["Clip", "count_frames", "load_clip", "save_clip"]
+__all__ = ["Clip", "count_frames", "load_clip", "load_seven_scenes", "save_clip"]
