@@ -37,18 +37,21 @@ def pose_of(index: int) -> np.ndarray:
     return pose
 
 
-def seen(pose: np.ndarray, focal: float, centre: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
+def seen(
+    pose: np.ndarray, focal: float, centre: tuple[float, float], size: tuple[int, int] = SMALL.size
+) -> tuple[np.ndarray, np.ndarray]:
     """Depth `[H, W]` and world points `[H, W, 3]` of what a camera sees first at each pixel centre."""
-    rows, columns = np.mgrid[:HEIGHT, :WIDTH]
+    rows, columns = np.mgrid[: size[1], : size[0]]
     rays = np.stack([(columns - centre[0]) / focal, (rows - centre[1]) / focal, np.ones_like(rows)], -1)
     ways, start = rays @ pose[:3, :3].T, pose[:3, 3]
-    depth = np.full((HEIGHT, WIDTH), np.inf)
+    depth = np.full(rows.shape, np.inf)
     for normal, distance in PLANES:
         along = ways @ normal
         with np.errstate(divide="ignore"):
             meets = (distance - start @ normal) / along
         depth = np.where(meets > 0, np.minimum(depth, meets), depth)
-    low, high = ((corner - start) / ways for corner in BOX)
+    with np.errstate(divide="ignore"):
+        low, high = ((corner - start) / ways for corner in BOX)
     enter, leave = np.minimum(low, high).max(-1), np.maximum(low, high).min(-1)
     depth = np.where((enter < leave) & (enter > 0), np.minimum(depth, enter), depth)
     return depth, start + depth[..., None] * ways
@@ -72,28 +75,30 @@ def colour_pose(index: int) -> np.ndarray:
     return pose_of(index) @ inverse
 
 
-def write_frame(folder: Path, number: int) -> None:
+def write_frame(folder: Path, number: int, cameras: Calibration) -> None:
     """The three files of one frame."""
-    depth, _ = seen(pose_of(number), SMALL.depth_focal, SMALL.depth_centre)
+    depth, _ = seen(pose_of(number), cameras.depth_focal, cameras.depth_centre, cameras.size)
     stored = (depth * 1000).round().astype(np.uint16)
     stored[:10] = 65535
     stored[-5:] = 0
-    _, points = seen(colour_pose(number), SMALL.colour_focal, SMALL.colour_centre)
+    _, points = seen(colour_pose(number), cameras.colour_focal, cameras.colour_centre, cameras.size)
     pixels = (colours(points) * 255).round().astype(np.uint8)
     name = folder / f"frame-{number:06d}"
-    Image.fromarray(pixels).save(f"{name}.color.png")
-    Image.fromarray(stored).save(f"{name}.depth.png")
+    Image.fromarray(pixels).save(f"{name}.color.png", compress_level=1)
+    Image.fromarray(stored).save(f"{name}.depth.png", compress_level=1)
     pose = pose_of(number)
     pose[:3, :3] += 1e-4 * np.sin(np.arange(9)).reshape(3, 3)  # as the published ones are
     np.savetxt(f"{name}.pose.txt", pose, delimiter="\t")
 
 
-def write_scene(folder: Path, sequences: dict[int, int], test: tuple[int, ...]) -> Path:
+def write_scene(
+    folder: Path, sequences: dict[int, int], test: tuple[int, ...], cameras: Calibration = SMALL
+) -> Path:
     """A scene of sequences with so many frames each, the `test` ones in that split and the others in the other."""
     for sequence, frames in sequences.items():
         (folder / f"seq-{sequence:02d}").mkdir(parents=True)
         for number in range(frames):
-            write_frame(folder / f"seq-{sequence:02d}", number)
+            write_frame(folder / f"seq-{sequence:02d}", number, cameras)
     for name, chosen in (("TestSplit", test), ("TrainSplit", set(sequences) - set(test))):
         (folder / f"{name}.txt").write_text("".join(f"sequence{number}\n" for number in sorted(chosen)))
     return folder

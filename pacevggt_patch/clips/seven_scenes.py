@@ -118,21 +118,8 @@ def load_seven_scenes(
     """
     check_arguments(frames, start, stride, width, mode)
     calibration = calibration or Calibration()
-    folder = existing_folder(path)
-    numbers = split_sequences(folder, split)
-    if sequence is not None:
-        if whole("sequence", sequence) not in numbers:
-            raise ClipError(f"{folder / SPLITS[split]} has no sequence {sequence}, only {numbers}")
-        numbers = [sequence]
-    found = [frame for number in numbers for frame in sequence_frames(folder, number)]
-    chosen = choose(found, folder, frames, start, stride)
-    poses = [
-        read_pose(frame.pose) for frame in chosen
-    ]  # what is wrong is told before a thousand pictures are read
-    for frame in chosen:
-        check_size(frame.colour, read_header(frame.colour)[0], calibration)
-        check_depth(frame.depth, *read_header(frame.depth), calibration.size)
-
+    chosen = choose_frames(path, split, sequence, frames, start, stride, calibration)
+    poses = [read_pose(frame.pose) for frame in chosen]
     framing = FRAMINGS[mode](*calibration.size, width)
     pictures, maps = [], []
     for frame in chosen:
@@ -146,14 +133,43 @@ def load_seven_scenes(
     else:
         focal, centre = calibration.depth_focal, calibration.depth_centre
     intrinsics = framing.intrinsics(focal, focal, centre[0] + PIXEL_CENTRE, centre[1] + PIXEL_CENTRE)
-    name = folder.resolve().name + (f" seq-{numbers[0]:02d}" if len(numbers) == 1 else "")
+    name = Path(path).resolve().name
     return Clip(
-        name,
+        name if sequence is None else f"{name} seq-{sequence:02d}",
         torch.stack(pictures).permute(0, 3, 1, 2).float().div_(255).contiguous(),  # [S, 3, H, W]
         intrinsics.expand(len(chosen), 3, 3).clone(),
         torch.from_numpy(np.linalg.inv(np.stack(poses))[:, :3]).float(),  # [S, 3, 4]
         torch.from_numpy(np.stack(maps)),  # [S, H, W]
     )
+
+
+def choose_frames(
+    path: str | Path,
+    split: str,
+    sequence: int | None,
+    frames: int | None,
+    start: int,
+    stride: int,
+    calibration: Calibration,
+) -> list[Frame]:
+    """The frames that `load_seven_scenes` takes, checked as far as can be without reading a thousand pictures.
+
+    Raises:
+        ClipError: As there. A picture or depth map of which the header is fine may still be broken.
+    """
+    folder = existing_folder(path)
+    numbers = split_sequences(folder, split)
+    if sequence is not None:
+        if whole("sequence", sequence) not in numbers:
+            raise ClipError(f"{folder / SPLITS[split]} has no sequence {sequence}, only {numbers}")
+        numbers = [sequence]
+    found = [frame for number in numbers for frame in sequence_frames(folder, number)]
+    chosen = choose(found, folder, frames, start, stride)
+    for frame in chosen:
+        read_pose(frame.pose)
+        check_size(frame.colour, read_header(frame.colour)[0], calibration)
+        check_depth(frame.depth, *read_header(frame.depth), calibration.size)
+    return chosen
 
 
 def split_sequences(path: str | Path, split: str) -> list[int]:
