@@ -96,13 +96,20 @@ def seat(width: float, texture: str, cushions: int) -> list[Solid]:
     return solids
 
 
-def table(width: float, depth: float, height: float, texture: str) -> list[Solid]:
-    """A table with a shelf under its top."""
-    return [
-        *legs(width - 0.06, depth - 0.06, height, 0.05, texture),
-        Solid((0, 0, height), (width, depth, 0.04), texture, 1.0),
-        Solid((0, 0, 0.16), (width - 0.1, depth - 0.1, 0.02), texture, 1.0),
+def chest(width: float, depth: float, height: float, drawers: int) -> list[Solid]:
+    """A low chest on legs with drawers on both long sides, as a table."""
+    top, body = 0.035, height - 0.115
+    solids = [
+        *legs(width - 0.06, depth - 0.06, 0.1, 0.05, "oak"),
+        Solid((0, 0, 0.08 + body / 2), (width - 0.04, depth - 0.04, body), "walnut", 0.9),
+        Solid((0, 0, height - top / 2), (width, depth, top), "stone", 0.8),
     ]
+    each = (width - 0.04) / drawers
+    for i in range(drawers):
+        x = (i - (drawers - 1) / 2) * each
+        solids.append(Solid((x, 0, 0.08 + body / 2), (each - 0.04, depth - 0.01, body - 0.06), "drawer", 0.7))
+        solids.append(Solid((x, 0, 0.08 + 0.6 * body), (0.05, depth + 0.03, 0.018), "brass", 0.5))
+    return solids
 
 
 def bookcase(width: float, height: float, draw: Callable[[float, float], float]) -> list[Solid]:
@@ -184,7 +191,6 @@ def furniture(generator: torch.Generator) -> list[Solid]:
         Solid((-0.2, 0.02, 0.505), (0.21, 0.15, 0.02), "book 2", 0.25, -0.2),
         Solid((0.22, 0.03, 0.5), (0.17, 0.17, 0.13), "teal vase", 0.5, round=True),
         Solid((0.05, -0.12, 0.465), (0.08, 0.08, 0.085), "white", 0.5, round=True),
-        Solid((-0.1, 0.08, 0.2), (0.36, 0.26, 0.05), "basket", 0.3, 0.1),
     ]
     lamp = [
         Solid((0, 0, 0.62), (0.15, 0.15, 0.2), "teal vase", 0.5, round=True),
@@ -200,11 +206,12 @@ def furniture(generator: torch.Generator) -> list[Solid]:
         *skirting,
         Solid((-0.05, 0.35, 0.008), (2.3, 1.6, 0.016), "rug", 2.3),
         *placed([*seat(1.9, "linen", 2), *cushions], -0.3, 1.75),
-        *placed([*table(1.0, 0.55, 0.42, "oak"), *on_table], -0.15, 0.62, 0.08),
+        *placed([*chest(1.0, 0.56, 0.44, 2), *on_table], -0.15, 0.62, 0.08),
         *placed(bookcase(0.9, 1.9, draw), 1.42, WALL - 0.15),
-        *placed([*table(0.42, 0.42, 0.5, "walnut"), *lamp], -1.62, 1.95),
+        *placed([*chest(0.42, 0.42, 0.52, 1), *lamp], -1.55, 1.98),
         *placed(seat(0.85, "rust cloth", 1), 1.35, 0.75, -1.15),
-        *placed(plant(draw), -1.75, 1.2),
+        *placed(plant(draw), -2.02, 2.0),
+        Solid((-1.45, 0.85, 0.2), (0.5, 0.5, 0.42), "basket", 0.35, round=True),
         *picture(-0.75, 1.55, 0.55, 0.7, "hills"),
         *picture(0.0, 1.66, 0.5, 0.5, "sea"),
         *picture(0.0 + 0.5, 1.5, 0.32, 0.42, "shapes"),
@@ -257,7 +264,7 @@ def planks(colour: Colour, g: torch.Generator) -> Tensor:
     joint = torch.rand(8, generator=g)[row.long()]
     board = (right - joint).remainder(1)
     gap = ((down * 7).remainder(1) < 0.02) | (board < 0.0025) | ((board - 0.55).abs() < 0.0015)
-    tone = 0.07 * torch.randn(8, 2, generator=g)[row.long(), (board > 0.55).long()]
+    tone = 0.05 * torch.randn(8, 2, generator=g)[row.long(), (board > 0.55).long()]
     return wood(colour, g) * (1 + tone) * torch.where(gap, 0.55, 1.0)
 
 
@@ -265,6 +272,12 @@ def cloth(colour: Colour, g: torch.Generator) -> Tensor:
     down, right = grid()
     weave = torch.sin(2 * math.pi * 60 * down) * torch.sin(2 * math.pi * 60 * right)
     return tinted(colour, 0.08 * weave + 0.09 * torch.randn(SIDE, SIDE, generator=g) + 0.025 * clouds(g))
+
+
+def stone(colour: Colour, g: torch.Generator) -> Tensor:
+    """Pale, with dark veins."""
+    vein = torch.exp(-((clouds(g, 6) / 0.06) ** 2))
+    return tinted(colour, 0.03 * clouds(g) - 0.3 * vein)
 
 
 def stripes(colour: Colour, g: torch.Generator) -> Tensor:
@@ -364,6 +377,9 @@ PAINTED: dict[str, tuple[Callable[[Colour, torch.Generator], Tensor], Colour]] =
     "side wall": (plaster, (0.86, 0.84, 0.79)),
     "white": (plaster, WHITE),
     "oak": (wood, OAK),
+    "stone": (stone, (0.80, 0.78, 0.74)),
+    "drawer": (wood, (0.46, 0.31, 0.21)),
+    "brass": (plaster, (0.76, 0.62, 0.36)),
     "walnut": (wood, WALNUT),
     "linen": (cloth, LINEN),
     "rust cloth": (cloth, RUST),
@@ -399,14 +415,14 @@ def lamps() -> list[tuple[Tensor, Tensor]]:
     """Place `[3]` and colour `[3]` of lamps that together give soft shadows."""
     window = [(-2.2, y + 0.1 * z, z) for y in (-1.7, -1.4, -1.1, -0.8) for z in (1.3, 1.6, 1.9)]
     bounced = [(x, y, 2.5) for x in (-1.4, 0.0, 1.4) for y in (-1.3, 1.0)]
-    daylight, warm = torch.tensor([0.78, 0.76, 0.72]), torch.tensor([0.30, 0.29, 0.27])
+    daylight, warm = torch.tensor([0.92, 0.90, 0.86]), torch.tensor([0.34, 0.33, 0.30])
     return [
         *[(torch.tensor(place), daylight / len(window)) for place in window],
         *[(torch.tensor(place), warm / len(bounced)) for place in bounced],
     ]
 
 
-AMBIENT = (0.1, 0.1, 0.105)
+AMBIENT = (0.11, 0.11, 0.115)
 
 
 def cameras(frames: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from pacevggt_patch.clips import Clip, load_clip, save_clip
 from pacevggt_patch.mini.scenes.raycast import FrameScenes, render_frames
 from pacevggt_patch.mini.scenes.textures import TextureAtlas
 
-SEED = 0
+SEED = 0  # of the books, the leaves, the textures and the hand that holds the camera
 FRAMES = 24
 SIZE = 224
 FINER = 2  # pixels are rendered so many times finer either way, against jagged edges
@@ -46,33 +46,37 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{output}: {len(stored)} frames, {size / 1e6:.2f} MB")
 
 
-def render_clip(frames: range, seed: int = SEED) -> Clip:
+def render_clip(frames: range) -> Clip:
     """Some of the frames of the bundled clip, with exact depth and cameras."""
-    generator = torch.Generator().manual_seed(seed)
-    solids, atlas = furniture(generator), paint(generator)
-    centre, orientation = cameras(FRAMES, generator)
-    pictures, depths = [], []
-    for index in tqdm(frames, desc="frames", disable=None):
-        view = scene(solids, centre[index : index + 1], orientation[index : index + 1])
-        pictures.append(lit(view, atlas))
-        depths.append(render_frames(view, atlas, SIZE, SIZE)[1])
-    chosen = torch.tensor(list(frames))
-    rotation = orientation[chosen].transpose(1, 2)
-    focal = view.focal[0] * SIZE
+    views, atlas = room(frames)
+    # Depth is that of pixel centres: a mean over a pixel lies on no surface at edges.
+    depths = [render_frames(view, atlas, SIZE, SIZE)[1] for view in views]
+    pictures = [lit(view, atlas, SIZE) for view in tqdm(views, desc="frames", disable=None)]
+    centre = torch.cat([view.camera for view in views])[..., None]  # [S, 3, 1]
+    rotation = torch.cat([view.orientation for view in views]).transpose(1, 2)
+    focal = views[0].focal[0] * SIZE
     intrinsics = torch.tensor([[focal[0], 0, SIZE / 2], [0, focal[1], SIZE / 2], [0, 0, 1]])
     return Clip(
         "room",
         torch.cat(pictures),
-        intrinsics.expand(len(chosen), 3, 3).clone(),
-        torch.cat([rotation, -rotation @ centre[chosen][..., None]], 2),
+        intrinsics.expand(len(frames), 3, 3).clone(),
+        torch.cat([rotation, -rotation @ centre], 2),
         torch.cat(depths),
     )
 
 
-def lit(view: FrameScenes, atlas: TextureAtlas) -> Tensor:
-    """`[1, 3, SIZE, SIZE]` of one frame in the light of all lamps."""
-    fine = FINER * SIZE
-    # Under a lamp that is ambient light alone, each surface shows its own colour.
+def room(frames: range) -> tuple[list[FrameScenes], TextureAtlas]:
+    """What each of some frames sees, and the textures."""
+    generator = torch.Generator().manual_seed(SEED)
+    solids, atlas = furniture(generator), paint(generator)
+    centre, orientation = cameras(FRAMES, generator)
+    return [scene(solids, centre[i : i + 1], orientation[i : i + 1]) for i in frames], atlas
+
+
+def lit(view: FrameScenes, atlas: TextureAtlas, size: int) -> Tensor:
+    """`[1, 3, size, size]` of one frame in the light of all lamps, as a screen shows it."""
+    fine = FINER * size
+    # With ambient light alone each surface has its own colour.
     plain = replace(view, shade=torch.tensor([[1.0, 0.0]]))
     light = torch.tensor(AMBIENT)[:, None, None] * render_frames(plain, atlas, fine, fine)[0]
     for place, colour in lamps():
