@@ -21,7 +21,7 @@ import time
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from bench import Bench, Job, free, measure
@@ -32,7 +32,7 @@ from tqdm import tqdm
 from pacevggt_patch import PaceConfig, PaceError, PaceWeights, paused
 from pacevggt_patch.arguments import whole
 from pacevggt_patch.calibration.full_heads import find_full_heads
-from pacevggt_patch.clips import load_seven_scenes
+from pacevggt_patch.clips import Clip, load_seven_scenes
 from pacevggt_patch.clips.folder import crop_framing, existing_folder
 from pacevggt_patch.clips.images import listed
 from pacevggt_patch.clips.seven_scenes import (
@@ -55,17 +55,18 @@ from pacevggt_patch.training.states import results_folder, writing
 REPORT, HEADS = "report.json", "heads.safetensors"
 CALIBRATION_FRAMES = 24
 VARIANTS = ("stock", "pace")
+SceneClip = tuple[str, int, int]  # scene, sequence, number of frames
 QUICK = {"frames": [24], "clip_frames": 24, "most_clips": 1, "repeats": 1}
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    clips = find_clips(args)
+    clips, source = find_clips(args), find_source(args)
     run = Run(args)
     print(" | ".join(f"{k} {v}" for k, v in run.report["environment"].items() if v))
     print(f"{len(clips)} clips of {args.scenes}: " + ", ".join(name_of(clip) for clip in clips))
     model = load(args.backbone, run.device)
-    weights = run.calibrated(model, clips)
+    weights = run.calibrated(model, source)
     print_heads(run.report["calibration"])
     bench = Bench(bench_arguments(args, run.device), model, weights)
     run.report["attention"] = bench.attention
@@ -126,28 +127,60 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def find_clips(args: argparse.Namespace) -> list[tuple[str, int, int]]:
+def find_clips(args: argparse.Namespace) -> list[SceneClip]:
     """Scene, test sequence and number of frames of each clip.
 
     Raises:
         PaceError: there is no scene, or a frame is missing or broken.
     """
-    folder = existing_folder(args.scenes)
-    scenes = [name for name in listed(folder)[1] if (folder / name / SPLITS["test"]).is_file()]
-    if not scenes:
-        raise PaceError(f"{folder} has no folder of a scene of 7-Scenes (looked for */{SPLITS['test']})")
     clips = []
-    for scene in scenes:
-        for sequence in split_sequences(folder / scene, "test"):
-            there = -(-len(sequence_frames(folder / scene, sequence)) // args.stride)
-            clips.append((scene, sequence, min(there, args.clip_frames)))
+    for scene in scenes_of(args.scenes):
+        for sequence in split_sequences(args.scenes / scene, "test"):
+            clips.append((scene, sequence, frames_there(args, scene, sequence, args.clip_frames)))
     clips = clips[: args.most_clips]
-    for scene, sequence, frames in tqdm(clips, desc="looking through 7-Scenes", unit="clip", disable=None):
-        choose_frames(folder / scene, "test", sequence, frames, 0, args.stride, Calibration())
+    for clip in tqdm(clips, desc="looking through 7-Scenes", unit="clip", disable=None):
+        check_clip(args, clip, "test")
     return clips
 
 
-def name_of(clip: tuple[str, int, int]) -> str:
+def find_source(args: argparse.Namespace) -> SceneClip:
+    """What calibration runs on: the first training sequence of the first scene.
+
+    Raises:
+        PaceError: a frame is missing or broken.
+    """
+    scene = scenes_of(args.scenes)[0]
+    sequence = split_sequences(args.scenes / scene, "train")[0]
+    clip = scene, sequence, frames_there(args, scene, sequence, CALIBRATION_FRAMES)
+    check_clip(args, clip, "train")
+    return clip
+
+
+def scenes_of(path: Path) -> list[str]:
+    """Names of the scenes in a folder.
+
+    Raises:
+        PaceError: there is none.
+    """
+    folder = existing_folder(path)
+    scenes = [name for name in listed(folder)[1] if (folder / name / SPLITS["test"]).is_file()]
+    if not scenes:
+        raise PaceError(f"{folder} has no folder of a scene of 7-Scenes (looked for */{SPLITS['test']})")
+    return scenes
+
+
+def frames_there(args: argparse.Namespace, scene: str, sequence: int, most: int) -> int:
+    """How many frames a clip of a sequence has."""
+    return min(-(-len(sequence_frames(args.scenes / scene, sequence)) // args.stride), most)
+
+
+def check_clip(args: argparse.Namespace, clip: SceneClip, split: str) -> None:
+    """Raise `PaceError` for a frame that is missing or broken, as far as can be told without reading pictures."""
+    scene, sequence, frames = clip
+    choose_frames(args.scenes / scene, split, sequence, frames, 0, args.stride, Calibration())
+
+
+def name_of(clip: SceneClip) -> str:
     return f"{clip[0]}/seq-{clip[1]:02d} ({clip[2]} frames)"
 
 
@@ -225,22 +258,12 @@ class Run:
         with writing(self.file):
             write_json(self.file, self.report)
 
-    def calibrated(self, model: Any, clips: list[tuple[str, int, int]]) -> PaceWeights:
+    def calibrated(self, model: Any, source: SceneClip) -> PaceWeights:
         """The weights that calibration makes, and its part of the report; those of an earlier run if there are some."""
         if self.report["calibration"] is not None:
             return PaceWeights.load(self.args.out / HEADS)
-        folder = self.args.scenes / clips[0][0]
-        sequence = split_sequences(folder, "train")[0]
-        there = -(-len(sequence_frames(folder, sequence)) // self.args.stride)
-        frames = min(CALIBRATION_FRAMES, there)
-        clip = load_seven_scenes(
-            folder,
-            split="train",
-            sequence=sequence,
-            frames=frames,
-            stride=self.args.stride,
-            width=self.args.width,
-        )
+        clip = load_clip(self.args, source, "train")
+        frames = len(clip)
         start = time.monotonic()
         try:
             with guest(model):
@@ -272,7 +295,7 @@ def compare_heads(heads: Heads) -> dict[str, Any]:
     }
 
 
-def estimate(bench: Bench, jobs: list[Job], clips: list[tuple[str, int, int]]) -> str:
+def estimate(bench: Bench, jobs: list[Job], clips: list[SceneClip]) -> str:
     """What is to come, and about how long it takes."""
     speed = sum(bench.estimate(job) for job in jobs)
     both = (None, PaceConfig().keep_ratio)
@@ -281,17 +304,23 @@ def estimate(bench: Bench, jobs: list[Job], clips: list[tuple[str, int, int]]) -
     return f"about {speed + quality:.0f} s of forwards: {parts}"
 
 
-def judge(bench: Bench, clip: tuple[str, int, int], args: argparse.Namespace) -> dict[str, Any]:
-    """Metrics of one clip, stock and accelerated; None and `out_of_memory` of what does not fit."""
+def load_clip(args: argparse.Namespace, clip: SceneClip, split: Literal["train", "test"]) -> Clip:
     scene, sequence, frames = clip
-    loaded = load_seven_scenes(
+    return load_seven_scenes(
         args.scenes / scene,
+        split=split,
         sequence=sequence,
         frames=frames,
         stride=args.stride,
         width=args.width,
         aligned=not args.unaligned,
     )
+
+
+def judge(bench: Bench, clip: SceneClip, args: argparse.Namespace) -> dict[str, Any]:
+    """Metrics of one clip, stock and accelerated; None and `out_of_memory` of what does not fit."""
+    scene, sequence, frames = clip
+    loaded = load_clip(args, clip, "test")
     row: dict[str, Any] = {"scene": scene, "sequence": sequence, "frames": frames, "out_of_memory": []}
     for variant in VARIANTS:
         with paused(bench.model) if variant == "stock" else nullcontext():
@@ -305,7 +334,7 @@ def judge(bench: Bench, clip: tuple[str, int, int], args: argparse.Namespace) ->
 
 
 @torch.inference_mode()
-def metrics(bench: Bench, clip: Any) -> Metrics | None:
+def metrics(bench: Bench, clip: Clip) -> Metrics | None:
     """Of the model as it is; None if its memory does not suffice."""
     autocast = torch.autocast(bench.device.type, torch.bfloat16, enabled=bench.args.precision == "autocast")
     try:

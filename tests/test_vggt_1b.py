@@ -221,12 +221,13 @@ def test_other_settings_do_not_go_on(script, scenes, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("break_it", "words"),
     [
-        (lambda folder: shutil.rmtree(folder / "chess"), None),
+        (lambda folder: (folder / "notes.txt").write_text("mine"), None),
         (lambda folder: (folder / "fire/seq-04/frame-000003.depth.png").unlink(), ["frame-000003.depth.png"]),
         (
             lambda folder: (folder / "chess/seq-03/frame-000001.pose.txt").write_text("nan"),
             ["frame-000001.pose.txt"],
         ),
+        (lambda folder: shutil.rmtree(folder / "chess/seq-01"), ["unpack seq-01.zip"]),
         (lambda folder: [shutil.rmtree(folder / name) for name in ("chess", "fire")], ["TestSplit.txt"]),
     ],
 )
