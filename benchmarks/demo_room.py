@@ -214,7 +214,7 @@ def furniture(generator: torch.Generator) -> list[Solid]:
         Solid((-1.45, 0.85, 0.2), (0.5, 0.5, 0.42), "basket", 0.35, round=True),
         *picture(-0.75, 1.55, 0.55, 0.7, "hills"),
         *picture(0.0, 1.66, 0.5, 0.5, "sea"),
-        *picture(0.0 + 0.5, 1.5, 0.32, 0.42, "shapes"),
+        *picture(0.5, 1.5, 0.32, 0.42, "shapes"),
     ]
 
 
@@ -360,7 +360,11 @@ def shapes(colour: Colour, g: torch.Generator) -> Tensor:
             found,
         )
     return mounted(
-        torch.where((((right - 0.28).abs() < 0.012) & (down > 0.2))[None], tinted(colour, 0 * down), found)
+        torch.where(
+            (((right - 0.28).abs() < 0.012) & (down > 0.2))[None],
+            tinted(colour, torch.zeros(SIDE, SIDE)),
+            found,
+        )
     )
 
 

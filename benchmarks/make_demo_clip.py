@@ -3,7 +3,7 @@
     python benchmarks/make_demo_clip.py
 
 The room is described in demo_room.py. The output is a `clip.json` folder (JPEG frames, 16-bit depth, cameras) of less
-than 1 MB; running this again replaces it with the same clip. Takes some minutes on one core.
+than 1 MB; running this again replaces it with the same clip. Takes about ten minutes on one core.
 """
 
 from __future__ import annotations

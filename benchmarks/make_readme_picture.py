@@ -108,7 +108,10 @@ def drawn(clip: Clip, results: dict[str, Any]) -> Image.Image:
         ("Frames", f"{len(clip)} in all"),
         ("Kept tokens", f"{report['keep_ratio']:.0%} of each frame"),
         ("Depth, stock", f"{seconds['stock']:.1f} s"),
-        ("Depth, accelerated", f"{seconds['accelerated']:.1f} s ({seconds['stock'] / seconds['accelerated']:.1f}x)"),
+        (
+            "Depth, accelerated",
+            f"{seconds['accelerated']:.1f} s ({seconds['stock'] / seconds['accelerated']:.1f}x)",
+        ),
     ]
     rows = len(shown)
     side, top, below = WIDTH / 4 / DOTS, 0.62, 1.5  # inches

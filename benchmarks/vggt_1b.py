@@ -18,6 +18,8 @@ import argparse
 import json
 import sys
 import time
+import warnings
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -54,7 +56,7 @@ from pacevggt_patch.training.states import results_folder, writing
 
 REPORT, HEADS = "report.json", "heads.safetensors"
 CALIBRATION_FRAMES = 24
-VARIANTS = ("stock", "pace")
+NAMES = {"stock": "stock", "pace": "accelerated"}  # variants, as in other reports -> what they are called
 SceneClip = tuple[str, int, int]  # scene, sequence, number of frames
 QUICK = {"frames": [24], "clip_frames": 24, "most_clips": 1, "repeats": 1}
 
@@ -64,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     clips, source = find_clips(args), find_source(args)
     run = Run(args)
     print(" | ".join(f"{k} {v}" for k, v in run.report["environment"].items() if v))
-    print(f"{len(clips)} clips of {args.scenes}: " + ", ".join(name_of(clip) for clip in clips))
+    print(f"clips of {args.scenes}: " + ", ".join(name_of(clip) for clip in clips))
     model = load(args.backbone, run.device)
     weights = run.calibrated(model, source)
     print_heads(run.report["calibration"])
@@ -278,12 +280,17 @@ class Run:
             "clip": clip.name,
             "frames": frames,
             "seconds": time.monotonic() - start,
-            **compare_heads(heads),
+            **(compare_heads(heads) if has_published(errors.shape) else {}),
             "full_heads": [list(head) for head in heads],
             "errors": [[float(f"{value:.4g}") for value in row] for row in errors.tolist()],
         }
         self.save()
         return weights
+
+
+def has_published(shape: Sequence[int]) -> bool:
+    """Whether a model of so many blocks and heads has all of SAF3R's."""
+    return all(block < shape[0] and head < shape[1] for block, head in SAF3R_HEADS)
 
 
 def compare_heads(heads: Heads) -> dict[str, Any]:
@@ -300,8 +307,7 @@ def estimate(bench: Bench, jobs: list[Job], clips: list[SceneClip]) -> str:
     speed = sum(bench.estimate(job) for job in jobs)
     both = (None, PaceConfig().keep_ratio)
     quality = sum(bench.estimate(Job(frames, both, 1, warm_up=False)) for _, _, frames in clips)
-    parts = f"{len(jobs)} sizes {speed:.0f} s, {len(clips)} clips {quality:.0f} s"
-    return f"about {speed + quality:.0f} s of forwards: {parts}"
+    return f"about {speed + quality:.0f} s of forwards: speed {speed:.0f} s, quality {quality:.0f} s"
 
 
 def load_clip(args: argparse.Namespace, clip: SceneClip, split: Literal["train", "test"]) -> Clip:
@@ -322,7 +328,7 @@ def judge(bench: Bench, clip: SceneClip, args: argparse.Namespace) -> dict[str, 
     scene, sequence, frames = clip
     loaded = load_clip(args, clip, "test")
     row: dict[str, Any] = {"scene": scene, "sequence": sequence, "frames": frames, "out_of_memory": []}
-    for variant in VARIANTS:
+    for variant in NAMES:
         with paused(bench.model) if variant == "stock" else nullcontext():
             row[variant] = metrics(bench, loaded)
         if row[variant] is None:
@@ -352,7 +358,7 @@ def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
     if not both:
         return None
     make = partial(make_row, unpruned=[row["stock"] for row in both])
-    return [{**make({"variant": v}, [row[v] for row in both]), "per_clip": None} for v in VARIANTS]
+    return [{**make({"variant": v}, [row[v] for row in both]), "per_clip": None} for v in NAMES]
 
 
 def print_heads(found: dict[str, Any]) -> None:
@@ -361,16 +367,19 @@ def print_heads(found: dict[str, Any]) -> None:
 
     print(
         f"calibrated on {found['frames']} frames of {found['clip']} in {found['seconds']:.0f} s: "
-        f"{len(found['full_heads'])} heads see all tokens\n"
-        f"of the {len(SAF3R_HEADS)} correspondence heads of SAF3R: {len(found['published_found'])} found "
-        f"({shown(found['published_found'])}), missed {shown(found['published_missed'])}; {found['others']} others"
+        f"{len(found['full_heads'])} heads see all tokens"
     )
+    if "published_found" in found:
+        print(
+            f"of the {len(SAF3R_HEADS)} correspondence heads of SAF3R: {len(found['published_found'])} found "
+            f"({shown(found['published_found'])}), missed {shown(found['published_missed'])}; {found['others']} others"
+        )
 
 
 def print_report(report: dict[str, Any]) -> None:
     print(f"\n{'frames':>8s}{'model':>14s}{'seconds':>10s}{'speed-up':>10s}{'GiB':>8s}")
     for row in report["speed"]:
-        name = "stock" if row["variant"] == "stock" else "accelerated"
+        name = NAMES[row["variant"]]
         if row["seconds_median"] is None:
             print(f"{row['frames']:>8d}{name:>14s}  out of memory")
             continue
@@ -379,15 +388,19 @@ def print_report(report: dict[str, Any]) -> None:
         print(f"{row['frames']:>8d}{name:>14s}{row['seconds_median']:>10.3f}{speedup:>10s}{peak:>8s}")
     for row in report["quality"]:
         for variant in row["out_of_memory"]:
-            print(f"{name_of((row['scene'], row['sequence'], row['frames']))}: {variant} ran out of memory")
+            print(
+                f"{name_of((row['scene'], row['sequence'], row['frames']))}: {NAMES[variant]} ran out of memory"
+            )
     if report["means"]:
         print(f"\n{'mean over clips':16s}" + "".join(f"{name:>16s}" for name in METRICS))
         for row in report["means"]:
             cells = ("-" if row[name] is None else f"{row[name]:.4g}" for name in METRICS)
-            print(f"{row['variant']:16s}" + "".join(f"{cell:>16s}" for cell in cells))
+            print(f"{NAMES[row['variant']]:16s}" + "".join(f"{cell:>16s}" for cell in cells))
 
 
 if __name__ == "__main__":
+    # Stock vggt uses a spelling of autocast that torch has deprecated; it would tear the progress bars.
+    warnings.filterwarnings("ignore", message=".*torch.cuda.amp.autocast", category=FutureWarning)
     try:
         sys.exit(main())
     except PaceError as error:

@@ -204,6 +204,8 @@ def test_heads_are_compared(script):
     found = script.compare_heads(((3, 1), (11, 14), (15, 0), (15, 8)))
     assert found["published_found"] == [[11, 14], [15, 8]] and found["others"] == 2
     assert found["published_missed"] == [[13, 10], [13, 15], [14, 4], [14, 10], [14, 14]]
+    assert script.has_published((24, 16)) and script.has_published((16, 16))
+    assert not script.has_published((15, 16)) and not script.has_published((24, 15))
 
 
 def test_other_settings_do_not_go_on(script, scenes, tmp_path, monkeypatch):
