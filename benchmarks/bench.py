@@ -50,16 +50,23 @@ class Job:
 
 
 class Bench:
-    """One model on one device, and what is known about both."""
+    """One model on one device, and what is known about both.
 
-    def __init__(self, args: argparse.Namespace):
+    Args:
+        args: of latency.py.
+        model: one that is there already, on the device; without it the one that the arguments name is built.
+        weights: of that model; without them it gets those that the arguments say.
+    """
+
+    def __init__(self, args: argparse.Namespace, model: Any = None, weights: PaceWeights | None = None):
         self.args = args
         self.device = usable_device(args.device)
-        self.model = build(args.backbone, self.device, args.checkpoint, args.precision)
+        if model is None:
+            model = build(args.backbone, self.device, args.checkpoint, args.precision)
+        self.model = model
         check_values(self.model, args.size, args.precision, self.device)
         host = find_host(self.model)
-        weights = None
-        if args.mode == GLOBAL:  # as calibration leaves them
+        if weights is None and args.mode == GLOBAL:  # as calibration leaves them
             weights = PaceWeights.of_heads(host, heads_of(host.spec(), args.full_heads), {}, "the benchmark")
         self.shares = [] if weights is None else weights.full_head_shares()
         accelerate(

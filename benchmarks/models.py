@@ -54,8 +54,9 @@ def build(
     return model.to(torch.bfloat16) if precision == "bfloat16" else model
 
 
-# Correspondence heads of VGGT-1B as SAF3R (arXiv 2607.03612) publishes them, and one more of the same block.
-PUBLISHED_HEADS: Heads = ((11, 14), (13, 10), (13, 15), (14, 4), (14, 10), (14, 14), (15, 8), (15, 0))
+# Correspondence heads of VGGT-1B as SAF3R (arXiv 2607.03612) publishes them, and one more of the last block of these.
+SAF3R_HEADS: Heads = ((11, 14), (13, 10), (13, 15), (14, 4), (14, 10), (14, 14), (15, 8))
+PUBLISHED_HEADS: Heads = (*SAF3R_HEADS, (15, 0))
 
 
 def add_mode_arguments(parser: ArgumentParser) -> None:

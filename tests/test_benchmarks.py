@@ -5,8 +5,10 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from pacevggt_patch import PaceConfig, PaceError, PaceWeights
 from pacevggt_patch.clips import save_clip
@@ -433,3 +435,25 @@ def test_train_step(mode, heads, views, tmp_path, monkeypatch):
         once = row["stage"] == "calibrate"
         assert (row["runs"], row["clips"]) == ((1, 8) if once else (2, 2)) and row["peak_gib"] is None
         assert 0 < row["seconds_min"] <= row["seconds_median"] <= row["seconds_max"]
+
+
+def test_the_picture_of_the_readme(tmp_path, monkeypatch):
+    picture = script("make_readme_picture")
+    out, file = tmp_path / "pictures" / "result.png", tmp_path / "result.json"
+    arguments = ["--frames", "2", "--repeats", "1", "--out", str(out), "--json", str(file)]
+    monkeypatch.setattr(picture, "SHOWN", (1, 7))
+    assert picture.main(arguments) == 0
+    report = json.loads(file.read_text())
+    assert (report["backbone"], report["frames"], report["keep_ratio"]) == ("vggt-mini", 2, 0.3)
+    for name in ("stock", "accelerated"):
+        assert report["seconds_median"][name] == report["seconds"][name][0] > 0
+        assert report["quality"][name]["absrel"] > 0
+    assert report["quality"]["stock"] != report["quality"]["accelerated"]
+    with Image.open(out) as image:
+        pixels = np.asarray(image.convert("RGB")) / 255
+    assert image.width == 1600 and out.stat().st_size < 400_000
+    frame, kept, stock, pace = (pixels[80:440, 400 * i + 20 : 400 * i + 380] for i in range(4))
+    # Kept tokens are as they were, and most are not.
+    assert 0.2 < (np.abs(kept - frame).max(-1) < 0.1).mean() < 0.7 and kept.mean() < 0.7 * frame.mean()
+    assert 0 < np.abs(stock - pace).mean() < 0.1 < stock.std()
+    assert (pixels[:, :5] == 1).all()  # white around it
