@@ -164,7 +164,7 @@ def choose_frames(
             raise ClipError(f"{folder / SPLITS[split]} has no sequence {sequence}, only {numbers}")
         numbers = [sequence]
     found = [frame for number in numbers for frame in sequence_frames(folder, number)]
-    chosen = choose(found, folder, frames, start, stride)
+    chosen = list(choose(found, folder, frames, start, stride))
     for frame in chosen:
         read_pose(frame.pose)
         check_size(frame.colour, read_header(frame.colour)[0], calibration)
