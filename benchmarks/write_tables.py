@@ -196,7 +196,7 @@ CPU_ROWS = [
 ]
 # Setting of README.md: what it is called, the call, the files with its seconds (None: not timed), and with its loss.
 README_ROWS = [
-    ("**global pruning, calibrated by itself**", "`accelerate(model)`", EIGHT, "calibrated"),
+    ("**global pruning, calibrated by itself**", "`accelerate(model, compile=True)`", EIGHT, "calibrated"),
     ("global pruning, trained weights", "`weights=FILE`", None, "default"),
     (
         "pre-AA pruning, no weights",

@@ -11,6 +11,7 @@ from hosts import random_images, tiny_vggt, with_heads
 from pacevggt_patch import accelerate, remove
 from pacevggt_patch.method import few_keys as module
 from pacevggt_patch.method.few_keys import (
+    FRAMES,
     FRAMES_OF_FULL,
     FewKeys,
     few_keys,
@@ -83,7 +84,7 @@ def bag(places, weights):
 def test_keys_are_those_of_a_loop(batch, frames, keep):
     plan = some_plan(frames, keep, batch)
     found = few_keys(plan.propagation, batch)
-    count = keys_of_frame(frames, keep)
+    count = keys_of_frame(frames, keep, FRAMES)
     for clip, wanted in enumerate(keys_by_hand(plan, count)):
         places, counts = told(found, clip)
         assert len(places) == keys_of_clip(frames, SPECIAL, PATCHES, keep)
@@ -103,12 +104,12 @@ def test_a_kept_token_stands_for_itself():
 
 def test_longer_clips_have_fewer_keys_a_frame_and_more_in_all():
     patches, kept = 1036, 311
-    counts = [keys_of_frame(frames, kept) for frames in range(1, 3001)]
+    counts = [keys_of_frame(frames, kept, FRAMES) for frames in range(1, 3001)]
     assert counts == sorted(counts, reverse=True) and counts[23] == kept > counts[24]
     assert all(count <= kept / 4 for count in counts[95:])
     totals = [keys_of_clip(frames, 5, patches, kept) for frames in (1, 24, 96, 300, 1000, 3000)]
     assert totals == sorted(totals) and totals[-1] < 20 * totals[1]
-    assert keys_of_frame(10**6, 1) == 1
+    assert keys_of_frame(10**6, 1, FRAMES) == 1
 
 
 def test_full_attention_heads_see_all_of_short_clips_and_more_of_long_ones():
@@ -234,7 +235,7 @@ def test_a_block_of_its_own_code_gives_what_an_open_one_gives(heads, monkeypatch
 def test_other_forms_of_attention_keep_their_keys():
     keys = FewKeys(torch.tensor([[0, 3]]), Repeats(1, 5.0))
     said = []
-    few = FewKeysAttention(keys, 3, 1, 6, said.append)
+    few = FewKeysAttention(keys, 3, 1, 6, False, said.append)
     generator = torch.Generator().manual_seed(0)
     query, key, value = torch.randn(3, 1, 2, 6, 4, generator=generator)
     mask = torch.rand(1, 1, 6, 6, generator=generator) > 0.3

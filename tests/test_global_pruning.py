@@ -440,3 +440,14 @@ def test_rows_of_the_weights_are_aligned_by_special_tokens(keep, special, column
     slope = torch.randn(1, 6, 6, generator=generator, dtype=torch.float64)
     exact = made._replace(columns=made.weights)
     torch.testing.assert_close(made.propagate(before, after, slope), exact.propagate(before, after, slope))
+
+
+def test_infinite_special_tokens_stay_where_they_are():
+    """In float16 a large register token is infinite: it lends a column, and nothing else."""
+    features = torch.randn(2, 20, 5, generator=torch.Generator().manual_seed(0))
+    made = make_propagation(features, torch.tensor([[1, 4, 9], [0, 7, 19]]), (4, 5), 5, torch.float16)
+    assert made.columns.shape[2] == 8
+    before, after = torch.randn(2, 25, 6), torch.randn(2, 8, 6)
+    before[:, :5], after[:, :5] = 1e5, 1e6  # more than float16 holds
+    moved = made.propagate(before, after, torch.eye(6)[None])
+    assert moved.isfinite().all() and torch.equal(moved[:, :5], after[:, :5])

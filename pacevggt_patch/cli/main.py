@@ -349,7 +349,7 @@ def train_command(arguments: argparse.Namespace) -> int:
         if report["mode"] == GLOBAL:
             heads = ", ".join(f"block {block} head {head}" for block, head in report["full_heads"])
             none = "none was found that loses much without, so the calibration changes nothing"
-            print(f"heads of global attention that see all tokens: {heads or none}")
+            print(f"full-attention heads (block, head): {heads or none}")
         print(f"wrote {arguments.out}/: pace.safetensors, report.json, curve.png, state.pt")
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Generator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from .runs import Prediction
 # The share of pixels that is drawn. The least confident ones are mostly sky and the edges of things.
 DRAWN = 0.7
 STILL_POINTS, TURNED_POINTS = 1_200_000, 60_000
+STILL_FRAMES = 16  # whose points a still picture shows: those of more take minutes and add nothing
 SAMPLING = 2  # a picture is drawn so many times as large, then reduced
 LARGEST_SPLAT = 24  # pixels
 # Points of a surface that is seen at a slant lie so many times as far apart as those of one that faces the camera.
@@ -150,7 +152,8 @@ def splat(cloud: Cloud, view: View) -> np.ndarray:
     seen = (cloud.points - view.eye) @ view.rotation.T  # [N, 3]
     ahead = seen[:, 2] > view.near
     seen, colours = seen[ahead], cloud.colours[ahead].numpy()
-    total = len(cloud.world_to_camera) * cloud.size[0] * cloud.size[1]
+    of_frame = cloud.size[0] * cloud.size[1]
+    total = len((cloud.pixels // of_frame).unique()) * of_frame
     fewer = math.sqrt(DRAWN * total / max(1, len(cloud.points)))  # than there are, and then not evenly
     wide = (1.8 * fewer if fewer > 1.02 else 1.2) * cloud.spacing[ahead] / seen[:, 2] * view.focal
     sides = wide.ceil().clamp(1, LARGEST_SPLAT).long()  # [N] pixels
@@ -160,18 +163,31 @@ def splat(cloud: Cloud, view: View) -> np.ndarray:
     image = np.ones((view.height * view.width, 3), np.float32)
     depth = torch.full((view.height * view.width,), torch.inf)
     steps = range(int(sides.max()) if len(sides) else 0)
-    places = []
-    for down, along in ((down, along) for down in steps for along in steps):
-        inside = (sides > max(down, along)).nonzero()[:, 0]
-        row, column = rows[inside] + down, columns[inside] + along
-        shown = (row >= 0) & (row < view.height) & (column >= 0) & (column < view.width)
-        place, inside = (row * view.width + column)[shown], inside[shown]
+
+    def pixels() -> Generator[tuple[Tensor, Tensor]]:
+        """Places in the picture and numbers of points, for one pixel of their squares after another."""
+        for down, along in ((down, along) for down in steps for along in steps):
+            inside = (sides > max(down, along)).nonzero()[:, 0]
+            row, column = rows[inside] + down, columns[inside] + along
+            shown = (row >= 0) & (row < view.height) & (column >= 0) & (column < view.width)
+            yield (row * view.width + column)[shown], inside[shown]
+
+    for place, inside in pixels():
         depth.scatter_reduce_(0, place, seen[inside, 2], "amin")
-        places.append((place, inside))
-    for place, inside in places:
+    for place, inside in pixels():  # made anew: all of them would fill the memory
         nearest = seen[inside, 2] <= depth[place]
         image[place[nearest].numpy()] = colours[inside[nearest].numpy()]
     return image.reshape(view.height, view.width, 3)
+
+
+def of_frames(cloud: Cloud, most: int) -> Cloud:
+    """The points of at most so many frames, evenly spaced, and all cameras."""
+    frames = len(cloud.world_to_camera)
+    chosen = torch.linspace(0, frames - 1, min(most, frames)).round().long()
+    some = torch.isin(cloud.pixels // (cloud.size[0] * cloud.size[1]), chosen)
+    return cloud._replace(
+        **{name: getattr(cloud, name)[some] for name in ("points", "colours", "spacing", "pixels")}
+    )
 
 
 def frusta(world_to_camera: Tensor, intrinsics: Tensor, size: tuple[int, int], length: float) -> Tensor:

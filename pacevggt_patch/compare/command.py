@@ -91,12 +91,14 @@ def compare(
 
 def run_plan(plan: Plan) -> dict[str, Any]:
     """Run what was planned; see `compare`."""
-    model = to_device(plan.options.backbone, plan)
+    given = plan.options.backbone
+    training = isinstance(given, nn.Module) and given.training
+    model = to_device(given, plan)
     try:
         with quiet():
             return Comparison(plan, model).run()
     finally:
-        remove(model)
+        remove(model).train(training)
 
 
 class Comparison:
@@ -114,13 +116,15 @@ class Comparison:
         from tqdm import tqdm
 
         results_folder(self.out, REPORT_FILES)
+        if self.options.colmap is not None:
+            results_folder(file_path("colmap", self.options.colmap))
         sources = self.plan.sources
         sides = 1 + len(self.runner.configs)
         passes = (1 + self.options.repeats) * sides
         seconds = self.runner.estimate([source.clip for source in sources])
         if seconds is not None:
             more = ", and more for compiling" if self.options.compile else ""
-            print(f"{passes * len(sources)} runs: at most about {seconds:.0f} s{more}", file=sys.stderr)
+            print(f"{passes * len(sources)} runs: about {seconds:.0f} s or less{more}", file=sys.stderr)
         for source in sources:
             with tqdm(total=passes, desc=f"{source.clip.name}, {len(source.clip)} frames", unit="run") as bar:
                 found = self.runner.run(source.clip, bar.update)
@@ -131,7 +135,6 @@ class Comparison:
 
     def add(self, source: Source, sides: list[Side], update: Callable[[], Any]) -> None:
         """Compare the sides of a clip, and write all there is so far."""
-        page, report = self.out / PAGE, self.out / REPORT
         stock = sides[0].prediction if sides[0].fits else None
         differences: dict[str, Difference] = {}
         for side in sides[1:]:
@@ -143,13 +146,19 @@ class Comparison:
         sections = len(self.plan.sources) * len(self.runner.configs)
         self.page.add(source.clip, entry, sides, differences, self.runner.patch_size, sections)
         update()
-        self.export(source, sides, len(self.report["clips"]) - 1, differences)
-        self.report["files"] = [REPORT, PAGE, *self.exported]
-        with writing(report):
-            write_json(report, self.report)
-        with result_file(page) as temporary:
-            temporary.write_bytes(as_bytes(self.page.html(self.report)))
+        self.write()
+        if self.options.ply or self.options.colmap is not None:  # what can't be written takes nothing along
+            self.export(source, sides, len(self.report["clips"]) - 1, differences)
+            self.write()
         update()
+
+    def write(self) -> None:
+        """Write report and page as they are by now."""
+        self.report["files"] = [REPORT, PAGE, *self.exported]
+        with writing(self.out / REPORT):
+            write_json(self.out / REPORT, self.report)
+        with result_file(self.out / PAGE) as temporary:
+            temporary.write_bytes(as_bytes(self.page.html(self.report)))
 
     def export(
         self, source: Source, sides: list[Side], number: int, differences: dict[str, Difference]

@@ -161,7 +161,8 @@ class Page:
         view, length = clouds.view_of(first, *STILL), clouds.camera_length(first)
         figures = []
         for name, cloud in drawn.items():
-            picture = pictures.as_jpeg(clouds.still(cloud, view, CAMERA_COLOURS[name], length), None)
+            few = clouds.of_frames(cloud, clouds.STILL_FRAMES)
+            picture = pictures.as_jpeg(clouds.still(few, view, CAMERA_COLOURS[name], length), None)
             figures.append(
                 f'<figure><img src="{picture}" alt="point cloud and cameras, {name}">'
                 f"<figcaption>{name}: points of depth and cameras; pyramids are cameras</figcaption></figure>"
@@ -207,7 +208,7 @@ class Page:
 
 
 def headline(report: dict[str, Any]) -> str:
-    """The outcome of the first setting on the first clip, with how many more there are."""
+    """The outcome of the first setting on the first clip."""
     done = [setting for clip in report["clips"] for setting in clip["settings"]]
     if not done:
         return "Nothing has run"

@@ -79,11 +79,11 @@ class Options:
         default, words = Options(), ["pacevggt", "compare", "--backbone", self.backbone]
         for clip in self.clips:
             words += ["--clip", str(clip)]
-        words += ["--keep-ratios", ",".join(f"{ratio:g}" for ratio in self.keep_ratios)]
+        words += ["--keep-ratios", ",".join(map(str, self.keep_ratios))]
         if self.modes != default.modes:
             words += ["--modes", ",".join(mode for mode in self.modes if mode)]
         if self.merge_budget is not None:
-            words += ["--merge-budget", f"{self.merge_budget:g}"]
+            words += ["--merge-budget", str(self.merge_budget)]
         words += ["--weights", "none" if self.weights is None else str(self.weights)]
         for name in ("frames", "device", "precision", "repeats"):
             if getattr(self, name) != getattr(default, name):
@@ -201,5 +201,5 @@ def load_evenly(path: str | PathLike[str], frames: int | None, device: torch.dev
 
 def in_words(config: PaceConfig) -> str:
     """A setting in a few words."""
-    merged = "" if config.merge_budget is None else f", merged {config.merge_budget:g}"
-    return f"{config.mode} {config.keep_ratio:g}{merged}"
+    merged = "" if config.merge_budget is None else f", merged {config.merge_budget}"
+    return f"{config.mode} {config.keep_ratio}{merged}"

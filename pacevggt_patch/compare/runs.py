@@ -174,9 +174,13 @@ class Runner:
         Returns:
             The sides, stock first. One that runs out of memory has no prediction or no times.
         """
-        images = self.images(clip)
+        images = None
+        with memory_kept(self.plan.device):
+            images = self.images(clip)
         sides = [Side(STOCK), *(Side(in_words(config), config) for config in self.configs)]
         by_name = {side.name: side for side in sides}
+        if images is None:  # not even the clip itself fits
+            return sides
         for side in sides:
             self.prepare(side)
             with memory_kept(self.plan.device) as fits:
@@ -238,7 +242,9 @@ def memory_kept(device: torch.device) -> Generator[list[bool]]:
     fits = [True]
     try:
         yield fits
-    except torch.cuda.OutOfMemoryError:
+    except RuntimeError as error:  # cuBLAS and cuDNN have errors of their own
+        if not isinstance(error, torch.cuda.OutOfMemoryError) and "ALLOC_FAILED" not in str(error):
+            raise
         fits.clear()
     if not fits and device.type == "cuda":  # the error itself, which holds the tensors, is gone by now
         gc.collect()

@@ -87,14 +87,12 @@ def camera_agreement(reference: Tensor, other: Tensor, size: float = 0.0) -> Cam
     baseline = way.norm(dim=1)
     counted = (baseline > LEAST_BASELINE * size) & (baseline > 0) & (other_way.norm(dim=1) > 0)
     direction = torch.where(counted, vector_angle(way, other_way), torch.nan)
-    members = [(first == i) | (second == i) for i in range(len(reference))]  # [N] each
-    return CameraAgreement(
-        rotation,
-        direction,
-        [median(rotation[pairs]) for pairs in members],
-        [median(direction[pairs & counted]) for pairs in members],
-        int((~counted).sum()),
-    )
+    rotation_of_frame, direction_of_frame = [], []
+    for frame in range(len(reference)):
+        pairs = (first == frame) | (second == frame)  # [N]
+        rotation_of_frame.append(median(rotation[pairs]))
+        direction_of_frame.append(median(direction[pairs & counted]))
+    return CameraAgreement(rotation, direction, rotation_of_frame, direction_of_frame, int((~counted).sum()))
 
 
 def vector_angle(first: Tensor, second: Tensor) -> Tensor:

@@ -58,8 +58,8 @@ def saved_flops(
         saved += in_frames(before) - in_frames(after)
     saved = float((blocks - len(full)) * saved)
     for share in full:  # some keys of these heads are left out; what the others give is filled in
-        before_keys = frames * before - keys_of_full(frames, special, patches)
-        saved += 4 * share * channels * frames * before * before_keys
+        left_out = frames * before - keys_of_full(frames, special, patches)
+        saved += 4 * share * channels * frames * before * left_out if share < 1 else 0
         filled = (1 - share) * channels
         if not filled:
             continue

@@ -55,7 +55,7 @@ class FewKeys(NamedTuple):
         return attention(query, self.of(key), self.of(value), self.counts)
 
 
-def keys_of_frame(frames: int, tokens: int, short: int | None = None) -> int:
+def keys_of_frame(frames: int, tokens: int, short: int) -> int:
     """How many of K tokens of a frame are keys in a clip of S frames.
 
     K up to F frames, then K * F / S, and from LONG frames on K * F / LONG * (LONG / S) ** POWER.
@@ -63,16 +63,15 @@ def keys_of_frame(frames: int, tokens: int, short: int | None = None) -> int:
     Args:
         frames: S.
         tokens: K, kept patch tokens, or of full-attention heads all of them.
-        short: F; None is FRAMES.
+        short: F, FRAMES or FRAMES_OF_FULL.
     """
-    short = FRAMES if short is None else short
     share = short / max(short, min(frames, LONG)) * (LONG / max(frames, LONG)) ** POWER
     return max(1, int(tokens * share))
 
 
 def keys_of_clip(frames: int, special: int, patches: int, kept: int) -> int:
     """m: all keys of a clip of so many frames, of n special and P patch tokens each."""
-    sampled = frames * special + patches + (frames - 1) * keys_of_frame(frames, kept)
+    sampled = frames * special + patches + (frames - 1) * keys_of_frame(frames, kept, FRAMES)
     return min(frames * (special + kept), sampled)
 
 
@@ -129,7 +128,7 @@ def few_keys(propagation: Propagation, batch: int = 1) -> FewKeys | None:
     patches = weights.shape[1] - special
     if kept == patches:
         return None
-    count = keys_of_frame(frames, kept)
+    count = keys_of_frame(frames, kept, FRAMES)
 
     def standing_for(rows: Tensor, patch: Tensor) -> Tensor:
         """Numbers of kept tokens in place of patch tokens, for some rows [R] and patches [R, p]."""

@@ -1,4 +1,6 @@
-"""Full-attention heads: the few heads of global attention that see all tokens, all others see the kept ones.
+"""Full-attention heads: the few heads of global attention in which all tokens take part, in all others kept ones do.
+
+They see all keys, or in long clips the sample that `few_keys.full_keys` takes.
 
 Most heads gather what many tokens have in common and lose little by seeing few. A few heads look for the one place in
 another frame that matches, and lose it if it was dropped.

@@ -99,6 +99,8 @@ class Propagation(NamedTuple):
         # What all tokens of a frame share cancels in the sum. It is taken out before anything is rounded.
         mean = few[:, -self.kept :].mean(1, keepdim=True)  # [N, 1, C]
         missed = values.to(dtype) - multiply_by_clip((few - mean).to(dtype), matrices)
+        if read > self.kept:  # special tokens lend columns alone: theirs may be infinite in half precision
+            missed[:, -read : -self.kept] = 0
         guess = multiply_by_clip((tokens - mean).to(dtype), matrices)  # [N, n + P, D]
         return guess.baddbmm_(self.columns, missed[:, -read:])
 

@@ -68,7 +68,7 @@ def calibrate_on(state: State, clip: Clip, call: BlockCall) -> None:
     kept = "" if where is None else f"; kept in {where}"
     LOGGER.warning(
         f"pacevggt-patch calibrated this model on {used} frames in {seconds:.1f} s: {len(heads)} of "
-        f"{errors.numel()} heads of global attention see all tokens ({names}){kept}"
+        f"{errors.numel()} heads of global attention match points between frames ({names}){kept}"
     )
 
 

@@ -356,7 +356,8 @@ class BlockForward(Forward):
         rest: tuple | None = None
         fewer = None
         if plan.keys is not None and not followed.masked:
-            fewer = FewKeysAttention(plan.keys, count, *rows.shape, state.say_once)
+            compiles = state.config.compile and not torch.compiler.is_compiling()
+            fewer = FewKeysAttention(plan.keys, count, *rows.shape, compiles, state.say_once)
 
         def few(tokens: Tensor) -> Tensor:
             nonlocal rest

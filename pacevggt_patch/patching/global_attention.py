@@ -41,17 +41,24 @@ class FewKeysAttention:
         keys: which.
         heads: how many the block has.
         batch, tokens: clips, and special and kept tokens of each.
+        compiles: whether `project` is compiled, and so makes queries, keys and values at once.
         say: tells the user something, once.
     """
 
-    def __init__(self, keys: FewKeys, heads: int, batch: int, tokens: int, say: Callable[[str], None]):
-        self.keys, self.every, self.say, self.used = keys, range(heads), say, False
-        self.batch, self.tokens = batch, tokens
+    def __init__(
+        self, keys: FewKeys, heads: int, batch: int, tokens: int, compiles: bool, say: Callable[[str], None]
+    ):
+        self.keys, self.every, self.compiles = keys, range(heads), compiles
+        self.batch, self.tokens, self.say, self.used = batch, tokens, say, False
 
     def open(self, project: Project, x: Tensor, rotation: Rotation | None) -> Tensor:
         index, counts = self.keys
-        if index is None:
+        if index is None or self.compiles:
             query, key, value = project(x, rotation)
+            key, value = (
+                self.keys.of(key),
+                self.keys.of(value),
+            )  # now: what is no key needs no memory any more
             return attention(query, key, value, counts).transpose(1, 2)
         (query,) = project(x, rotation, (self.every, (), ()))
         first = torch.arange(self.batch, device=x.device) * self.tokens

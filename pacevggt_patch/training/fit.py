@@ -62,7 +62,7 @@ class Settings:
 
     Attributes:
         steps: gradient steps in all; 0 calibrates only.
-        distil: share of the steps that stage 1 gets. With any, what came out was no better.
+        distil: share of the steps that stage 1 gets.
         clips: clips of a step, in each process, if they have the smallest number of frames; longer ones are fewer, so
             that a step has about as many frames whatever their number.
         views: numbers of frames of a clip; each step has one of them.
