@@ -44,7 +44,7 @@ def test_clips_too_short_to_gain_are_pruned_all_the_same(tmp_path, monkeypatch):
     """As on a GPU, where a few frames of VGGT-mini would run the stock aggregator."""
     monkeypatch.setattr("pacevggt_patch.patching.state.pruning_pays", lambda *_: False)
     given = ["--weights", "none", "--device", "cpu", "--merge-budget", "0.2"]
-    assert main(["demo", "--frames", "1", "--repeats", "1", "--out", str(tmp_path), *given]) == 0
+    assert main(["demo", "--frames", "2", "--repeats", "1", "--out", str(tmp_path), *given]) == 0
     (setting,) = json.loads((tmp_path / "report.json").read_text())["clips"][0]["settings"]
     assert (setting["mode"], setting["merge_budget"], setting["kept_tokens"]) == ("pre-aa", 0.2, 77)
     assert setting["agreement"]["depth"]["median"] > 0

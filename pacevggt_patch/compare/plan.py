@@ -191,6 +191,10 @@ def load_evenly(path: str | PathLike[str], frames: int | None, device: torch.dev
     """
     folder = file_path("clip", path)
     total = count_frames(folder)
+    if min(total, total if frames is None else frames) < 2:
+        raise PaceError(
+            f"cameras are compared in pairs, and of {shown(path)} one frame would be taken: give two or more"
+        )
     if frames is None:
         frames = min(MOST_FRAMES.get(device.type, MOST_FRAMES["cuda"]), total)
     stride = max(1, (total - 1) // max(1, frames - 1))
