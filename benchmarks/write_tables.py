@@ -285,6 +285,66 @@ def comparison() -> str:
     return f"```\n{found['command']}\n\n{format_table(found)}\n```"
 
 
+UNTRAINED = ("training-free", "calibrated")  # lines of ours that, as the others, need no training
+
+
+def peers_table() -> str:
+    """What rules of others and this package lose at which cost, and which of ours is ahead of a rule."""
+    found = json.loads((RESULTS / "frontier-quick.json").read_text())
+    lengths = [length["frames"] for length in found["lengths"]]
+    rows = {
+        (row["line"], row["value"], row["frames"]): row for row in found["rows"] if row["line"] != "unpruned"
+    }
+    settings = dict.fromkeys((line, value) for line, value, _ in rows)
+    head = ["rule", "setting"]
+    for length in found["lengths"]:
+        head += [f"{length['count']} rooms, {length['frames']} views", "ahead of it"]
+    lines = []
+    for line, value in settings:
+        some = [rows.get((line, value, frames)) for frames in lengths]
+        swept = next(row["swept"] for row in some if row is not None)
+        rule = f"**pacevggt-patch, {line}**" if is_ours(line) else line
+        cells = [rule, f"{swept.replace('_', ' ')} {value:g}"]
+        for row in some:
+            cells += (
+                ["", ""] if row is None else [lost_at(row), "" if is_ours(line) else ahead_of(row, found)]
+            )
+        lines.append(cells)
+    where = found["environment"]
+    seeds = [seed for length in found["lengths"] for seed in length["seeds"]]
+    return (
+        f"Rooms from seed {min(seeds):,d} on, float32, {where['device']}, torch {where['torch']}.\n\n"
+        + table(head, lines)
+    )
+
+
+def is_ours(line: str) -> bool:
+    return line in (*UNTRAINED, "bundled weights")
+
+
+def lost_at(row: dict[str, Any]) -> str:
+    """Pairs, and the changes of both metrics."""
+    changes = " / ".join(change(row, key) for key in ("auc30", "absrel"))
+    return f"{100 * row['pairs']:.0f} %: {changes}"
+
+
+def ahead_of(row: dict[str, Any], found: dict[str, Any]) -> str:
+    """The cheapest of our untrained settings that loses less of both metrics with no more pairs, or "none"."""
+    better = [
+        one
+        for one in found["rows"]
+        if one["line"] in UNTRAINED
+        and one["frames"] == row["frames"]
+        and one["pairs"] <= row["pairs"]
+        and one["auc30"] > row["auc30"]
+        and one["absrel"] < row["absrel"]
+    ]
+    if not better:
+        return "none"
+    best = min(better, key=lambda one: one["pairs"])
+    return f"{best['line']} {best['value']:g}"
+
+
 def filled(text: str, name: str, table: str) -> str:
     """`text` with `table` between the markers `<!-- name -->` and `<!-- /name -->`.
 
@@ -304,6 +364,7 @@ TABLES = [
     (ROOT / "docs" / "quality.md", "lengths", lengths_table),
     (ROOT / "docs" / "quality.md", "keys", keys_table),
     (ROOT / "docs" / "quality.md", "stages", stages_table),
+    (ROOT / "docs" / "peers.md", "peers", peers_table),
     (ROOT / "docs" / "compare.md", "example", comparison),
     (ROOT / "docs" / "latency.md", "gpu", gpu_table),
     (ROOT / "docs" / "latency.md", "cpu", cpu_table),

@@ -154,3 +154,31 @@ def test_arguments_that_do_not_fit_are_refused(arguments, named, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     with pytest.raises(PaceError, match=named):
         frontier.main(["--out", str(tmp_path), *arguments])
+
+
+def test_the_table_names_the_cheapest_of_ours_that_is_ahead():
+    tables = importlib.import_module("write_tables")
+
+    def row(line, pairs, auc30, absrel, frames=8):
+        return {
+            "line": line,
+            "value": pairs,
+            "frames": frames,
+            "pairs": pairs,
+            "auc30": auc30,
+            "absrel": absrel,
+        }
+
+    rule = row("FastVGGT", 0.2, 80.0, 0.04)
+    rows = [
+        rule,
+        row("unpruned", 1.0, 88.0, 0.03),
+        row("training-free", 0.1, 79.0, 0.03),  # fewer pairs, worse cameras
+        row("training-free", 0.15, 81.0, 0.05),  # worse depth
+        row("calibrated", 0.25, 85.0, 0.03),  # more pairs
+        row("bundled weights", 0.15, 85.0, 0.03),  # trained
+        row("calibrated", 0.15, 85.0, 0.03, frames=24),  # other clips
+    ]
+    assert tables.ahead_of(rule, {"rows": rows}) == "none"
+    rows += [row("calibrated", 0.2, 85.0, 0.03), row("calibrated", 0.18, 81.0, 0.035)]
+    assert tables.ahead_of(rule, {"rows": rows}) == "calibrated 0.18"

@@ -81,6 +81,13 @@ def same_frame(clip, qf, qt, kf, kt):
     return qf == kf
 
 
+def test_blocks_stand_for_those_of_vggt_1b_as_deep():
+    context = some_inputs()[-1]
+    eight = [replace(context, block=block, depth=8).block_of_large for block in range(8)]
+    assert eight == [1, 4, 7, 10, 13, 16, 19, 22]
+    assert [replace(context, block=block).block_of_large for block in range(24)] == list(range(24))
+
+
 # ---- which keys a query sees
 
 

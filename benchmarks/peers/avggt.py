@@ -13,6 +13,7 @@ from torch import Tensor
 from .base import Attended, Context, attend, attend_in_frames, cell_corners, token_mask
 
 HIDDEN = -1e4  # a product that no softmax sees
+MORE = 8  # channels, of which one is used: kernels want a multiple of that
 
 
 @dataclass(frozen=True)
@@ -49,18 +50,16 @@ def attend_and_own(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> A
     tells how much attention that key got. So a kernel of plain attention does all of it.
     """
     width = query.shape[3]
-    own = (query * key).sum(-1, keepdim=True)  # [B, heads, T, 1]
-    own = own.masked_fill(mask[:, None], HIDDEN)  # it is seen already
-    keys, values = (
-        F.pad(t, (0, 1)) for t in (joined_to_mean(key, mask), joined_to_mean(value, mask))
-    )  # [B, heads, m + 1, d + 1]
-    picks = F.pad(key.new_ones(*key.shape[:2], 1, 1), (width, 0))
-    keys, values = (F.pad(t, (0, 0, 0, 1)) for t in (keys, values))
-    keys[:, :, -1:], values[:, :, -1:] = picks, picks
-    found = attend(F.pad(own, (width, 0)) + F.pad(query, (0, 1)), keys, values, scale=width**-0.5)
-    unseen = math.prod(query.shape[:2]) * int(mask.sum())  # own keys that are hidden
-    output, share = found.output.split([width, 1], dim=3)
-    return Attended(output + share * value, found.pairs - unseen)
+    own = (query * key).sum(-1)  # [B, heads, T]
+    queries = F.pad(query, (0, MORE))
+    queries[..., width] = own.masked_fill(mask, HIDDEN)  # those of the mask are seen already
+    # [B, heads, m + 2, d + MORE]: the mask's, the mean, and the one that stands for the own.
+    keys, values = (F.pad(joined_to_mean(t, mask), (0, MORE, 0, 1)) for t in (key, value))
+    keys[:, :, -1, width] = values[:, :, -1, width] = 1
+    found = attend(queries, keys, values, scale=width**-0.5)
+    hidden = math.prod(query.shape[:2]) * int(mask.sum())
+    output, share = found.output[..., :width], found.output[..., width, None]
+    return Attended(output + share * value, found.pairs - hidden)
 
 
 def joined_to_mean(tensor: Tensor, mask: Tensor) -> Tensor:
