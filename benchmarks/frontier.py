@@ -99,6 +99,9 @@ def main(argv: list[str] | None = None) -> int:
     model.point_head = None  # points of the metrics come from depth and cameras
     file = args.out / ("frontier-quick.json" if args.quick else "frontier.json")
     report = started(file, args)
+    if args.clips != "rooms":
+        for length in lengths(args):
+            length.load()  # a window that is not there is said before the work
     work = {frames: settings(frames, args.quick) for frames in args.lengths}
     say_estimate(model, args, report, work)
     forwards = sum((1 + len(work[n])) * c for n, c in zip(args.lengths, args.counts, strict=True))

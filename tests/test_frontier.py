@@ -10,7 +10,9 @@ import torch
 from hosts import random_images, tiny_vggt, with_heads
 
 from pacevggt_patch import PaceError, accelerate
+from pacevggt_patch.clips import save_clip
 from pacevggt_patch.method.few_keys import keys_of_frame
+from pacevggt_patch.mini.scenes.rooms import render_room
 from pacevggt_patch.runtime.attention import InterceptAttention
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
@@ -98,6 +100,28 @@ def test_a_report_is_written_and_gone_on_with(few, tmp_path, capsys, monkeypatch
     assert "min" in captured.err and "calibrated" in captured.out
     with pytest.raises(PaceError, match="--out"):
         frontier.main([*arguments, "--seed", "5"])
+
+
+def test_windows_of_a_folder(few, tmp_path, capsys):
+    save_clip(render_room(5, 6, 56, 56), tmp_path / "walk")
+    arguments = [
+        "--clips",
+        str(tmp_path / "walk"),
+        "--out",
+        str(tmp_path),
+        "--stride",
+        "2",
+        "--starts",
+        "0,1",
+    ]
+    with pytest.raises(PaceError, match="walk"):
+        frontier.main([*arguments, "--lengths", "2,4"])  # the folder has 6 frames
+    assert not (tmp_path / "frontier.json").exists()
+    assert frontier.main([*arguments, "--lengths", "2"]) == 0
+    report = json.loads((tmp_path / "frontier.json").read_text())
+    (of,) = report["lengths"]
+    assert (of["clips"], of["count"], of["starts"], of["stride"]) == ("walk", 2, [0, 1], 2)
+    assert [len(row["per_clip"]) for row in report["rows"]] == [2, 2, 2]
 
 
 def a_row(line, frames, pairs, auc30):
