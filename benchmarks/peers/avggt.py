@@ -23,7 +23,7 @@ class AVGGT:
     The mean is that of the keys and values that are left out.
 
     Attributes:
-        side: of a cell, in patches; papers have 2 and 3.
+        side: of a cell, in patches; the paper has 2 and 3.
         early: so many blocks of VGGT-1B attend within frames.
     """
 
@@ -64,5 +64,4 @@ def attend_and_own(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> A
 
 def joined_to_mean(tensor: Tensor, mask: Tensor) -> Tensor:
     """Rows of [B, heads, T, d] in a mask [T], and behind them the mean of the others."""
-
     return torch.cat([tensor[:, :, mask], tensor[:, :, ~mask].mean(2, keepdim=True)], dim=2)

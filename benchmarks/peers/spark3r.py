@@ -24,7 +24,7 @@ class Spark3R:
     """Every r-th patch token, frame after frame, is a key, and special tokens are.
 
     Attributes:
-        times: multiplies r; papers have 1.
+        times: multiplies r; the paper has 1.
         outside: multiplies r in blocks that are not sensitive.
     """
 
