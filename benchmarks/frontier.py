@@ -336,6 +336,7 @@ OUR_STYLE = {
     "bundled weights": ("#08306b", "D"),
 }
 COLORS = ("#d62728", "#ff7f0e", "#2ca02c", "#9467bd", "#8c564b", "#7f7f7f")
+MARKERS = ("v", "^", "<", ">", "P", "X")
 TICKS = (-20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
@@ -422,14 +423,14 @@ def style(line: str, lines: list[str]) -> dict[str, Any]:
         }
     names = [rule.name for rule in RULES]
     base = next(name for name in names if line.startswith(name))
-    dashed = "--" if line != base else "-"
-    color = COLORS[names.index(base)]
+    number, whole = names.index(base), line == base
     return {
-        "color": color,
-        "linestyle": dashed,
-        "marker": "v" if line == base else "^",
+        "color": COLORS[number],
+        "marker": MARKERS[number],
+        "linestyle": "-" if whole else "--",
+        "markerfacecolor": COLORS[number] if whole else "white",
         "linewidth": 1.2,
-        "markersize": 5,
+        "markersize": 6,
         "elinewidth": 0.8,
     }
 
