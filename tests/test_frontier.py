@@ -125,7 +125,7 @@ def test_windows_of_a_folder(few, tmp_path, capsys):
 
 
 def a_row(line, frames, pairs, auc30):
-    row = {"line": line, "pairs": pairs, "value": 1.0, "auc30_change": auc30}
+    row = {"line": line, "frames": frames, "pairs": pairs, "value": 1.0, "auc30_change": auc30}
     return row | {"auc30_change_error": None, "absrel_change": None, "absrel_change_error": None}
 
 
