@@ -12,7 +12,7 @@ from hosts import random_images, tiny_vggt
 
 from pacevggt_patch import PaceError, accelerate
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 from peers import AVGGT, RULES, BlockSparse, FastVGGT, GoodTokens, LiteVGGT, Spark3R, spark3r
 from peers.base import BLOCKS, Context, Layout, best_of_cells, cell_corners
