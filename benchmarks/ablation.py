@@ -40,9 +40,25 @@ def swapped(*places: tuple[Any, str, Any]) -> Generator[None]:
         yield
 
 
+def pairs_share(
+    frames: int, special: int, patches: int, kept: int, heads: int, full: int, once: bool = False
+) -> float:
+    """Pairs of queries and keys of global pruning in all global blocks, over those of the unpruned model.
+
+    Args:
+        frames, special, patches: S, n and P of a clip.
+        kept: K, patch tokens of a frame.
+        heads, full: of all blocks together, and how many of them are full-attention heads.
+        once: all kept tokens are keys, and count once.
+    """
+    tokens, few = frames * (special + patches), frames * (special + kept)
+    keys = few if once else few_keys.keys_of_clip(frames, special, patches, kept)
+    of_full = few_keys.keys_of_full(frames, special, patches)
+    return (full * tokens * of_full + (heads - full) * few * keys) / (heads * tokens**2)
+
+
 def variants(frames: int, special: int, patches: int, kept: int, heads: int, full: int) -> dict[str, tuple]:
     """Name -> (places to swap, pairs of queries and keys over the unpruned model's)."""
-    tokens, few = frames * (special + patches), frames * (special + kept)
 
     def changed(name: str, once: bool = False, **constants: int) -> None:
         places: list[tuple[Any, str, Any]] = [
@@ -51,9 +67,7 @@ def variants(frames: int, special: int, patches: int, kept: int, heads: int, ful
         if once:
             places.append((global_pruning, "few_keys", keys_once))
         with swapped(*places):
-            keys = few if once else few_keys.keys_of_clip(frames, special, patches, kept)
-            of_full = few_keys.keys_of_full(frames, special, patches)
-        found[name] = places, (full * tokens * of_full + (heads - full) * few * keys) / (heads * tokens**2)
+            found[name] = places, pairs_share(frames, special, patches, kept, heads, full, once)
 
     found: dict[str, tuple] = {}
     changed("shipped")

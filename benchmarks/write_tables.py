@@ -285,6 +285,75 @@ def comparison() -> str:
     return f"```\n{found['command']}\n\n{format_table(found)}\n```"
 
 
+UNTRAINED = ("training-free", "calibrated")  # lines of ours that, as the others, need no training
+
+
+# Files that `frontier.py` wrote, frames of the clips in them, and what these are called.
+PEERS = [
+    ("frontier-quick", 8, "rooms, 8 views"),
+    ("frontier-quick", 24, "rooms, 24 views"),
+    ("frontier-redkitchen", 8, "x 8 photographs"),
+]
+
+
+def peers_table() -> str:
+    """What rules of others and this package lose at which cost, and which of ours is ahead of a rule."""
+    head, columns = ["rule"], []
+    for name, frames, title in PEERS:
+        found = json.loads((RESULTS / f"{name}.json").read_text())
+        columns.append(
+            [row for row in found["rows"] if row["frames"] == frames and row["line"] != "unpruned"]
+        )
+        (count,) = (length["count"] for length in found["lengths"] if length["frames"] == frames)
+        head += [f"{count} {title}", "ahead of it"]
+    # Quick runs decide what is shown; settings of a line stand together, also where a length has others.
+    quick = [row for name, column in zip(PEERS, columns, strict=True) if "quick" in name[0] for row in column]
+    order = list(dict.fromkeys(row["line"] for row in quick))
+    shown = dict.fromkeys((row["line"], row["value"], row["swept"]) for row in quick)
+    lines = []
+    for line, value, swept in sorted(shown, key=lambda one: order.index(one[0])):
+        cells = [
+            f"{f'**pacevggt-patch, {line}**' if is_ours(line) else line}, {swept.replace('_', ' ')} {value:g}"
+        ]
+        for column in columns:
+            some = [row for row in column if (row["line"], row["value"]) == (line, value)]
+            cells += [lost_at(row) for row in some] or [""]
+            cells += [ahead_of(row, column) for row in some if not is_ours(line)] or [""]
+        lines.append(cells)
+    return table(head, lines)
+
+
+def is_ours(line: str) -> bool:
+    return line in (*UNTRAINED, "bundled weights")
+
+
+def lost_at(row: dict[str, Any]) -> str:
+    """Pairs, and the changes of both metrics with their standard errors."""
+    changes = (
+        f"{row[f'{key}_change']:+.1f} (± {row[f'{key}_change_error']:.1f})" for key in ("auc30", "absrel")
+    )
+    return f"{100 * row['pairs']:.0f} %: {' / '.join(changes)}"
+
+
+def ahead_of(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """The cheapest of our untrained settings that loses less of both metrics with no more pairs, or "none".
+
+    Args:
+        row: of a rule.
+        rows: of all settings on the same clips.
+    """
+    better = [
+        one
+        for one in rows
+        if one["line"] in UNTRAINED
+        and one["pairs"] <= row["pairs"]
+        and one["auc30"] > row["auc30"]
+        and one["absrel"] < row["absrel"]
+    ]
+    best = min(better, key=lambda one: one["pairs"], default=None)
+    return "none" if best is None else f"{best['line']} {best['value']:g}"
+
+
 def filled(text: str, name: str, table: str) -> str:
     """`text` with `table` between the markers `<!-- name -->` and `<!-- /name -->`.
 
@@ -304,6 +373,7 @@ TABLES = [
     (ROOT / "docs" / "quality.md", "lengths", lengths_table),
     (ROOT / "docs" / "quality.md", "keys", keys_table),
     (ROOT / "docs" / "quality.md", "stages", stages_table),
+    (ROOT / "docs" / "peers.md", "peers", peers_table),
     (ROOT / "docs" / "compare.md", "example", comparison),
     (ROOT / "docs" / "latency.md", "gpu", gpu_table),
     (ROOT / "docs" / "latency.md", "cpu", cpu_table),

@@ -127,3 +127,21 @@ def test_parts_form_no_circle():
         for name in free:
             del below[name]
     assert below == {}
+
+
+def test_rules_of_others_know_nothing_of_this_package():
+    """They stand on the stock model: tensors alone, but for the file that puts them there."""
+    peers = ROOT.parent / "benchmarks" / "peers"
+    files = sorted(peers.glob("*.py"))
+    assert len(files) > 6
+    for file in files:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        names = {
+            alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names
+        }
+        names |= {
+            node.module or ""
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and not node.level
+        }
+        assert (ROOT.name in {name.split(".")[0] for name in names}) == (file.stem == "runner"), file
