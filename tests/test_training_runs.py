@@ -255,7 +255,7 @@ def test_a_run_may_start_from_weights(tiny, runs, folder, tmp_path, mode):
     assert command.run_training(replace(more, resume=True))["steps"] == 4
     other = MODES[1 - MODES.index(mode)]
     for wrong, named in (
-        (replace(more, out=tmp_path, settings=Settings(mode=mode)), "400 steps"),
+        (replace(more, out=tmp_path, settings=Settings(mode=mode, distil=0.1)), "400 steps"),
         (replace(more, resume=False), "--resume"),
         (replace(more, start=None, resume=True), start),
         (replace(more, out=tmp_path, settings=settings(mode=mode, steps=0, distil=0.0)), "--calibrate"),
