@@ -59,6 +59,12 @@ CASES = {
 }
 COUNTS = {2: (3, 4), 3: (4, 1, 2)}  # frames of each rank
 FRAMES = 7
+OF_THREE = (
+    "no weights",
+    "deltas, full heads, sampled keys",
+    "global blocks first",
+)  # cases of three processes
+BOTH = [(2, name) for name in CASES] + [(3, name) for name in OF_THREE]
 
 
 def some_weights(model, kind):
@@ -129,28 +135,22 @@ def save(folder, rank, name, value):
 
 def compute(rank, images, folder):
     found = {}
-    for name, case in CASES.items():
+    for name in [name for world, name in BOTH if world == dist.get_world_size()]:
+        case = CASES[name]
         model, weights = model_of(case)
         with conditions(case):
             accelerate(model, weights=weights, process_group=True)
             found[name] = outputs_of(model, images)
     save(folder, rank, "computed", found)
+    model = accelerate(tiny_vggt(), weights=None, process_group=True)
     predictions = run(model, images)
     joined = [gather_outputs(predictions, dst=dst) for dst in (0, 1)]
     again = copy.deepcopy(model)  # of the same group
+    same = torch.equal(run(again, images)["depth"], predictions["depth"])
     with torch.inference_mode(), paused(model):
         stock = model(images)["depth"]
-    save(
-        folder,
-        rank,
-        "gathered",
-        {
-            "joined": joined,
-            "copy": torch.equal(run(again, images)["depth"], predictions["depth"]),
-            "stock": torch.equal(stock, run(remove(model), images)["depth"]),
-            "group": dist.get_backend(),
-        },
-    )
+    stock = torch.equal(stock, run(remove(model), images)["depth"])
+    save(folder, rank, "gathered", {"joined": joined, "copy": same, "stock": stock})
 
 
 def caught(function):
@@ -206,7 +206,7 @@ def refuse(rank, images, folder):
     }
     model.eval()
     found["points"] = calls(images, query_points=torch.zeros(1, 2, 2))
-    found["after an error"] = calls(images)
+    found["after points"] = calls(images)
     model = accelerate(tiny_vggt(), weights=None, process_group=True)
     block = model.aggregator.global_blocks[0]
     with torch.inference_mode():
@@ -232,6 +232,7 @@ def fail(rank, images, folder):
     with torch.inference_mode():
         found = {"raises": caught(lambda: models[0](images)), "again": caught(lambda: models[0](images))}
         save(folder, rank, "raises", found)
+        dist.barrier()
         save(folder, rank, "killed", caught(lambda: models[1](images)))
 
 
@@ -246,7 +247,7 @@ def processes(tmp_path_factory):
         ]
         for process in groups[world]:
             process.start()
-    end = time.monotonic() + 100
+    end = time.monotonic() + 180
     for process in (process for group in groups.values() for process in group):
         process.join(max(0.1, end - time.monotonic()))
     yield folders, {world: [process.exitcode for process in group] for world, group in groups.items()}
@@ -274,8 +275,7 @@ def alone():
     return found
 
 
-@pytest.mark.parametrize("world", COUNTS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("world,name", BOTH)
 def test_frames_get_what_they_get_in_one_process(processes, alone, world, name):
     found = [computed[name] for computed in load(processes, world, "computed")]
     for key, whole in alone[name].items():
@@ -298,7 +298,7 @@ def test_frames_of_other_processes_matter(alone):
 
 @pytest.mark.parametrize("world", COUNTS)
 def test_outputs_are_gathered_on_one_rank(processes, alone, world):
-    wanted = alone[list(CASES)[-1]]
+    wanted = alone["no weights"]
     for rank, found in enumerate(load(processes, world, "gathered")):
         for dst, joined in enumerate(found["joined"]):
             if rank != dst:
@@ -306,8 +306,8 @@ def test_outputs_are_gathered_on_one_rank(processes, alone, world):
                 continue
             assert joined.keys() == wanted.keys() - {"tokens"}
             assert joined["images"].equal(random_images(FRAMES))
-            torch.testing.assert_close(joined["pose_enc_list"], wanted["pose_enc_list"], rtol=1e-5, atol=1e-4)
-            torch.testing.assert_close(joined["depth"], wanted["depth"], rtol=1e-4, atol=1e-4)
+            for key in ("pose_enc_list", "depth"):
+                torch.testing.assert_close(joined[key], wanted[key], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("world", COUNTS)
@@ -363,7 +363,7 @@ def test_an_error_of_one_rank_is_named_on_the_other(processes):
 def test_a_refused_call_leaves_the_ranks_in_step(processes):
     for found in load(processes, 2, "refused"):
         assert found["fine"] is None
-        assert found["after an error"][0] is PaceError and "start again" in found["after an error"][1]
+        assert found["after points"] is None
 
 
 def test_a_rank_that_fails_ends_the_others(processes):
@@ -528,7 +528,7 @@ def test_a_regression_of_all_ranks_is_that_of_the_clip(counts, monkeypatch):
 
         class Noted(Others):
             def sum(self, *tensors, sums=sums):
-                sums.append(tensors)
+                sums.append([tensor.clone() for tensor in tensors])
                 return list(tensors)
 
         for rank, count in enumerate(counts):
