@@ -9,7 +9,8 @@ import os
 import pickle
 import signal
 import time
-import traceback
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -108,49 +109,61 @@ def outputs_of(model, images):
 # What the processes do.
 
 
-def work(rank, world, folder):
+class Group(NamedTuple):
+    """A process in a group, and the frames of a clip that are its own."""
+
+    group: Any
+    rank: int
+    folder: Path
+
+    @property
+    def world(self):
+        return dist.get_world_size(None if self.group is True else self.group)
+
+    @property
+    def images(self):
+        counts = COUNTS[self.world]
+        start = sum(counts[: self.rank])
+        return random_images(FRAMES)[:, start : start + counts[self.rank]]
+
+    def save(self, name, value):
+        torch.save(value, self.folder / f"{name}-{self.world}-{self.rank}.pt")
+
+
+def work(rank, folder):
+    """All three processes are one group, the last two another, in which they have other numbers."""
     os.environ["PACEVGGT_CACHE"] = "off"
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=world,
-        timeout=datetime.timedelta(seconds=60),
-    )
-    start = sum(COUNTS[world][:rank])
-    images = random_images(FRAMES)[:, start : start + COUNTS[world][rank]]
-    parts = [compute, refuse, fail] if world == 2 else [compute]
-    for part in parts:
-        try:
-            part(rank, images, folder)
-        except Exception:
-            traceback.print_exc()
-            os._exit(1)
+    every = {"backend": "gloo", "init_method": f"file://{folder}/store", "rank": rank, "world_size": 3}
+    dist.init_process_group(**every, timeout=datetime.timedelta(seconds=60))
+    pair = dist.new_group([1, 2])
+    short = [dist.new_group([1, 2], timeout=datetime.timedelta(seconds=PATIENCE)) for _ in range(2)]
+    compute(Group(True, rank, folder))
+    if rank:
+        here = Group(pair, rank - 1, folder)
+        compute(here)
+        refuse(here)
+        fail(here, short)
 
 
-def save(folder, rank, name, value):
-    torch.save(value, folder / f"{name}-{rank}.pt")
-
-
-def compute(rank, images, folder):
+def compute(here):
     found = {}
-    for name in [name for world, name in BOTH if world == dist.get_world_size()]:
+    for name in [name for world, name in BOTH if world == here.world]:
         case = CASES[name]
         model, weights = model_of(case)
         with conditions(case):
-            accelerate(model, weights=weights, process_group=True)
-            found[name] = outputs_of(model, images)
-    save(folder, rank, "computed", found)
-    model = accelerate(tiny_vggt(), weights=None, process_group=True)
-    predictions = run(model, images)
-    joined = [gather_outputs(predictions, dst=dst) for dst in (0, 1)]
+            accelerate(model, weights=weights, process_group=here.group)
+            found[name] = outputs_of(model, here.images)
+    here.save("computed", found)
+    model = accelerate(tiny_vggt(), weights=None, process_group=here.group)
+    predictions = run(model, here.images)
+    joined = [gather_outputs(predictions, here.group, dst=dst) for dst in (0, 1)]
     again = copy.deepcopy(model)  # of the same group
-    same = torch.equal(run(again, images)["depth"], predictions["depth"])
+    same = torch.equal(run(again, here.images)["depth"], predictions["depth"])
     with torch.inference_mode(), paused(model):
-        stock = model(images)["depth"]
-    stock = torch.equal(stock, run(remove(model), images)["depth"])
-    save(folder, rank, "gathered", {"joined": joined, "copy": same, "stock": stock})
+        stock = model(here.images)["depth"]
+    stock = torch.equal(stock, run(remove(model), here.images)["depth"])
+    here.save("gathered", {"joined": joined, "copy": same, "stock": stock})
 
 
 def caught(function):
@@ -162,10 +175,12 @@ def caught(function):
     return None
 
 
-def refuse(rank, images, folder):
+def refuse(here):
+    group, rank, images = here.group, here.rank, here.images
+
     def accelerates(model=None, **settings):
         model = tiny_vggt() if model is None else model
-        found = caught(lambda: accelerate(model, **{"weights": None, "process_group": True} | settings))
+        found = caught(lambda: accelerate(model, **{"weights": None, "process_group": group} | settings))
         assert found is None or not is_accelerated(model)
         return found
 
@@ -181,7 +196,7 @@ def refuse(rank, images, folder):
         "all kept": accelerates(keep_ratio=1),
         "min_frames": accelerates(min_frames=8),
     }
-    model = accelerate(tiny_vggt(track=True), weights=None, process_group=True)
+    model = accelerate(tiny_vggt(track=True), weights=None, process_group=group)
 
     def calls(images, **kwargs):
         with torch.inference_mode():
@@ -198,68 +213,62 @@ def refuse(rank, images, folder):
         "small": calls(images[..., :14, :14]),
         "fine": calls(images),
         "training": caught(lambda: torch.inference_mode()(model.train().aggregator)(images)),
-        "outputs": caught(lambda: gather_outputs({"depth": images, "more": torch.zeros(3)})),
-        "other outputs": caught(lambda: gather_outputs([images, images[..., 0]][rank])),
-        "dst": caught(lambda: gather_outputs(images, dst=2)),
+        "outputs": caught(lambda: gather_outputs({"depth": images, "more": torch.zeros(3)}, group)),
+        "other outputs": caught(lambda: gather_outputs([images, images[..., 0]][rank], group)),
+        "dst": caught(lambda: gather_outputs(images, group, dst=2)),
         "pickle": caught(lambda: pickle.dumps(model)),
         "budget": caught(lambda: fit_budget(model, 4, (56, 56), seconds=1)),
     }
     model.eval()
     found["points"] = calls(images, query_points=torch.zeros(1, 2, 2))
     found["after points"] = calls(images)
-    model = accelerate(tiny_vggt(), weights=None, process_group=True)
+    model = accelerate(tiny_vggt(), weights=None, process_group=group)
     block = model.aggregator.global_blocks[0]
     with torch.inference_mode():
         found["block"] = caught(lambda: block(torch.zeros(1, 50, 32)))
         tokens, _ = model.aggregator(images)
         found["camera"] = caught(lambda: model.camera_head([t[:, :1] for t in tokens]))
-    save(folder, rank, "refused", found)
+    here.save("refused", found)
 
 
-def fail(rank, images, folder):
-    groups = [dist.new_group(timeout=datetime.timedelta(seconds=PATIENCE)) for _ in range(2)]
+def fail(here, groups):
     models = [accelerate(tiny_vggt(), weights=None, process_group=group) for group in groups]
-    dist.barrier()
+    dist.barrier(here.group)
 
     def stops(*_):
         raise OSError("the disk is full")
 
-    if rank == 1:
+    if here.rank == 1:
         models[0].aggregator.global_blocks[2].register_forward_pre_hook(stops)
         models[1].aggregator.global_blocks[2].register_forward_pre_hook(
             lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         )
     with torch.inference_mode():
-        found = {"raises": caught(lambda: models[0](images)), "again": caught(lambda: models[0](images))}
-        save(folder, rank, "raises", found)
-        dist.barrier()
-        save(folder, rank, "killed", caught(lambda: models[1](images)))
+        here.save("raises", [caught(lambda: models[0](here.images)) for _ in range(2)])
+        dist.barrier(here.group)
+        here.save("killed", caught(lambda: models[1](here.images)))
 
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
-    """What groups of two and three processes left behind, and how they ended."""
-    context, groups, folders = mp.get_context("spawn"), {}, {}
-    for world in COUNTS:
-        folder = folders[world] = tmp_path_factory.mktemp(f"ranks{world}")
-        groups[world] = [
-            context.Process(target=work, args=(rank, world, folder), daemon=True) for rank in range(world)
-        ]
-        for process in groups[world]:
-            process.start()
+    """What groups of two and of three processes left behind: a folder, and exit codes."""
+    folder, context = tmp_path_factory.mktemp("ranks"), mp.get_context("spawn")
+    group = [context.Process(target=work, args=(rank, folder), daemon=True) for rank in range(3)]
+    for process in group:
+        process.start()
     end = time.monotonic() + 180
-    for process in (process for group in groups.values() for process in group):
+    for process in group:
         process.join(max(0.1, end - time.monotonic()))
-    yield folders, {world: [process.exitcode for process in group] for world, group in groups.items()}
-    for process in (process for group in groups.values() for process in group):
+    yield folder, [process.exitcode for process in group]
+    for process in group:
         process.kill()
 
 
 def load(processes, world, name):
-    folders, codes = processes
-    files = [folders[world] / f"{name}-{rank}.pt" for rank in range(world)]
+    folder, codes = processes
+    files = [folder / f"{name}-{world}-{rank}.pt" for rank in range(world)]
     missing = [file.name for file in files if not file.exists()]
-    assert not missing, f"{missing} not written; processes ended with {codes[world]}"
+    assert not missing, f"{missing} not written; processes ended with {codes}"
     return [torch.load(file, weights_only=False) for file in files]
 
 
@@ -369,17 +378,17 @@ def test_a_refused_call_leaves_the_ranks_in_step(processes):
 def test_a_rank_that_fails_ends_the_others(processes):
     """It stays alive, so that they wait as long as the group does; a further call of it is refused."""
     first, second = load(processes, 2, "raises")
-    assert second["raises"] == (OSError, "the disk is full")
-    assert second["again"][0] is PaceError and "the disk is full" in second["again"][1]
-    kind, message = first["raises"]
+    assert second[0] == (OSError, "the disk is full")
+    assert second[1][0] is PaceError and "the disk is full" in second[1][1]
+    kind, message = first[0]
     assert kind is PaceError and "rank 0 can't reach the others" in message and "timeout" in message
 
 
 def test_a_rank_that_is_killed_ends_the_others(processes):
-    folders, codes = processes
-    kind, message = torch.load(folders[2] / "killed-0.pt", weights_only=False)
+    folder, codes = processes
+    kind, message = torch.load(folder / "killed-2-0.pt", weights_only=False)
     assert kind is PaceError and "rank 0 can't reach the others" in message
-    assert codes == {2: [0, -signal.SIGKILL], 3: [0, 0, 0]}
+    assert codes == [0, 0, -signal.SIGKILL]
 
 
 # In this process.
