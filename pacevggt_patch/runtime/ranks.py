@@ -118,23 +118,23 @@ class Ranks:
             "a model over several processes can't be pickled: call pacevggt_patch.remove(model) first"
         )
 
+    @property
+    def backends(self) -> dict[str, str]:
+        """Who moves the tensors of each type of device."""
+        return dict(pair.split(":") for pair in dist.get_backend_config(self.group).split(","))
+
     def check_device(self, device: torch.device) -> None:
         """Raise PaceError where the backend of the group can't move tensors of a device."""
-        backend = dist.get_backend(self.group)
-        if device.type == "cuda" and "nccl" not in backend:
+        backend = self.backends.get(device.type)
+        if backend is None or (device.type == "cuda" and backend == "gloo"):
             raise PaceError(
-                f'the model is on {device}, whose tensors the backend "{backend}" of the group does not gather: '
-                'call init_process_group("nccl")'
+                f"the model is on {device}, and the group has {backend or 'no backend'} for it: call "
+                'init_process_group("nccl") for models on CUDA, "gloo" for those on the CPU'
             )
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             raise PaceError(
                 f"the model is on {device} and the current device is cuda:{torch.cuda.current_device()}: call "
                 f"torch.cuda.set_device({device.index}) before init_process_group"
-            )
-        if device.type == "cpu" and backend == "nccl":
-            raise PaceError(
-                'the model is on the CPU, whose tensors the backend "nccl" of the group does not move: move the model '
-                'to this process\'s GPU, or call init_process_group("gloo")'
             )
 
     def agree(self, describe: Callable[[], tuple[Value, Mapping[str, str]]]) -> list[tuple[Value, Mapping]]:
@@ -217,9 +217,7 @@ class Ranks:
         # Backends gather tensors of one shape.
         padding = [0, 0] * (tensor.ndim - dim - 1) + [0, max(sizes) - tensor.shape[dim]]
         sent = F.pad(tensor.detach(), padding).contiguous()
-        if (
-            sent.device.type == "cpu" and dist.get_backend(self.group) == "nccl"
-        ):  # outputs that left their GPU
+        if sent.device.type not in self.backends:  # outputs that left their GPU
             sent = sent.cuda()
         mine = dst is None or dst == self.rank
         found = [torch.empty_like(sent) for _ in sizes] if mine else []
