@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import datetime
+import importlib
+import json
 import os
 import pickle
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -139,6 +142,7 @@ def work(rank, folder):
     pair = dist.new_group([1, 2])
     short = [dist.new_group([1, 2], timeout=datetime.timedelta(seconds=PATIENCE)) for _ in range(2)]
     compute(Group(True, rank, folder))
+    scale(rank, folder)
     if rank:
         here = Group(pair, rank - 1, folder)
         compute(here)
@@ -164,6 +168,15 @@ def compute(here):
         stock = model(here.images)["depth"]
     stock = torch.equal(stock, run(remove(model), here.images)["depth"])
     here.save("gathered", {"joined": joined, "copy": same, "stock": stock})
+
+
+def scale(rank, folder):
+    """benchmarks/scaling.py, on one and on two of the three processes."""
+    sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+    scaling = importlib.import_module("scaling")
+    arguments = ["--size", "28x42", "--frames", "2,3", "--repeats", "1", "--full-heads", "1"]
+    args = scaling.parse_arguments([*arguments, "--json", str(folder / "scaling.json")])
+    scaling.measured(args, torch.device("cpu"), rank, 3)
 
 
 def caught(function):
@@ -391,6 +404,19 @@ def test_a_rank_that_is_killed_ends_the_others(processes):
     assert codes == [0, 0, -signal.SIGKILL]
 
 
+def test_the_benchmark_of_scaling_writes_its_rows(processes):
+    report = json.loads((processes[0] / "scaling.json").read_text())
+    assert report["environment"]["torch"] == torch.__version__ and report["full_heads"] == 1
+    rows = report["rows"]
+    assert [(row["frames"], row["gpus"]) for row in rows] == [(2, 1), (2, 2), (3, 1), (3, 2)]
+    for row in rows:
+        assert (
+            row["peak_gib"] is None and 0 < row["seconds_min"] <= row["seconds_median"] <= row["seconds_max"]
+        )
+        (one,) = [other for other in rows if other["frames"] == row["frames"] and other["gpus"] == 1]
+        assert row["speedup"] == pytest.approx(one["seconds_median"] / row["seconds_median"])
+
+
 # In this process.
 
 
@@ -435,7 +461,7 @@ def test_a_group_of_one_gives_what_no_group_gives(one_process):
     found = run(model, images)
     torch.testing.assert_close(found["depth"], wanted["depth"], rtol=1e-5, atol=1e-5)
     assert gather_outputs(found)["depth"].equal(found["depth"])
-    assert summary(model).kept.shape[1] == 5
+    assert summary(model).kept.shape[1] == 5 and "rank 0 of 1" in str(summary(model))
     accelerate(model, PaceConfig(0.3, min_frames=1), weights=with_heads(model, (1, 0)))  # and back again
     assert run(model, images)["depth"].equal(wanted["depth"])
 

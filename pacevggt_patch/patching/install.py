@@ -170,9 +170,8 @@ def _check_for_ranks(host: Host, config: PaceConfig, weights: PaceWeights | None
         )
     if auto and weights is None:
         raise PaceError(
-            "a model over several processes does not calibrate itself, and there are no weights for this one yet: make "
-            "them in one process by calibrate(model, images), save them, and pass the file as weights, or pass "
-            "weights=None"
+            "a model over several processes does not calibrate itself, and there are no weights for this one yet: pass "
+            "those that calibrate(model, images) makes in one process, or weights=None"
         )
     if any(tensor.is_meta for tensor in host.fingerprint_tensors()):
         raise UnsupportedModelError(
@@ -408,6 +407,7 @@ def summary(model: nn.Module, images: Tensor | None = None) -> Summary:
         patched=list(dict.fromkeys(f.name for f in forwards if not isinstance(f, BlockForward))),
         attention=kernel_name(device, autocast_dtype(device.type) or host.reference.dtype),
         compiled=_compiled_parts(forwards) if state.config.compile else "no",
+        processes=None if state.ranks is None else f"rank {state.ranks.rank} of {state.ranks.world}",
         stages=list(state.timer.stages),
         kept=state.kept,
     )
