@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from hosts import random_deltas, random_images, run, tiny_vggt, with_heads
+from test_no_waiting import Looks, no_lists
 
 from pacevggt_patch import (
     PaceConfig,
@@ -35,6 +36,7 @@ from pacevggt_patch import (
     split_frames,
     summary,
 )
+from pacevggt_patch.hosts.vggt import VGGT
 from pacevggt_patch.method import few_keys as module
 from pacevggt_patch.method.few_keys import all_keys, few_keys, full_keys
 from pacevggt_patch.method.propagation import Propagation, make_propagation, regress
@@ -238,6 +240,7 @@ def refuse(here):
     model = accelerate(tiny_vggt(), weights=None, process_group=group)
     block = model.aggregator.global_blocks[0]
     with torch.inference_mode():
+        found["camera first"] = caught(lambda: model.camera_head([torch.zeros(1, 3, 25, 64)] * 4))
         found["block"] = caught(lambda: block(torch.zeros(1, 50, 32)))
         tokens, _ = model.aggregator(images)
         found["camera"] = caught(lambda: model.camera_head([t[:, :1] for t in tokens]))
@@ -364,6 +367,7 @@ REFUSED = {
     "points": ("track_head", "process_group"),
     "block": ("global_blocks.0", "process_group"),
     "camera": ("camera head", "aggregator"),
+    "camera first": ("camera_head", "aggregator"),
 }
 
 
@@ -464,6 +468,19 @@ def test_a_group_of_one_gives_what_no_group_gives(one_process):
     assert summary(model).kept.shape[1] == 5 and "rank 0 of 1" in str(summary(model))
     accelerate(model, PaceConfig(0.3, min_frames=1), weights=with_heads(model, (1, 0)))  # and back again
     assert run(model, images)["depth"].equal(wanted["depth"])
+
+
+@pytest.mark.parametrize("case", [{}, SHORT], ids=["short clip", "long clip"])
+def test_nothing_waits_once_the_ranks_agree(one_process, case, monkeypatch):
+    monkeypatch.setattr(
+        VGGT, "check_images", lambda *_: None
+    )  # a CPU gets a look at the images, a GPU does not
+    model, images = tiny_vggt(), random_images(FRAMES)
+    accelerate(model, weights=with_heads(model, (1, 0)), process_group=True)
+    run(model, images)  # the first call looks at special tokens
+    monkeypatch.setattr(Ranks, "agree", lambda self, describe: [describe()])
+    with conditions(case), torch.no_grad(), no_lists(), Looks():
+        model(images)
 
 
 def test_a_group_must_be_one(one_process):

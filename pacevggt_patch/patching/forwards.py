@@ -661,8 +661,12 @@ class JoinedCameraHeadForward(Forward):
 
     def __call__(self, *args, **kwargs):
         state, exchange = self.state, self.state.threads.exchange
-        if state.paused or exchange is None:
+        if state.paused:
             return self.own(*args, **kwargs)
-        assert state.ranks is not None
+        if exchange is None or state.ranks is None:
+            raise PaceError(
+                f"{self.name} was called before {state.host.trunk_name} in this thread, so the frames of other "
+                "processes are not known: call aggregator and heads in turn"
+            )
         with state.ranks.in_step(), state.timer.stage(self.name, exchange.total, exchange.total):
             return run_joined_camera_head(self.own, exchange, state.host, args, kwargs)

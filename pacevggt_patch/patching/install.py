@@ -98,7 +98,8 @@ def accelerate(
     Raises:
         PaceError: a setting is out of range.
         UnsupportedModelError: the model does not fit, and why.
-        WeightsError: the weights do not fit or can't be read. After any error the model is as it was before.
+        WeightsError: the weights do not fit or can't be read. After any error the model is as it was before. All
+            processes of a group raise where one does, or where they differ.
     """
     settings = dict(
         mode=mode,
@@ -115,14 +116,9 @@ def accelerate(
         before = state_of(model) if is_accelerated(model) else None
         chosen, mode = resolve(weights, config, host)
         auto = isinstance(weights, str) and weights == "auto" and mode == GLOBAL
-        if (
-            auto
-            and chosen is None
-            and before is not None
-            and before.auto
-            and _still_fits(before.weights, host)
-        ):
-            chosen = before.weights  # calibrated on a clip that came
+        known = None if before is None or not before.auto else before.weights
+        if auto and chosen is None and _still_fits(known, host):
+            chosen = known  # calibrated on a clip that came
         own = None if chosen is None else chosen.copy_for(host)
         return host, replace(config, mode=mode), own, auto
 
