@@ -65,11 +65,8 @@ CASES = {
 }
 COUNTS = {2: (3, 4), 3: (4, 1, 2)}  # frames of each rank
 FRAMES = 7
-OF_THREE = (
-    "no weights",
-    "deltas, full heads, sampled keys",
-    "global blocks first",
-)  # cases of three processes
+# Cases of three processes; those of two are all.
+OF_THREE = ("no weights", "deltas, full heads, sampled keys", "global blocks first")
 BOTH = [(2, name) for name in CASES] + [(3, name) for name in OF_THREE]
 
 
@@ -248,8 +245,10 @@ def refuse(here):
 
 
 def fail(here, groups):
-    models = [accelerate(tiny_vggt(), weights=None, process_group=group) for group in groups]
-    dist.barrier(here.group)
+    models = [tiny_vggt() for _ in groups]
+    dist.barrier(here.group)  # these groups do not wait long
+    for model, group in zip(models, groups, strict=True):
+        accelerate(model, weights=None, process_group=group)
 
     def stops(*_):
         raise OSError("the disk is full")
