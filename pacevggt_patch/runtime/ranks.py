@@ -203,9 +203,10 @@ class Ranks:
         except torch.cuda.OutOfMemoryError:
             raise
         except RuntimeError as error:
+            reason = first_line(error).split(". ")[0]
             raise PaceError(
-                f"rank {self.rank} can't reach the others ({first_line(error)}): one failed, was killed, or took "
-                "longer than the timeout of the group, and its own message says why"
+                f"rank {self.rank} can't reach the others ({reason}): one failed, was killed, or took longer than the "
+                "timeout of the group, and its own message says why"
             ) from error
 
     def gather(self, tensor: Tensor, sizes: Sequence[int], dim: int, dst: int | None = None) -> list[Tensor]:
