@@ -137,7 +137,7 @@ def work(rank, folder):
     os.environ["PACEVGGT_CACHE"] = "off"
     torch.set_num_threads(1)
     every = {"backend": "gloo", "init_method": f"file://{folder}/store", "rank": rank, "world_size": 3}
-    dist.init_process_group(**every, timeout=datetime.timedelta(seconds=60))
+    dist.init_process_group(**every, timeout=datetime.timedelta(seconds=240))
     pair = dist.new_group([1, 2])
     short = [dist.new_group([1, 2], timeout=datetime.timedelta(seconds=PATIENCE)) for _ in range(2)]
     compute(Group(True, rank, folder))
@@ -271,7 +271,7 @@ def processes(tmp_path_factory):
     group = [context.Process(target=work, args=(rank, folder), daemon=True) for rank in range(3)]
     for process in group:
         process.start()
-    end = time.monotonic() + 180
+    end = time.monotonic() + 300
     for process in group:
         process.join(max(0.1, end - time.monotonic()))
     yield folder, [process.exitcode for process in group]
