@@ -6,6 +6,7 @@ from .errors import ClipError, PaceError, UnsupportedModelError, WeightsError
 from .patching.install import accelerate, is_accelerated, paused, remove, summary
 from .patching.summary import Summary
 from .planning.fit_budget import BudgetPlan, fit_budget
+from .runtime.ranks import gather_outputs, split_frames
 from .version import __version__
 from .weights.pace import PaceWeights
 
@@ -22,8 +23,10 @@ __all__ = [
     "accelerate",
     "calibrate",
     "fit_budget",
+    "gather_outputs",
     "is_accelerated",
     "paused",
     "remove",
+    "split_frames",
     "summary",
 ]

@@ -117,7 +117,7 @@ def test_full_attention_heads_see_all_of_short_clips_and_more_of_long_ones():
     counts = [keys_of_frame(frames, 1036, FRAMES_OF_FULL) for frames in (48, 49, 96, 300, 1000)]
     assert counts == [1036, 1014, 518, 354, 237]
     for frames in (49, 96, 300):
-        index, (alone, weight) = full_keys(frames, 5, 1036, 2, torch.device("cpu"))
+        index, (alone, weight), _ = full_keys(frames, 5, 1036, 2, torch.device("cpu"))
         assert index.shape == (2, keys_of_full(frames, 5, 1036)) and torch.equal(index[0], index[1])
         assert alone == frames * 5 + 1036 and alone + weight * (index.shape[1] - alone) == pytest.approx(
             frames * 1041

@@ -101,6 +101,19 @@ def test_compare_is_on_top_and_takes_little_of_training():
     assert {module for module in taken if part(module) in ("training", "cli")} == COMPARE_FROM_TRAINING
 
 
+def test_process_groups_are_the_matter_of_one_module_and_of_training():
+    """The method asks an `Exchange`, and knows nothing of torch.distributed."""
+    found = set()
+    for file in ROOT.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names += [f"{node.module}.{alias.name}" for alias in node.names]
+            if any(name.startswith("torch.distributed") for name in names):
+                found.add(file.relative_to(ROOT).as_posix())
+    assert {name for name in found if "training/" not in name} == {"runtime/ranks.py"}
+
+
 def test_training_imports_the_renderer_on_demand_alone():
     for node in ast.parse((ROOT / "training" / "run.py").read_text(encoding="utf-8")).body:
         assert not isinstance(node, ast.ImportFrom) or "mini" not in (node.module or "")

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..runtime.attention import Repeats
+from .exchange import Exchange, extent
 from .propagation import FRAMES_PER_CHUNK, Propagation
 
 # Up to so many frames every kept token is a key, and every token one of full-attention heads. Longer clips have as many
@@ -25,17 +26,43 @@ FRAMES, FRAMES_OF_FULL = 24, 48
 LONG, POWER = 96, 1 / 3
 
 
+class Elsewhere(NamedTuple):
+    """Keys of a clip that is spread over processes: few, so that they travel and queries stay where they are.
+
+    Attributes:
+        exchange: of the clip.
+        alone: how many keys of special tokens and of the first frame each process has.
+        others: how many others.
+    """
+
+    exchange: Exchange
+    alone: list[int]
+    others: list[int]
+
+    def joined(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [1, heads, m, d] of all processes, of those here; `alone` of all come first."""
+        sizes = [sum(pair) for pair in zip(self.alone, self.others, strict=True)]
+        parts = self.exchange.gather(torch.cat([key, value], -1), sizes, 2)
+        both = [part.split(pair, 2) for part, *pair in zip(parts, self.alone, self.others, strict=True)]
+        keys, values = torch.cat([part for one in zip(*both, strict=True) for part in one], 2).split(
+            [key.shape[-1], value.shape[-1]], -1
+        )
+        return keys.to(key.dtype), values.to(value.dtype)
+
+
 class FewKeys(NamedTuple):
     """Which keys stand for those of all tokens of B clips.
 
     Attributes:
         index: [B, m] (int64) places among the tokens of a clip, some of them several times; those of special tokens and
             of the first frame come first. None: all of them in their order.
-        counts: how many tokens each key stands for, as `runtime.attention.attention` takes it.
+        counts: how many tokens each key stands for, as `runtime.attention.attention` takes it; None is one each.
+        elsewhere: of a clip over several processes. `index` is of the tokens here then, `counts` of all keys.
     """
 
     index: Tensor | None
-    counts: Repeats | Tensor
+    counts: Repeats | Tensor | None
+    elsewhere: Elsewhere | None = None
 
     def of(self, tensor: Tensor) -> Tensor:
         """Keys or values [B, heads, m, d] of those of all tokens that `index` counts."""
@@ -43,6 +70,10 @@ class FewKeys(NamedTuple):
             return tensor
         index = self.index[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3])
         return tensor.gather(2, index)
+
+    def everywhere(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, heads, m, d] of the whole clip, of those that `of` gave here."""
+        return (key, value) if self.elsewhere is None else self.elsewhere.joined(key, value)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, attention: Callable[..., Tensor]) -> Tensor:
         """Attention [B, heads, L, d] of L queries to these keys.
@@ -52,7 +83,7 @@ class FewKeys(NamedTuple):
             key, value: of all tokens that `index` counts.
             attention: of queries, keys, values and `counts`.
         """
-        return attention(query, self.of(key), self.of(value), self.counts)
+        return attention(query, *self.everywhere(self.of(key), self.of(value)), self.counts)
 
 
 def keys_of_frame(frames: int, tokens: int, short: int) -> int:
@@ -89,24 +120,67 @@ def even_sample(frames: int, count: int, patches: int, device: torch.device) -> 
     return (at * (patches / count)).long().clamp(max=patches - 1)
 
 
-def full_keys(frames: int, special: int, patches: int, batch: int, device: torch.device) -> FewKeys | None:
+def elsewhere(exchange: Exchange | None, special: int, patches: int, count: int) -> Elsewhere | None:
+    """The keys of each process, where each frame but the first has `count` keys of patch tokens."""
+    if exchange is None:
+        return None
+    counts = exchange.counts
+    alone = [frames * special + patches * (process == 0) for process, frames in enumerate(counts)]
+    return Elsewhere(
+        exchange, alone, [(frames - (process == 0)) * count for process, frames in enumerate(counts)]
+    )
+
+
+def all_keys(exchange: Exchange, length: int, counts: Tensor | None = None) -> FewKeys:
+    """Each of `length` tokens of each frame is a key, in the order of the frames.
+
+    Args:
+        exchange: of a clip that is spread over processes.
+        length: tokens of a frame.
+        counts: how many tokens each token here stands for, [1, S * length]; None is one.
+    """
+    numbers = [frames * length for frames in exchange.counts]
+    if counts is not None:
+        counts = torch.cat(exchange.gather(counts, numbers, 1), 1)
+    return FewKeys(None, counts, Elsewhere(exchange, numbers, [0] * len(numbers)))
+
+
+def full_keys(
+    frames: int,
+    special: int,
+    patches: int,
+    batch: int,
+    device: torch.device,
+    exchange: Exchange | None = None,
+) -> FewKeys | None:
     """The keys of full-attention heads among all tokens of B clips of S frames; None where all of them are keys.
 
     An even sample of the patch tokens of each frame but the first. Nothing waits for the device.
+
+    Args:
+        frames: that are here.
+        exchange: of a clip that is spread over processes. Where all tokens are keys they still have to be gathered.
     """
-    count = keys_of_frame(frames, patches, FRAMES_OF_FULL)
+    before, total = extent(exchange, frames)
+    count = keys_of_frame(total, patches, FRAMES_OF_FULL)
     if count == patches:
-        return None
+        if exchange is None:
+            return None
+        return all_keys(exchange, special + patches)
+    leads = before == 0  # the first frame is here
     start = torch.arange(frames, device=device)[:, None] * (special + patches)
-    before = (start + torch.arange(special, device=device)).flatten()  # [S * n]
-    first = special + torch.arange(patches, device=device)  # [P]
-    rest = (start + special + even_sample(frames, count, patches, device))[1:].flatten()
-    index = torch.cat([before, first, rest]).expand(batch, -1)
-    return FewKeys(index, Repeats(frames * special + patches, patches / count))
+    places = [(start + torch.arange(special, device=device)).flatten()]  # [S * n]
+    if leads:
+        places.append(special + torch.arange(patches, device=device))  # [P]
+    at = even_sample(total, count, patches, device)[before : before + frames]
+    places.append((start + special + at)[int(leads) :].flatten())
+    index = torch.cat(places).expand(batch, -1)
+    counts = Repeats(total * special + patches, patches / count)
+    return FewKeys(index, counts, elsewhere(exchange, special, patches, count))
 
 
 @torch.no_grad()
-def few_keys(propagation: Propagation, batch: int = 1) -> FewKeys | None:
+def few_keys(propagation: Propagation, batch: int = 1, exchange: Exchange | None = None) -> FewKeys | None:
     """The keys of B clips of S frames. A kept token stands for itself and the dropped tokens that take most from it.
 
     Where a sample would not be smaller, each kept token is a key, and counts for the tokens that it stands for. Else
@@ -115,8 +189,9 @@ def few_keys(propagation: Propagation, batch: int = 1) -> FewKeys | None:
     all tokens are kept.
 
     Args:
-        propagation: of all frames, one clip after another.
+        propagation: of all frames that are here, one clip after another.
         batch: B.
+        exchange: of a clip that is spread over processes.
     """
     index, weights, kept, device = (
         propagation.index,
@@ -128,7 +203,8 @@ def few_keys(propagation: Propagation, batch: int = 1) -> FewKeys | None:
     patches = weights.shape[1] - special
     if kept == patches:
         return None
-    count = keys_of_frame(frames, kept, FRAMES)
+    before, total = extent(exchange, frames)
+    count = keys_of_frame(total, kept, FRAMES)
 
     def standing_for(rows: Tensor, patch: Tensor) -> Tensor:
         """Numbers of kept tokens in place of patch tokens, for some rows [R] and patches [R, p]."""
@@ -136,17 +212,22 @@ def few_keys(propagation: Propagation, batch: int = 1) -> FewKeys | None:
         return (weights[rows[:, None], patch + special] + itself).argmax(-1)  # of [R, p, K]
 
     every, number = torch.arange(patches, device=device), torch.arange(len(index), device=device)
-    if keys_of_clip(frames, special, patches, kept) == frames * (special + kept):
+    if keys_of_clip(total, special, patches, kept) == total * (special + kept):
         each, parts = torch.arange(kept, device=device), number.split(FRAMES_PER_CHUNK)
         found = (standing_for(some, every.expand(len(some), -1)) for some in parts)  # [32, P] each
         sizes = torch.cat([(one[:, :, None] == each).sum(1) for one in found]).float()  # [N, K]
-        return FewKeys(None, F.pad(sizes, (special, 0), value=1.0).view(batch, -1))  # [B, S * (n + K)]
-    at = even_sample(frames, count, patches, device)  # [S, c]
+        counts = F.pad(sizes, (special, 0), value=1.0).view(batch, -1)  # [B, S * (n + K)]
+        if exchange is None:
+            return FewKeys(None, counts)
+        return all_keys(exchange, special + kept, counts)
+    leads = before == 0  # the first frame is here
+    at = even_sample(total, count, patches, device)[before : before + frames]  # [S, c]
     parts = zip(number.split(FRAMES_PER_CHUNK), at.repeat(batch, 1).split(FRAMES_PER_CHUNK), strict=True)
     others = torch.cat([standing_for(*part) for part in parts]).view(batch, frames, count)
-    first = standing_for(number[::frames], every.expand(batch, -1))  # [B, P]
     start = (number[:frames] * (special + kept))[:, None]
-    before = (start + torch.arange(special, device=device)).flatten().expand(batch, -1)  # [B, S * n]
-    rest = (start + special + others)[:, 1:].flatten(1)
-    places = torch.cat([before, special + first, rest], dim=1)
-    return FewKeys(places, Repeats(frames * special + patches, patches / count))
+    places = [(start + torch.arange(special, device=device)).flatten().expand(batch, -1)]  # [B, S * n]
+    if leads:
+        places.append(special + standing_for(number[::frames], every.expand(batch, -1)))  # [B, P]
+    places.append((start + special + others)[:, int(leads) :].flatten(1))
+    counts = Repeats(total * special + patches, patches / count)
+    return FewKeys(torch.cat(places, dim=1), counts, elsewhere(exchange, special, patches, count))

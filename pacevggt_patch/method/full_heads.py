@@ -90,14 +90,15 @@ def joined_heads(
     if plan.keys is None:
         found = attention(query, few.pop(0), few.pop(0))
     else:
-        key, value_there = (plan.keys.of(few.pop(0)) for _ in range(2))
+        key, value_there = plan.keys.everywhere(*(plan.keys.of(few.pop(0)) for _ in range(2)))
         found = attention(query, key, value_there, plan.keys.counts)
         del key, value_there
     del query
     known = value.transpose(1, 2).reshape(frames, length, heads * width)
     found = found.transpose(1, 2).reshape(frames, -1, len(others) * width)
     seen = [t.transpose(1, 2).reshape(frames, length, len(full), width) for t in seen]
-    slope, dtype = propagation.dependence(propagation.gather(known), found, batch), found.dtype
+    slope = propagation.dependence(propagation.gather(known), found, batch, plan.exchange)
+    dtype = found.dtype
 
     def filled(some: Propagation, known: Tensor, found: Tensor, *seen: Tensor) -> Tensor:
         spread = some.fill(known, found, slope).unflatten(-1, (len(others), width)).to(dtype)

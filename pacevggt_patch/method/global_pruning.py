@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .exchange import Exchange
 from .few_keys import FewKeys, few_keys, full_keys
 from .propagation import Propagation
 from .scoring import TokenScorer, token_scores
@@ -26,6 +27,7 @@ class Plan(NamedTuple):
         batch: B.
         keys: which keys kept tokens see, where they do not see all of each other's.
         full_keys: which keys full-attention heads see, where they do not see those of all tokens.
+        exchange: of a clip that is spread over processes; S are its frames here.
     """
 
     kept: Tensor
@@ -33,6 +35,7 @@ class Plan(NamedTuple):
     batch: int = 1
     keys: FewKeys | None = None
     full_keys: FewKeys | None = None
+    exchange: Exchange | None = None
 
     def token_rows(self, length: int) -> Tensor:
         """Numbers [B, S * (n + K)] of special and kept tokens among the S * `length` tokens of their clip."""
@@ -55,8 +58,12 @@ def keep_best(
     return assign(token_scores(features[None], grid, keep, scorer), keep, 0).kept[0]
 
 
-def joined(plans: Sequence[Plan], batch: int) -> Plan:
-    """One plan of `batch` clips, of those of its frames."""
+def joined(plans: Sequence[Plan], batch: int, exchange: Exchange | None = None) -> Plan:
+    """One plan of `batch` clips, of those of its frames.
+
+    Args:
+        exchange: of a clip that is spread over processes, of whose frames here the plans are.
+    """
     parts = [plan.propagation for plan in plans]
     propagation = parts[0]
     if len(parts) > 1:
@@ -66,8 +73,8 @@ def joined(plans: Sequence[Plan], batch: int) -> Plan:
     frames, count = kept.shape
     tokens = propagation.columns.shape[1]
     special = propagation.index.shape[1] - count
-    whole = full_keys(frames // batch, special, tokens - special, batch, kept.device)
-    return Plan(kept, propagation, batch, few_keys(propagation, batch), whole)
+    whole = full_keys(frames // batch, special, tokens - special, batch, kept.device, exchange)
+    return Plan(kept, propagation, batch, few_keys(propagation, batch, exchange), whole, exchange)
 
 
 def run_on_kept(x: Tensor, plan: Plan, block: Callable[[Tensor], Tensor], apart: bool = False) -> Tensor:
@@ -86,6 +93,6 @@ def run_on_kept(x: Tensor, plan: Plan, block: Callable[[Tensor], Tensor], apart:
     dense = x.reshape(len(plan.kept), -1, channels)  # [N, n + P, C]
     few = propagation.gather(dense)  # [N, n + K, C]
     after = block(few.view(batch, -1, channels)).view(few.shape)
-    slope = propagation.slope(few, after, len(plan.kept) if apart else batch)
+    slope = propagation.slope(few, after, len(plan.kept) if apart else batch, plan.exchange)
     del few  # its memory is needed
     return propagation.propagate(dense, after, slope).view(x.shape)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..runtime.chunks import in_chunks
+from .exchange import Exchange, extent
 from .regression import solve_ridge
 from .similarity import interpolation_weights
 
@@ -130,39 +131,52 @@ class Propagation(NamedTuple):
         apart = [t.unflatten(0, (clips, -1)) for t in (self.index, self.columns, *tensors)]  # [B, S, ...]
         return in_chunks(some, max(1, FRAMES_PER_CHUNK // clips), *apart, dim=1)[0].flatten(0, 1)
 
-    def slope(self, before: Tensor, after: Tensor, clips: int) -> Tensor:
+    def slope(self, before: Tensor, after: Tensor, clips: int, exchange: Exchange | None = None) -> Tensor:
         """How the change of a token depends on the token: A [B, C, C] of each clip, for `propagate`.
 
         Args:
             before, after: special and kept tokens before and after a block, [N, n + K, C].
             clips: B, to which the N frames belong.
+            exchange: of a clip that is spread over processes.
         """
         with torch.autocast(before.device.type, enabled=False):
-            old, new = (self._sample(t, clips, before.shape[-1]) for t in (before, after))
-            return regress(old, new - old)
+            old, new = (self._sample(t, clips, before.shape[-1], exchange) for t in (before, after))
+            return regress(old, new - old, exchange)
 
-    def dependence(self, tokens: Tensor, values: Tensor, clips: int) -> Tensor:
+    def dependence(
+        self, tokens: Tensor, values: Tensor, clips: int, exchange: Exchange | None = None
+    ) -> Tensor:
         """How values depend on tokens: [B, D, C] of each clip, for `fill`.
 
         Args:
             tokens: special and kept tokens, [N, n + K, C].
             values: theirs, [N, n + K, D].
             clips: B, to which the N frames belong.
+            exchange: of a clip that is spread over processes.
         """
         with torch.autocast(tokens.device.type, enabled=False):
-            return regress(*(self._sample(t, clips, tokens.shape[-1]) for t in (tokens, values)))
+            x, y = (self._sample(t, clips, tokens.shape[-1], exchange) for t in (tokens, values))
+            return regress(x, y, exchange)
 
-    def _sample(self, tokens: Tensor, clips: int, channels: int) -> Tensor:
-        """Kept tokens [B, few, K, C] of evenly spread frames: at least ROWS for each of `channels`, if there are."""
+    def _sample(self, tokens: Tensor, clips: int, channels: int, exchange: Exchange | None) -> Tensor:
+        """Kept tokens [B, few, K, C] of evenly spread frames: at least ROWS for each of `channels`, if there are.
+
+        Of a clip that is spread over processes, those of its frames that are here: there may be none.
+        """
         frames = len(tokens) // clips
-        few = min(frames, -(-ROWS * channels // self.kept))
-        chosen = torch.arange(few, device=tokens.device) * frames // few
+        before, total = extent(exchange, frames)
+        few = min(total, -(-ROWS * channels // self.kept))
+        # The i-th is frame i * total // few. From `start` on they are here, from `stop` on elsewhere.
+        start, stop = (-(-at * few // total) for at in (before, before + frames))
+        chosen = torch.arange(start, stop, device=tokens.device) * total // few
+        if before:
+            chosen -= before
         some = tokens.detach().unflatten(0, (clips, frames)).index_select(1, chosen)[:, :, -self.kept :]
         return some.to(torch.promote_types(tokens.dtype, torch.float32))
 
 
 @torch.no_grad()
-def regress(x: Tensor, y: Tensor) -> Tensor:
+def regress(x: Tensor, y: Tensor, exchange: Exchange | None = None) -> Tensor:
     """The matrix A for which A x is nearest to y, both less their means over the tokens of a frame.
 
     A constant for gradients: what is learned is learned through the tokens.
@@ -170,6 +184,7 @@ def regress(x: Tensor, y: Tensor) -> Tensor:
     Args:
         x: [B, frames, K, C], float32 at least.
         y: [B, frames, K, D], in the same dtype.
+        exchange: of a clip that is spread over processes, some of whose frames these are.
 
     Returns:
         [B, D, C]; it shrinks towards 0 as RIDGE says.
@@ -178,6 +193,9 @@ def regress(x: Tensor, y: Tensor) -> Tensor:
     square = x.square().sum((1, 2, 3))
     x, y = ((t - t.mean(2, keepdim=True)).flatten(1, 2) for t in (x, y))
     squares, products = x.mT @ x, x.mT @ y  # [B, C, C], [B, C, D]
+    if exchange is not None:
+        # Means are those of a frame, so sums add up.
+        squares, products, square = exchange.sum(squares, products, square)
     # Tokens that are the same but for rounding tell nothing.
     limits = torch.finfo(x.dtype)
     rounding = limits.eps * square / channels + limits.tiny

@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..config import GLOBAL, PRE_AA
-from ..errors import UnsupportedModelError
+from ..errors import PaceError, UnsupportedModelError
 from ..hosts import blocks
 from ..hosts.base import BlockCall, takes_images
 from ..hosts.rope import rotate, rotation
 from ..method import pre_aa
+from ..method.few_keys import all_keys
 from ..method.global_pruning import Plan, run_on_kept
 from ..method.restored_tokens import RestoredTokens
 from ..runtime.attention import InterceptAttention, autocast_dtype, faster_attention
@@ -29,7 +30,15 @@ from ..runtime.compiling import compiled, is_watched, unwatched
 from ..runtime.other_parameters import OtherParameters, run_with
 from .first_clip import calibrate_on
 from .global_attention import FewKeysAttention, FullHeadsAttention, GlobalAttention
-from .heads import moved, reduced_precision, restored_argument, run_camera_head, run_dense_head, token_list
+from .heads import (
+    moved,
+    reduced_precision,
+    restored_argument,
+    run_camera_head,
+    run_dense_head,
+    run_joined_camera_head,
+    token_list,
+)
 from .state import Clip, State
 
 UNPRUNED = "unpruned (few frames)"
@@ -79,6 +88,8 @@ class TrunkForward(Forward):
         if state.paused:
             return self.own(*args, **kwargs)
         images = args[0] if args else kwargs.get("images")
+        if state.ranks is not None:
+            return self.over_ranks(images, args, kwargs)
         if self.takes_images:
             state.host.check_images(images)
         state.check_values()
@@ -93,6 +104,61 @@ class TrunkForward(Forward):
                 return self.own(*args, **kwargs)
         finally:
             threads.clip = before
+
+    def over_ranks(self, images: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The frames here of a clip that is spread over processes."""
+        state, threads = self.state, self.state.threads
+        assert state.ranks is not None
+        threads.exchange = exchange = state.ranks.clip(partial(self.described, images, args, kwargs))
+        state.clear()
+        before, threads.clip = threads.clip, Clip(1, exchange.here, exchange=exchange)
+        try:
+            with state.ranks.in_step(), self.on_device(images):
+                return self.own(*args, **kwargs)
+        finally:
+            threads.clip = before
+
+    def described(self, images: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[int, dict[str, str]]:
+        """The number of frames here, and what must be the same in all processes.
+
+        Raises:
+            PaceError: such a call can't be one of several processes.
+        """
+        state = self.state
+        if torch.compiler.is_compiling():
+            raise PaceError(
+                "torch.compile can't trace a model over several processes: use accelerate(model, compile=True)"
+            )
+        if torch.is_grad_enabled() or self.module.training:
+            raise PaceError(
+                "a clip over several processes runs without gradients: call model.eval(), and the model inside "
+                "torch.inference_mode()"
+            )
+        if len(args) + len(kwargs) > 1:
+            raise PaceError(
+                f"{self.name} was called with more than images, which can't be spread over processes: leave "
+                "process_group out"
+            )
+        state.host.check_images(images)
+        if len(images) > 1:
+            raise PaceError(
+                f"images are {len(images)} clips, and one at a time is spread over processes: call the model for each"
+            )
+        state.check_values()
+        state.check_blocks()
+        height, width = images.shape[-2:]
+        patches = height * width // state.host.patch_size**2
+        if state.config.kept_tokens(patches) == patches:
+            raise PaceError(
+                f"keep_ratio={state.config.keep_ratio:g} keeps all {patches} patch tokens of a frame, and clips over "
+                "several processes are always pruned: lower it"
+            )
+        same = {
+            "size of images": f"{height}x{width}",
+            "dtype of images": str(images.dtype),
+            "autocast": str(autocast_dtype(images.device.type)),
+        }
+        return images.shape[1], same
 
 
 class PreAATrunkForward(TrunkForward):
@@ -265,6 +331,10 @@ class BlockForward(Forward):
         if self.kind == "embedding":
             return self.run(call, None)
         clip = known[call.x] if again else self.clip(call)
+        if self.first and clip.exchange is not None:
+            length = clip.parts[-1][0].shape[1] + state.host.special_tokens
+            frames = call.x.reshape(-1, length, call.x.shape[-1])
+            call = call.on(state.with_special_of_rest(clip, frames).reshape(call.x.shape), call.positions)
         if keeps:
             known[call.x] = clip
         try:
@@ -285,6 +355,11 @@ class BlockForward(Forward):
                 raise UnsupportedModelError(
                     f"{self.name} was called outside of the forward that pre-AA pruning replaces: use global pruning, "
                     'mode="global", or `with paused(model):` for such calls'
+                )
+            if state.ranks is not None:
+                raise UnsupportedModelError(
+                    f"{self.name} was called outside of {state.host.trunk_name}, so which frames other processes have "
+                    "is not known: leave process_group out, or use `with paused(model):` for such calls"
                 )
             if not self.first and call.x.requires_grad and torch.is_grad_enabled():
                 raise UnsupportedModelError(
@@ -332,6 +407,11 @@ class BlockForward(Forward):
     def pruned(self, clip: Clip, call: BlockCall) -> Any:
         """A global block that special and kept tokens take part in, or all for its full-attention heads."""
         state, x = self.state, call.x
+        if clip.exchange is not None and not call.plain:
+            raise UnsupportedModelError(
+                f"{self.name} is given {', '.join(sorted(call.given))}, which can't be spread over processes: leave "
+                "process_group out"
+            )
         if clip.plan is None:
             plan = state.joined_plan(clip, x)
             if state.pending:
@@ -341,12 +421,15 @@ class BlockForward(Forward):
             clip.plan, clip.parts = plan, []
             state.remember(plan.kept.unflatten(0, (plan.batch, -1)))
         plan = clip.plan
+        length = x.shape[1] * plan.batch // len(plan.kept)
         if heads := self.heads(clip):
             # What is given besides can't be followed head by head: such a call sees all tokens.
             count = state.host.spec().num_heads
             some = FullHeadsAttention(self.index, heads, count, plan) if len(heads) < count else None
+            if some is None and plan.exchange is not None:  # all heads see all tokens, here and elsewhere
+                whole = plan._replace(full_keys=all_keys(plan.exchange, length))
+                some = FullHeadsAttention(self.index, range(count), count, whole)
             return self.run(call, clip, some if call.plain else None)
-        length = x.shape[1] * plan.batch // len(plan.kept)
         rows = plan.token_rows(length)
         count = getattr(getattr(self.module, "attn", None), "num_heads", 0)
         followed = Followed(clip, rows, x.shape[1], count)
@@ -542,6 +625,11 @@ class DenseHeadForward(Forward):
         if state.paused:
             return self.own(*args, **kwargs)
         state.check_trunk()
+        if state.ranks is not None and "." in self.name:
+            raise UnsupportedModelError(
+                f"{self.name.split('.')[0]} follows points through all frames, which are not all in this process: "
+                "leave process_group out, or call the model without query points"
+            )
         # A head inside another module, such as a track head, feeds that module: it stays on its device.
         device: Any = None if "." in self.name else state.config.output_device
         tokens = restored_argument(args, kwargs) or token_list(args, kwargs, state)
@@ -567,3 +655,19 @@ class CameraHeadForward(Forward):
         frames = tokens.kept.shape[1]
         with self.state.timer.stage(self.name, frames, frames):
             return run_camera_head(self.own, tokens, args, kwargs)
+
+
+class JoinedCameraHeadForward(Forward):
+    """A camera head, which compares all frames: it is given the special tokens of all processes."""
+
+    def __call__(self, *args, **kwargs):
+        state, exchange = self.state, self.state.threads.exchange
+        if state.paused:
+            return self.own(*args, **kwargs)
+        if exchange is None or state.ranks is None:
+            raise PaceError(
+                f"{self.name} was called before {state.host.trunk_name} in this thread, so the frames of other "
+                "processes are not known: call aggregator and heads in turn"
+            )
+        with state.ranks.in_step(), state.timer.stage(self.name, exchange.total, exchange.total):
+            return run_joined_camera_head(self.own, exchange, state.host, args, kwargs)

@@ -52,20 +52,18 @@ class FewKeysAttention:
         self.batch, self.tokens, self.say, self.used = batch, tokens, say, False
 
     def open(self, project: Project, x: Tensor, rotation: Rotation | None) -> Tensor:
-        index, counts = self.keys
+        index, counts = self.keys.index, self.keys.counts
         if index is None or self.compiles:
             query, key, value = project(x, rotation)
-            key, value = (
-                self.keys.of(key),
-                self.keys.of(value),
-            )  # now: what is no key needs no memory any more
-            return attention(query, key, value, counts).transpose(1, 2)
+            # Now: what is no key needs no memory any more.
+            key, value = self.keys.of(key), self.keys.of(value)
+            return attention(query, *self.keys.everywhere(key, value), counts).transpose(1, 2)
         (query,) = project(x, rotation, (self.every, (), ()))
         first = torch.arange(self.batch, device=x.device) * self.tokens
         rows = (index + first[:, None]).flatten()  # of keys
         turned = None if rotation is None else tuple(t.index_select(0, rows) for t in rotation)
-        key, value = project(x.index_select(0, rows), turned, ((), self.every, self.every))
-        return attention(query, key, value, counts).transpose(1, 2)
+        there = project(x.index_select(0, rows), turned, ((), self.every, self.every))
+        return attention(query, *self.keys.everywhere(*there), counts).transpose(1, 2)
 
     def closed(
         self, run: Callable, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
@@ -79,6 +77,12 @@ class FewKeysAttention:
         return self.keys.attend(query, key, value, by_host(run, options))
 
     def check(self, calls: int) -> None:
+        if not self.used and self.keys.elsewhere is not None:
+            raise UnsupportedModelError(
+                "attention in the global blocks of this model has a mask, dropout or keys that heads share, or is none "
+                "of scaled_dot_product_attention, so it can't see the frames of other processes: leave process_group "
+                "out"
+            )
         if not self.used:
             self.say(
                 "attention in the global blocks of this model has a mask, dropout or keys that heads share, or is none "
@@ -105,7 +109,7 @@ class FullHeadsAttention:
         rows = self.plan.propagation.rows(len(x) // len(self.plan.kept))
         turned = None if rotation is None else tuple(t.index_select(0, rows) for t in rotation)
         others = [head for head in self.every if head not in self.heads]
-        few = project(x.index_select(0, rows), turned, (others,) * 3)
+        few = project(x.index_select(0, rows), turned, (others,) * 3) if others else []
         query, key, value = project(x, rotation, (self.heads, self.heads, self.every))
         whole = [query, key, pick_heads(value, self.heads)]
         return joined_heads(whole, few, value, self.heads, self.plan, attention).transpose(1, 2)

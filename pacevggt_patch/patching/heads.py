@@ -14,8 +14,10 @@ from torch import Tensor
 from ..config import GLOBAL
 from ..errors import PaceError
 from ..hosts import dpt
+from ..hosts.base import Host
 from ..method.restored_tokens import RestoredTokens
 from ..runtime.attention import autocast_dtype
+from ..runtime.ranks import ClipExchange
 
 # The largest feature map of a chunk of frames stays below this. On the CPU because from 32 MiB on the C library asks
 # the system for fresh memory each time, whose pages are filled one by one; a GPU wants enough frames to be filled.
@@ -117,6 +119,41 @@ def run_camera_head(stock: Callable, tokens: RestoredTokens, args: tuple, kwargs
     last = tokens.camera()
     args = tuple(last if a is tokens else a for a in args)
     return stock(*args, **{name: last if a is tokens else a for name, a in kwargs.items()})
+
+
+def run_joined_camera_head(
+    stock: Callable, exchange: ClipExchange, host: Host, args: tuple, kwargs: dict[str, Any]
+) -> Any:
+    """Run a camera head on the special tokens of all processes, and give what it says of the frames here.
+
+    It reads camera tokens of the last layer only: nothing else travels.
+
+    Raises:
+        PaceError: the tokens are not those of the last forward pass.
+    """
+    values = (*args, *kwargs.values())
+    found = next((v for v in values if type(v) in (list, tuple) and len(v) == host.depth), None)
+    last = None if found is None else found[-1]
+    if not isinstance(last, Tensor) or last.ndim != 4 or last.shape[:2] != (1, exchange.here):
+        raise PaceError(
+            f"the camera head was not given the tokens of the {exchange.here} frames that the aggregator saw last, so "
+            "those of other processes don't fit: call aggregator and heads in turn"
+        )
+    parts = exchange.gather(last[:, :, : host.special_tokens], exchange.counts, 1)
+    whole: list[Any] = [None] * host.depth
+    whole[-1] = torch.cat(parts, 1)  # [1, S, n, 2C]
+    args = tuple(whole if a is found else a for a in args)
+    outputs = stock(*args, **{name: whole if a is found else a for name, a in kwargs.items()})
+
+    def here(tensor: Tensor) -> Tensor:
+        if tensor.ndim < 2 or tensor.shape[1] != exchange.total:
+            raise PaceError(
+                f"the camera head returned a tensor {list(tensor.shape)} for {exchange.total} frames, which can't be "
+                "shared out over processes: leave process_group out"
+            )
+        return tensor.narrow(1, exchange.before, exchange.here)
+
+    return changed(outputs, here)
 
 
 def run_dense_head(

@@ -23,6 +23,9 @@ from ..hosts.base import Host, find_host
 from ..hosts.dpt import is_dense_head
 from ..hosts.rope import static_rope
 from ..runtime.attention import autocast_dtype, kernel_name
+from ..runtime.ranks import Ranks
+from ..version import __version__
+from ..weights.fingerprint import fingerprints
 from ..weights.pace import PaceWeights
 from ..weights.resolve import resolve
 from . import trial
@@ -33,6 +36,7 @@ from .forwards import (
     EmbeddingForward,
     FeaturesForward,
     Forward,
+    JoinedCameraHeadForward,
     PreAATrunkForward,
     RopeForward,
     TrunkForward,
@@ -54,6 +58,7 @@ def accelerate(
     compile: bool = False,
     head_dtype: torch.dtype | None = None,
     output_device: torch.device | str | None = None,
+    process_group: Any = None,
 ) -> Model:
     """Accelerate a VGGT in place by token pruning. It is called as before and returns the same outputs, sooner.
 
@@ -83,6 +88,9 @@ def accelerate(
             autocast off for them. Outputs of float32 heads stay float32.
         output_device: where the outputs of dense heads go, a chunk of frames at a time. "cpu" leaves the memory of the
             GPU to longer clips.
+        process_group: a `torch.distributed.ProcessGroup`, or True for the default one. Its processes share each clip:
+            each calls the model with its own frames, see `split_frames`, and gets the outputs of these. Every process
+            of the group must make the same calls. For global pruning, without gradients.
 
     Returns:
         `model`.
@@ -90,7 +98,8 @@ def accelerate(
     Raises:
         PaceError: a setting is out of range.
         UnsupportedModelError: the model does not fit, and why.
-        WeightsError: the weights do not fit or can't be read. After any error the model is as it was before.
+        WeightsError: the weights do not fit or can't be read. After any error the model is as it was before. All
+            processes of a group raise where one does, or where they differ.
     """
     settings = dict(
         mode=mode,
@@ -99,16 +108,82 @@ def accelerate(
         head_dtype=head_dtype,
         output_device=output_device,
     )
-    config = config_from(keep_ratio, merge_budget, settings)
-    host = find_host(model)
-    before = state_of(model) if is_accelerated(model) else None
-    chosen, mode = resolve(weights, config, host)
-    auto = isinstance(weights, str) and weights == "auto" and mode == GLOBAL
-    if auto and chosen is None and before is not None and before.auto and _still_fits(before.weights, host):
-        chosen = before.weights  # calibrated on a clip that came
-    own = None if chosen is None else chosen.copy_for(host)
-    install(model, host, replace(config, mode=mode), own, auto=auto)
+    ranks = None if process_group is None else Ranks(process_group)
+
+    def prepared() -> tuple[Host, PaceConfig, PaceWeights | None, bool]:
+        config = config_from(keep_ratio, merge_budget, settings)
+        host = find_host(model)
+        before = state_of(model) if is_accelerated(model) else None
+        chosen, mode = resolve(weights, config, host)
+        auto = isinstance(weights, str) and weights == "auto" and mode == GLOBAL
+        known = None if before is None or not before.auto else before.weights
+        if auto and chosen is None and _still_fits(known, host):
+            chosen = known  # calibrated on a clip that came
+        own = None if chosen is None else chosen.copy_for(host)
+        return host, replace(config, mode=mode), own, auto
+
+    host, config, own, auto = prepared() if ranks is None else _agreed(ranks, prepared)
+    install(model, host, config, own, auto=auto, ranks=ranks)
     return model
+
+
+def _agreed(
+    ranks: Ranks, prepare: Callable[[], tuple[Host, PaceConfig, PaceWeights | None, bool]]
+) -> tuple[Host, PaceConfig, PaceWeights | None, bool]:
+    """What `prepare` gives, once all ranks have the same."""
+    found = None
+
+    def described() -> tuple[None, dict[str, str]]:
+        nonlocal found
+        found = host, config, weights, auto = prepare()
+        _check_for_ranks(host, config, weights, auto)
+        ranks.check_device(host.reference.device)
+        shown = replace(config, output_device=None)  # each has its own
+        return None, {
+            "version of pacevggt-patch": __version__,
+            "type of device": host.reference.device.type,
+            "dtype": str(host.reference.dtype),
+            "model": f"{type(host.model).__name__} {' '.join(p[:12] for p in fingerprints(host).values())}",
+            "settings": str(shown),
+            "weights": "none" if weights is None else f"{weights.mode} {weights.digest()[:12]}",
+        }
+
+    ranks.agree(described)
+    assert found is not None
+    return found
+
+
+def _check_for_ranks(host: Host, config: PaceConfig, weights: PaceWeights | None, auto: bool) -> None:
+    """Raise PaceError where a clip can't be spread over processes."""
+    if config.mode != GLOBAL:
+        raise PaceError(
+            f'process_group does not go with mode="{config.mode}", which is for one process: use mode="global"'
+        )
+    if config.keep_ratio == 1 or config.min_frames not in (None, 1):
+        name = "keep_ratio=1" if config.keep_ratio == 1 else f"min_frames={config.min_frames}"
+        raise PaceError(
+            f"{name} does not go with process_group: a clip over several processes is always pruned, leave it out"
+        )
+    if auto and weights is None:
+        raise PaceError(
+            "a model over several processes does not calibrate itself, and there are no weights for this one yet: pass "
+            "those that calibrate(model, images) makes in one process, or weights=None"
+        )
+    if any(tensor.is_meta for tensor in host.fingerprint_tensors()):
+        raise UnsupportedModelError(
+            "the model's parameters hold no values, so whether all ranks have the same can't be told: load it first"
+        )
+    if weights is not None and weights.full_heads and not host.spec().num_heads:
+        raise UnsupportedModelError(
+            f"the global blocks of {type(host.model).__name__} do not tell how many heads they have, so which of them "
+            "see all tokens can't be told over several processes: pass weights=None"
+        )
+    missing = host.missing_stock_parts()
+    if missing:
+        raise UnsupportedModelError(
+            f"{type(host.model).__name__}.{host.trunk_name} lacks {', '.join(missing)}, by which a frame is told that "
+            "it is not the first: leave process_group out"
+        )
 
 
 def _still_fits(weights: PaceWeights | None, host: Host) -> bool:
@@ -119,24 +194,37 @@ def _still_fits(weights: PaceWeights | None, host: Host) -> bool:
 
 
 def install(
-    model: nn.Module, host: Host, config: PaceConfig, weights: PaceWeights | None, *, auto: bool = False
+    model: nn.Module,
+    host: Host,
+    config: PaceConfig,
+    weights: PaceWeights | None,
+    *,
+    auto: bool = False,
+    ranks: Ranks | None = None,
 ) -> State:
     """Replace the forwards of a model, after a trial; `weights` are used as they are.
 
     Args:
         auto: weights are found on the first clip where there are none.
+        ranks: processes that each clip is spread over.
 
     Raises:
         UnsupportedModelError: the model does not fit. It is as it was.
     """
     before = state_of(model) if is_accelerated(model) else None
     state = State(
-        config, host, weights, auto=auto, pending=auto and weights is None and config.keep_ratio < 1
+        config,
+        host,
+        weights,
+        auto=auto,
+        pending=auto and weights is None and config.keep_ratio < 1,
+        ranks=ranks,
     )
     heads = () if weights is None else weights.full_heads
     if before is not None:
         state.threads, state.told, state.recomputed = before.threads, before.told, before.recomputed
         state.trial = before.trial
+        state.threads.exchange = None
     if state.trial.key != trial.key(model, host, config.mode, heads):
         state.trial = trial.run(model, host, config, heads)
     if weights is not None and state.trial.heads is not None:
@@ -189,6 +277,8 @@ def place(state: State, *, trunk_alone: bool = False) -> None:
         parts.append((name, head, partial(DenseHeadForward, fast=fast)))
     if host.camera_head is not None and config.mode == PRE_AA and not trunk_alone:
         parts.append(("camera_head", host.camera_head, CameraHeadForward))
+    if host.camera_head is not None and state.ranks is not None:
+        parts.append(("camera_head", host.camera_head, JoinedCameraHeadForward))
     state.placed = [make(module, state, name) for name, module, make in parts]
     fast = any(isinstance(forward, DenseHeadForward) and forward.fast for forward in state.placed)
     if config.compile and not stock and not fast:
@@ -313,6 +403,7 @@ def summary(model: nn.Module, images: Tensor | None = None) -> Summary:
         patched=list(dict.fromkeys(f.name for f in forwards if not isinstance(f, BlockForward))),
         attention=kernel_name(device, autocast_dtype(device.type) or host.reference.dtype),
         compiled=_compiled_parts(forwards) if state.config.compile else "no",
+        processes=None if state.ranks is None else f"rank {state.ranks.rank} of {state.ranks.world}",
         stages=list(state.timer.stages),
         kept=state.kept,
     )

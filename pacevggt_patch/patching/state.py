@@ -19,6 +19,7 @@ from ..method.cost import pruning_pays
 from ..method.global_pruning import Plan, joined, keep_best
 from ..method.propagation import make_propagation
 from ..runtime.attention import autocast_dtype
+from ..runtime.ranks import ClipExchange, Ranks
 from ..weights.fingerprint import agree, fingerprints
 from ..weights.pace import PaceWeights
 from .summary import StageTimer
@@ -38,10 +39,17 @@ class Clip:
         images: of a model that is to be calibrated, or None.
         loose: whether it ends with the last block, since the trunk was not called.
         crossed: whether a global block ran.
+        exchange: of a clip over several processes; `frames` are those here.
     """
 
-    def __init__(self, batch: int | None = None, frames: int | None = None, loose: bool = False):
-        self.batch, self.frames, self.loose = batch, frames, loose
+    def __init__(
+        self,
+        batch: int | None = None,
+        frames: int | None = None,
+        loose: bool = False,
+        exchange: ClipExchange | None = None,
+    ):
+        self.batch, self.frames, self.loose, self.exchange = batch, frames, loose, exchange
         self.prunes: bool | None = None
         self.images: Tensor | None = None
         self.config, self.weights, self.whole, self.crossed = PaceConfig(), None, False, False
@@ -94,9 +102,11 @@ class PerThread(threading.local):
         embedding: whether the patch embedding runs.
         paused: how many `paused` blocks are open.
         observer: is handed each global block of an unpruned pass; see `install.observing`.
+        exchange: of the clip of the last forward pass, if it was one over several processes.
     """
 
     clip: Clip | None = None
+    exchange: ClipExchange | None = None
     grid: tuple[int, int] | None = None
     embedding: bool = False
     observer: Callable[[int, BlockCall, Callable[..., Any], Clip], Any] | None = None
@@ -160,6 +170,8 @@ class State:
         kept: [B, S, K] indices of the patch tokens that the last forward pass kept, or None.
         checkpointing: compute blocks once more for the backward pass instead of keeping what is in them.
         compiles_heads: whether dense heads are compiled where the settings ask for compilation.
+        ranks: the processes that each clip is spread over, or None.
+        knows_special: whether the special tokens that enter the blocks were found to be the host's parameters.
     """
 
     config: PaceConfig
@@ -177,6 +189,8 @@ class State:
     kept: Tensor | None = None
     checkpointing: bool = False
     compiles_heads: bool = True
+    ranks: Ranks | None = None
+    knows_special: bool = False
     told: set[str] = field(default_factory=set)
     timer: StageTimer = field(default_factory=StageTimer)
     threads: PerThread = field(default_factory=PerThread)
@@ -247,6 +261,8 @@ class State:
         kept = config.kept_tokens(patches)
         if self.forced or kept == patches:
             return self.forced
+        if self.ranks is not None:
+            return True  # unpruned, the keys of all tokens would have to travel
         if config.min_frames is not None:
             return frames >= config.min_frames
         return pruning_pays(
@@ -321,4 +337,30 @@ class State:
                 "before it: use `with paused(model):` for such calls"
             )
         clip.parts = parts
-        return joined([plan for _, plan in parts if plan is not None], batch)
+        return joined([plan for _, plan in parts if plan is not None], batch, clip.exchange)
+
+    def with_special_of_rest(self, clip: Clip, x: Tensor) -> Tensor:
+        """Tokens [n, L, C] that enter the first block, the special tokens of frame 0 those of any but the first frame.
+
+        The trunk gives the first frame of its call special tokens of its own, and by them the blocks tell which frame
+        sets the coordinates. It must be the first of the whole clip. To put the right ones in here costs nothing; a
+        frame borrowed from the process before would run through all blocks.
+
+        Raises:
+            UnsupportedModelError: special tokens are something else than the host's parameters.
+        """
+        count = self.host.special_tokens
+        if not self.knows_special and len(clip.parts) == 1:
+            # Once, since the host waits for the device here.
+            wanted = self.host.special(1, len(x))[0].to(x.dtype)
+            if not torch.equal(x[:, :count], wanted):
+                raise UnsupportedModelError(
+                    f"the special tokens that enter the blocks of {self.host.trunk_name} are not camera_token and "
+                    "register_token, so which frame comes first can't be told to this model: leave process_group out"
+                )
+            self.knows_special = True
+        if clip.exchange is None or clip.exchange.before == 0:
+            return x
+        x = x.clone()
+        x[0, :count] = self.host.special(1, 2)[0, 1].to(x.dtype)
+        return x

@@ -93,6 +93,7 @@ class Summary:
         patched: names of the submodules whose forward is replaced, compiled blocks left out.
         attention: who computes attention, in words.
         compiled: what runs compiled, in words.
+        processes: which of the processes that share each clip this is, in words; None without such.
         stages: of the last forward pass; empty before the first.
         kept: [B, S, K] (int64), indices of the patch tokens that the last forward pass kept in each frame. None before
             the first pass, and after an unpruned one.
@@ -105,6 +106,7 @@ class Summary:
     patched: list[str]
     attention: str = "torch SDPA"
     compiled: str = "no"
+    processes: str | None = None
     stages: list[Stage] = field(default_factory=list)
     kept: Tensor | None = None
 
@@ -119,6 +121,8 @@ class Summary:
             f"attention     {self.attention}",
             f"compiled      {self.compiled}",
         ]
+        if self.processes is not None:
+            lines.append(f"processes     {self.processes}")
         if not self.stages:
             return "\n".join([*lines, "stages        none yet: run the model, or pass images to summary()"])
         lines.append(f"{'stage':34s}{'tokens in':>12s}{'tokens out':>12s}{'seconds':>10s}")

@@ -197,6 +197,10 @@ def fit_budget(
     patches = _patches(host, size)
     with _as_it_was(model):
         if is_accelerated(model):
+            if state_of(model).ranks is not None:
+                raise PaceError(
+                    "fit_budget plans for one process: call it before accelerate(model, process_group=...)"
+                )
             _plan_with(state_of(model), config, weights)
         else:
             accelerate(model, config or PaceConfig(), weights=weights)

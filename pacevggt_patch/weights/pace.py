@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 import reprlib
 from collections import Counter
@@ -255,6 +256,14 @@ class PaceWeights:
         with torch.inference_mode(False):
             self.modules().to(device)
         return self
+
+    def digest(self) -> str:
+        """SHA-256 over what they do: which heads see all tokens, and the values of all modules."""
+        digest = hashlib.sha256(repr((self.mode, self.full_heads, self.sizes())).encode())
+        for name, tensor in self.modules().state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     @property
     def device(self) -> torch.device | None:

@@ -41,7 +41,7 @@ def resolve(
                 "no weights of pre-AA pruning are bundled for this checkpoint, so it runs training-free: "
                 "pass weights that you trained, or weights=None to choose that without this warning",
                 UserWarning,
-                stacklevel=3,  # past accelerate(), to the line that called it
+                stacklevel=4,  # past accelerate(), to the line that called it
             )
         return found, mode
     chosen = weights if isinstance(weights, PaceWeights) else load(weights, host)
