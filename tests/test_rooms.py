@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import pacevggt_patch
 from pacevggt_patch.errors import ClipError
 from pacevggt_patch.evaluation import unproject
 from pacevggt_patch.mini.scenes.geometry import cross_cube
@@ -27,7 +25,6 @@ from pacevggt_patch.mini.scenes.rooms import (
 
 torch.set_num_threads(1)
 
-DEMO_CLIP = Path(pacevggt_patch.__path__[0]) / "data" / "room"
 
 
 def scene_and_cameras(seed: int, frames: int):
