@@ -26,7 +26,6 @@ from pacevggt_patch.mini.scenes.rooms import (
 torch.set_num_threads(1)
 
 
-
 def scene_and_cameras(seed: int, frames: int):
     """What `render_room(seed, frames)` renders."""
     generator = torch.Generator().manual_seed(seed)
