@@ -11,7 +11,7 @@ from hosts import random_images, tiny_vggt, with_heads
 
 from pacevggt_patch import PaceError, accelerate
 from pacevggt_patch.clips import save_clip
-from pacevggt_patch.method.few_keys import keys_of_frame
+from pacevggt_patch.method.few_keys import FRAMES, keys_of_frame
 from pacevggt_patch.mini.scenes.rooms import render_room
 from pacevggt_patch.runtime.attention import InterceptAttention
 
@@ -41,7 +41,7 @@ def test_each_rule_is_measured_as_published_and_on_from_there():
 @pytest.mark.parametrize("ratio", [0.3, 0.5])
 def test_pairs_of_ours_are_those_that_are_computed(frames, ratio):
     """At 6 frames all keys are there; at 30 those of other heads are a sample."""
-    assert (keys_of_frame(frames, 10) < 10) == (frames == 30)
+    assert (keys_of_frame(frames, 10, FRAMES) < 10) == (frames == 30)
     model, images, pairs = tiny_vggt(), random_images(frames), 0
     accelerate(model, ratio, weights=with_heads(model, (1, 0), (2, 1)), min_frames=1)
 
