@@ -102,13 +102,17 @@ def keys_of_frame(frames: int, tokens: int, short: int) -> int:
 
 def keys_of_clip(frames: int, special: int, patches: int, kept: int) -> int:
     """m: all keys of a clip of so many frames, of n special and P patch tokens each."""
-    sampled = frames * special + patches + (frames - 1) * keys_of_frame(frames, kept, FRAMES)
+    sampled = keys_of_sample(frames, special, patches, keys_of_frame(frames, kept, FRAMES))
     return min(frames * (special + kept), sampled)
 
 
 def keys_of_full(frames: int, special: int, patches: int) -> int:
     """All keys of full-attention heads of such a clip."""
-    count = keys_of_frame(frames, patches, FRAMES_OF_FULL)
+    return keys_of_sample(frames, special, patches, keys_of_frame(frames, patches, FRAMES_OF_FULL))
+
+
+def keys_of_sample(frames: int, special: int, patches: int, count: int) -> int:
+    """Keys of special tokens, of the patch tokens of the first frame, and `count` of each other frame."""
     return frames * special + patches + (frames - 1) * count
 
 
@@ -167,14 +171,40 @@ def full_keys(
         if exchange is None:
             return None
         return all_keys(exchange, special + patches)
-    leads = before == 0  # the first frame is here
-    start = torch.arange(frames, device=device)[:, None] * (special + patches)
-    places = [(start + torch.arange(special, device=device)).flatten()]  # [S * n]
-    if leads:
-        places.append(special + torch.arange(patches, device=device))  # [P]
-    at = even_sample(total, count, patches, device)[before : before + frames]
-    places.append((start + special + at)[int(leads) :].flatten())
-    index = torch.cat(places).expand(batch, -1)
+    every = torch.arange(patches, device=device)
+    first = every.expand(batch, -1) if before == 0 else None
+    others = even_sample(total, count, patches, device)[before : before + frames].expand(batch, -1, -1)
+    return sampled_keys(first, others, special, patches, patches, total, exchange)
+
+
+def sampled_keys(
+    first: Tensor | None,
+    others: Tensor,
+    special: int,
+    length: int,
+    patches: int,
+    total: int,
+    exchange: Exchange | None,
+) -> FewKeys:
+    """Special tokens, and of each frame some of those that `length` counts.
+
+    Args:
+        first: [B, P] numbers of the keys of the first frame, one for each patch token; None where it is elsewhere.
+        others: [B, S, c] those of each frame that is here. Of the first frame they are not read.
+        special: n.
+        length: patch tokens of a frame that numbers count: K or P.
+        patches: P.
+        total: frames of the whole clip.
+        exchange: of a clip that is spread over processes.
+    """
+    batch, frames, count = others.shape
+    start = torch.arange(frames, device=others.device)[:, None] * (special + length)
+    places = [(start + torch.arange(special, device=others.device)).flatten().expand(batch, -1)]  # [B, S * n]
+    rest = start + special + others
+    if first is not None:
+        places.append(special + first)
+        rest = rest[:, 1:]
+    index = torch.cat([*places, rest.flatten(1)], dim=1)
     counts = Repeats(total * special + patches, patches / count)
     return FewKeys(index, counts, elsewhere(exchange, special, patches, count))
 
@@ -193,12 +223,8 @@ def few_keys(propagation: Propagation, batch: int = 1, exchange: Exchange | None
         batch: B.
         exchange: of a clip that is spread over processes.
     """
-    index, weights, kept, device = (
-        propagation.index,
-        propagation.weights,
-        propagation.kept,
-        propagation.index.device,
-    )
+    index, weights, kept = propagation.index, propagation.weights, propagation.kept
+    device = index.device
     special, frames = index.shape[1] - kept, len(index) // batch
     patches = weights.shape[1] - special
     if kept == patches:
@@ -220,14 +246,8 @@ def few_keys(propagation: Propagation, batch: int = 1, exchange: Exchange | None
         if exchange is None:
             return FewKeys(None, counts)
         return all_keys(exchange, special + kept, counts)
-    leads = before == 0  # the first frame is here
     at = even_sample(total, count, patches, device)[before : before + frames]  # [S, c]
     parts = zip(number.split(FRAMES_PER_CHUNK), at.repeat(batch, 1).split(FRAMES_PER_CHUNK), strict=True)
     others = torch.cat([standing_for(*part) for part in parts]).view(batch, frames, count)
-    start = (number[:frames] * (special + kept))[:, None]
-    places = [(start + torch.arange(special, device=device)).flatten().expand(batch, -1)]  # [B, S * n]
-    if leads:
-        places.append(special + standing_for(number[::frames], every.expand(batch, -1)))  # [B, P]
-    places.append((start + special + others)[:, int(leads) :].flatten(1))
-    counts = Repeats(total * special + patches, patches / count)
-    return FewKeys(torch.cat(places, dim=1), counts, elsewhere(exchange, special, patches, count))
+    first = standing_for(number[::frames], every.expand(batch, -1)) if before == 0 else None  # [B, P]
+    return sampled_keys(first, others, special, kept, patches, total, exchange)
