@@ -3,9 +3,9 @@
     python benchmarks/siblings.py --family pi3 --device cuda --compile --frames 100,300 --size 392x518 --json FILE
     python benchmarks/siblings.py --family vggt-omega --tiny --device cpu --frames 4 --size 64x80
 
-The model has its full shape and random weights: shapes alone decide the time, not the values. Its package must be on the
-path, a checkout will do. --tiny is the small model of the tests, to try the script on a CPU. Which heads match points
-between frames is not known of these models: --full-heads says how many to assume.
+The model has its full shape and random weights: shapes alone decide the time, not the values. Its package must be on
+the path, a checkout will do. --tiny is the small model of the tests, to try the script on a CPU. Which heads match
+points between frames is not known of these models: --full-heads says how many to assume.
 """
 
 from __future__ import annotations
@@ -87,10 +87,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--family", choices=tuple(FAMILIES), required=True)
     parser.add_argument("--frames", type=numbers, default=[100, 300], help="of the clips (100,300)")
-    parser.add_argument("--size", type=partial(numbers, separator="x"), default=[392, 518], help="HxW (392x518)")
+    parser.add_argument(
+        "--size", type=partial(numbers, separator="x"), default=[392, 518], help="HxW (392x518)"
+    )
     parser.add_argument("--keep-ratio", type=float, default=0.3)
     parser.add_argument("--full-heads", default="8", metavar="HEADS", help="see latency.py (8)")
     parser.add_argument("--repeats", type=int, default=5, help="counted runs of each (5)")
@@ -119,7 +123,9 @@ def build(family: str, device: torch.device, tiny: bool = False) -> Any:
     try:
         build_model = getattr(importlib.import_module(module), kind)
     except ImportError as error:
-        raise PaceError(f"{module} can't be imported ({error}): put a checkout of it on PYTHONPATH") from error
+        raise PaceError(
+            f"{module} can't be imported ({error}): put a checkout of it on PYTHONPATH"
+        ) from error
     with device:  # on the CPU this takes long
         model = build_model()
     if hasattr(model, "disable_multimodal"):  # as Pi3X asks for where images are all that is given
