@@ -1,45 +1,50 @@
-"""Depth Anything 3: one vision transformer, some of whose later blocks attend over all frames."""
+"""Depth Anything 3 (arXiv 2511.10647): one vision transformer, whose later blocks see a view and all views in turn."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..runtime.bare_copy import unwrapped
-from .base import BackboneSpec, BlockCall, Host, register_host
+from .base import BackboneSpec, Host, register_host
 from .rope import static_rope
 
-# Where the net is: the model itself, beside a metric one, and inside the class of the package's API.
+# What tells that a module is a net, and what its transformer must have.
+CLUES = ("blocks", "patch_embed", "alt_start")
+PARTS = ("get_intermediate_layers", "process_attention", "camera_token", "patch_size", "embed_dim")
+# Where a net is: the model itself, the one of all views beside a metric one, and either in the class of the API.
 PLACES = ("", "da3", "model", "model.da3")
-PARTS = ("blocks", "patch_embed", "alt_start", "patch_size", "cls_token", "embed_dim")
 
 
 class DepthAnything3(Host):
-    """A Depth Anything 3 (arXiv 2511.10647) with global blocks: small, base, large, giant, or nested."""
+    """A Depth Anything 3 of all views: small, base, large or giant, nested or not, with or without its API around it.
+
+    Blocks from `alt_start` on are of frames where their number is even, and global where it is odd. The views come
+    to them in an order of the model's own, the reference view first.
+    """
 
     family = "depth-anything-3"
-    embedding_name = "pretrained.patch_embed"
+    image_argument = "x"
+    embedding_name, rope_name = "pretrained.patch_embed", "pretrained.rope"
+    image_values = "normalised by ImageNet's mean and deviation"
 
     def __init__(self, model: nn.Module, place: str):
         net: Any = model.get_submodule(place)
         within = f"{place}." if place else ""
         self.model, self.trunk, self.trunk_name = model, net.backbone, f"{within}backbone"
-        vit = self.vit = self.trunk.pretrained
+        vit = self.vit = net.backbone.pretrained
         self.embedding = vit.patch_embed
-        counts = {"frame": 0, "global": 0}
-        self.numbers: dict[tuple[str, int], int] = {}
-        for number in range(vit.alt_start, len(vit.blocks)):
-            kind = "global" if number % 2 else "frame"
-            self.numbers[kind, counts[kind]] = number
-            counts[kind] += 1
-        self.blocks = tuple((kind, i, vit.blocks[number]) for (kind, i), number in self.numbers.items())
-        self.depth, self.embed_dim = counts["global"], vit.embed_dim
-        self.special_tokens = 1 + int(getattr(vit, "num_register_tokens", 0))
-        self.patch_size = int(vit.patch_size)
+        self.start, self.first_pair = int(vit.alt_start), int(vit.alt_start) // 2
+        kinds = ("frame", "global")
+        alternating = list(enumerate(vit.blocks))[self.start :]
+        self.blocks = tuple((kinds[i % 2], i // 2 - self.first_pair, block) for i, block in alternating)
+        self.depth = self.blocks[-1][1] + 1
+        self.special_tokens, self.patch_size = 1 + int(vit.num_register_tokens), int(vit.patch_size)
+        self.embed_dim = int(vit.embed_dim)
         rope = getattr(vit, "rope", None)
         self.rope = None if rope is None or static_rope(rope) is None else rope
-        self.camera_head = None
         self.dense_heads = {
             f"{within}{name}": module
             for name, module in net.named_children()
@@ -47,23 +52,37 @@ class DepthAnything3(Host):
         }
         self.cached_layers = tuple(sorted(self.trunk.out_layers))
 
-    @property
-    def reference(self) -> Tensor:
-        return self.vit.cls_token
-
     def block_name(self, kind: str, index: int) -> str:
-        return f"pretrained.blocks.{self.numbers[kind, index]}"
+        return f"pretrained.blocks.{2 * (index + self.first_pair) + (kind == 'global')}"
 
-    def block_call(self, args: tuple, kwargs: dict[str, Any]) -> BlockCall | None:
-        kwargs = dict(kwargs)
-        x, rest = (args[0], args[1:]) if args else (kwargs.pop("x", None), ())
-        if not isinstance(x, Tensor) or x.ndim != 3:
+    def side_blocks(self) -> dict[str, Any]:
+        before = enumerate(self.vit.blocks[: self.start])
+        return {self.part_name(f"pretrained.blocks.{index}"): block for index, block in before}
+
+    def special_parameters(self) -> list[Tensor]:
+        return [self.vit.camera_token]
+
+    def scored(self, tokens: Tensor) -> Tensor:
+        # Between blocks a few channels are large in all tokens. Those that a block reads are normalised.
+        norm = self.blocks[0][2].norm1
+        return type(norm).forward(norm, tokens)
+
+    def far_from_range(self, low: float, high: float) -> bool:
+        return low < -4.5 or high > 5
+
+    def patch_positions(self, grid: tuple[int, int], device: torch.device) -> Tensor | None:
+        """Positions [P, 2] in frame blocks; those of global blocks are all 1."""
+        if self.rope is None:
             return None
-        return BlockCall(x, kwargs.pop("pos", None), rest, kwargs, "pos")
+        rows, columns = (torch.arange(n, device=device) for n in grid)
+        return torch.cartesian_prod(rows, columns).view(-1, 2) + 1
 
-    def fingerprint_tensors(self) -> list[Tensor]:
-        tokens = [self.vit.cls_token, self.vit.camera_token]
-        return tokens + [p for b in (self.blocks[0][2], self.blocks[-1][2]) for p in b.parameters()]
+    def refusals(self) -> dict[str, str]:
+        why = f"{type(self.model).__name__} goes on with what its head gives where the images are"
+        return {"output_device": why}
+
+    def spec(self) -> BackboneSpec:
+        return replace(super().spec(), cached_layers=self.cached_layers)  # heads count those that they are given
 
 
 @register_host("depth-anything-3")
@@ -76,8 +95,20 @@ def find_depth_anything_3(model: nn.Module) -> DepthAnything3 | str | None:
         except AttributeError:
             continue
         vit = getattr(getattr(net, "backbone", None), "pretrained", None)
-        if any(not hasattr(vit, name) for name in PARTS):
+        if any(not hasattr(vit, name) for name in CLUES):
             continue
-        if vit.alt_start != -1:
-            return DepthAnything3(model, place)
+        where = ".".join(name for name in (kind, place) if name)
+        if vit.alt_start == -1:
+            reason = (
+                f"{where} is a Depth Anything 3 without global blocks, as the mono and metric models are: it sees each "
+                "image alone, so there is nothing to prune"
+            )
+            continue
+        missing = [name for name in PARTS if not hasattr(vit, name)]
+        if missing:
+            return f"{where}.backbone.pretrained lacks {', '.join(missing)}, which a Depth Anything 3 has"
+        return DepthAnything3(model, place)
+    vit = getattr(model, "pretrained", model)
+    if reason is None and all(hasattr(vit, name) for name in CLUES):
+        return f"{kind} is the backbone of a Depth Anything 3: pass the net that holds it"
     return reason
