@@ -100,7 +100,7 @@ class Runner:
         self.configs = tuple(dict.fromkeys(self.install(config) for config in plan.configs))
         self.weights = dict.fromkeys(self.configs, plan.options.weights)
         host = find_host(model)
-        self.heads = host.spec().num_heads * host.depth
+        self.heads = host.spec().num_heads * len(host.of_kind("global"))
         self.patch_size = host.patch_size
 
     def install(self, config: PaceConfig) -> PaceConfig:

@@ -159,7 +159,7 @@ def run_block(
     before, after = (
         [parameter(module, name, others) for name in names] for names in (BEFORE, after_names(module))
     )
-    turned = rotation if module.attn.rope is not None else None
+    turned = rotation if getattr(module.attn, "rope", None) is not None else None
     norms = (getattr(module.attn, name, None) for name in ("q_norm", "k_norm"))
     eps = (module.norm1.eps, *(getattr(norm, "eps", 0.0) for norm in norms))
     # With shapes of parameters in the key no other width makes them dynamic.
@@ -206,11 +206,13 @@ def attend_all(project: Project, x: Tensor, rotation: Rotation | None) -> Tensor
 
 def parameter(module: Any, name: str, others: Mapping[str, Tensor]) -> Tensor | None:
     """A parameter of a block by its name, or what is taken in its place; None where there is none."""
-    if name in others:
-        return others[name]
-    for part in name.split("."):
+    *parts, last = name.split(".")
+    for part in parts:
         module = getattr(module, part, None)
-    return module
+    found = others[name] if name in others else getattr(module, last, None)
+    # DINOv3 takes keys without their part of the joint bias.
+    mask = getattr(module, f"{last}_mask", None)
+    return found if found is None or mask is None else found * mask.to(found.dtype)
 
 
 def after_names(module: Any) -> list[str]:
@@ -228,13 +230,14 @@ def flat_rotation(
     return cos, sin
 
 
-def stock_blocks(modules: Iterable[Any], channels: int, rope: Any) -> set[int]:
+def stock_blocks(modules: Iterable[Any], channels: int, rope: Any, argument: str = "pos") -> set[int]:
     """`id` of those blocks that `run_block` can run.
 
     Args:
         modules: blocks.
         channels: C.
         rope: rotary embedding that `rope.rotation` knows, or None: blocks with another one are left out.
+        argument: by what name blocks take positions.
     """
     found, known = set(), {}
     for module in modules:
@@ -243,7 +246,7 @@ def stock_blocks(modules: Iterable[Any], channels: int, rope: Any) -> set[int]:
             continue
         like = make(module)
         if like not in known:
-            known[like] = is_block(module, channels)
+            known[like] = is_block(module, channels, argument)
         if known[like]:
             found.add(id(module))
     return found
@@ -276,7 +279,7 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, (bool, int, float, str, torch.dtype, type(None)))
 
 
-def is_block(module: Any, channels: int) -> bool:
+def is_block(module: Any, channels: int, argument: str = "pos") -> bool:
     """Whether `run_block` does what this block does, tried on a small example in float32 on the CPU.
 
     Forks may change a part and keep its name. The block itself is not run, and its values are not looked at.
@@ -284,9 +287,10 @@ def is_block(module: Any, channels: int) -> bool:
     Args:
         module: any module.
         channels: C.
+        argument: by what name it takes positions.
     """
     try:
-        rope = module.attn.rope
+        rope = getattr(module.attn, "rope", None)
         generator = torch.Generator("cpu").manual_seed(0)
 
         def values(parameter: Tensor) -> Tensor:
@@ -301,7 +305,7 @@ def is_block(module: Any, channels: int) -> bool:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             x = torch.randn(2, 24, channels, generator=generator, dtype=torch.float32, device="cpu")
             positions = torch.randint(0, 9, (2, 24, 2), generator=generator, device="cpu")
-            where = {} if rope is None else {"pos": positions}
+            where = {} if rope is None else {argument: positions}
             turned = None
             if rope is not None:
                 width = channels // bare.attn.num_heads
