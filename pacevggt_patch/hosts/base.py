@@ -236,6 +236,10 @@ class Host:
             return BlockCall(x, rest[0], rest[1:], kwargs, 0)
         return BlockCall(x, None, rest, kwargs, None)
 
+    def scored(self, tokens: Tensor) -> Tensor:
+        """What patch tokens [N, P, C] that enter the first block are chosen and compared by."""
+        return tokens
+
     def rope_dtype(self, dtype: torch.dtype, narrow: torch.dtype | None) -> torch.dtype:
         """What queries and keys of tokens of a dtype are rotated in, under autocast to `narrow` or without."""
         # Autocast computes norms, and so queries and keys, in float32 at least.
