@@ -7,11 +7,12 @@ same in global blocks, and outputs in a dictionary with attributes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from conformance import Subject
 from torch import Tensor, nn
 from vggt.layers.rope import PositionGetter, RotaryPositionEmbedding2D
 from vggt.layers.swiglu_ffn import SwiGLUFFNFused
@@ -285,11 +286,27 @@ class Wrapper(nn.Module):
             return self.model(image, *args, **kwargs)
 
 
-def build(
-    start: int = 4, depth: int = 12, *, gated: bool = False, nested: bool = False, seed: int = 0
-) -> nn.Module:
-    """A net in eval mode: of all views, or nested."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        net = Nested(start, depth) if nested else Net(start, depth, gated)
-    return net.eval()
+def outputs(model: Any, images: Tensor) -> list[Tensor]:
+    """What a user gets of images, features of two layers among it."""
+    found = model(images, export_feat_layers=(5, 6))
+    return [*(value for value in found.values() if isinstance(value, Tensor)), *found.aux.values()]
+
+
+def subject(name: str, build: Callable[[], nn.Module], **settings: Any) -> Subject:
+    def seeded(seed: int) -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return build().eval()
+
+    return Subject(
+        name, "depth-anything-3", seeded, PATCH, 1, outputs, outputs, refused=("output_device",), **settings
+    )
+
+
+DOUBLES = [
+    subject("depth-anything-3", lambda: Net(4, 10), compiles=10),
+    # As the giant: global block first, network with a gate.
+    subject("depth-anything-3 giant", lambda: Net(3, 8, gated=True), compiles=8),
+    subject("depth-anything-3 nested", lambda: Nested(4, 10), compiles=10),
+    subject("depth-anything-3 in its API", lambda: Wrapper(Net(3, 8)), compiles=8, gradients=False),
+]

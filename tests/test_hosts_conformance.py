@@ -6,13 +6,14 @@ import inspect
 
 import pytest
 from conformance import CHECKS, Subject
+from depth_anything_double import DOUBLES
 from hosts import tiny_vggt
 from real_hosts import REAL
 
 VGGT = Subject(
     "vggt", "vggt", lambda seed: tiny_vggt(seed=seed), patch_size=14, special=5, pre_aa=True, compiles=10
 )  # fmt: skip
-SUBJECTS = [VGGT, *REAL]
+SUBJECTS = [VGGT, *DOUBLES, *REAL]
 
 
 @pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'", "ignore:CUDA is not available")

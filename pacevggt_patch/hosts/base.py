@@ -236,6 +236,10 @@ class Host:
             return BlockCall(x, rest[0], rest[1:], kwargs, 0)
         return BlockCall(x, None, rest, kwargs, None)
 
+    def frame_positions(self, grid: tuple[int, int], device: torch.device) -> Tensor | None:
+        """Positions [L, 2] of a frame's tokens in frame blocks, of hosts whose first block is a global one."""
+        return None
+
     def scored(self, tokens: Tensor) -> Tensor:
         """What patch tokens [N, P, C] that enter the first block are chosen and compared by."""
         return tokens

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import BackboneSpec, Host, register_host
@@ -13,7 +14,7 @@ from .rope import static_rope
 
 # What tells that a module is a net, and what its transformer must have.
 CLUES = ("blocks", "patch_embed", "alt_start")
-PARTS = ("get_intermediate_layers", "process_attention", "camera_token", "patch_size", "embed_dim")
+PARTS = ("camera_token", "num_register_tokens", "patch_size", "embed_dim")
 # Where a net is: the model itself, the one of all views beside a metric one, and either in the class of the API.
 PLACES = ("", "da3", "model", "model.da3")
 
@@ -70,12 +71,9 @@ class DepthAnything3(Host):
     def far_from_range(self, low: float, high: float) -> bool:
         return low < -4.5 or high > 5
 
-    def patch_positions(self, grid: tuple[int, int], device: torch.device) -> Tensor | None:
-        """Positions [P, 2] in frame blocks; those of global blocks are all 1."""
-        if self.rope is None:
-            return None
-        rows, columns = (torch.arange(n, device=device) for n in grid)
-        return torch.cartesian_prod(rows, columns).view(-1, 2) + 1
+    def frame_positions(self, grid: tuple[int, int], device: torch.device) -> Tensor:
+        rows, columns = (torch.arange(1, n + 1, device=device) for n in grid)
+        return F.pad(torch.cartesian_prod(rows, columns), (0, 0, self.special_tokens, 0))
 
     def refusals(self) -> dict[str, str]:
         why = f"{type(self.model).__name__} goes on with what its head gives where the images are"
