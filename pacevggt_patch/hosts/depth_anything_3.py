@@ -80,7 +80,9 @@ class DepthAnything3(Host):
         return {"output_device": why}
 
     def spec(self) -> BackboneSpec:
-        return replace(super().spec(), cached_layers=self.cached_layers)  # heads count those that they are given
+        return replace(
+            super().spec(), cached_layers=self.cached_layers
+        )  # heads count those that they are given
 
 
 @register_host("depth-anything-3")
