@@ -120,6 +120,9 @@ class Host:
     Attributes:
         family: name of the family.
         image_argument: what the trunk calls the images, its first argument.
+        image_values: what values images have, in words.
+        image_limits: values that images have only if they were loaded in another way lie beyond.
+        image_advice: what to do with such images.
         position_argument: by what name blocks are given positions.
         rope_name: name of `rope` in the trunk.
         model: the user's model.
@@ -142,6 +145,9 @@ class Host:
 
     family: str
     image_argument = "images"
+    image_values = "[0, 1]"
+    image_limits = (-0.5, 1.5)
+    image_advice = "divide 8-bit values by 255, and leave normalisation to the model"
     position_argument = "pos"
     rope_name = "rope"
     model: nn.Module
@@ -257,7 +263,9 @@ class Host:
         """
         patch = self.patch_size
         if not isinstance(images, Tensor):
-            raise PaceError(f"images must be a tensor [B, S, 3, H, W] in [0, 1], got {type(images).__name__}")
+            raise PaceError(
+                f"images must be a tensor [B, S, 3, H, W] in {self.image_values}, got {type(images).__name__}"
+            )
         shape = tuple(images.shape)
         if len(shape) != 5 or shape[2] != 3 or 0 in shape:
             raise PaceError(f"images must be [B, S, 3, H, W] with at least one frame, got {list(shape)}")
@@ -272,7 +280,7 @@ class Host:
             )
         if not images.is_floating_point():
             raise PaceError(
-                f"images must be floating point in [0, 1], got {images.dtype}: divide 8-bit images by 255"
+                f"images must be floating point in {self.image_values}, got {images.dtype}: {self.image_advice}"
             )
         device, weights = self.reference.device, self.reference.dtype
         if images.device != device:
@@ -295,8 +303,8 @@ class Host:
             raise PaceError("images hold NaN or infinity: check how they were loaded")
         if self.far_from_range(low, high):
             warnings.warn(
-                f"images reach from {low:.3g} to {high:.3g}, and the model expects [0, 1]: divide 8-bit values by 255, "
-                "and leave normalisation to the model",
+                f"images reach from {low:.3g} to {high:.3g}, and the model expects {self.image_values}: "
+                f"{self.image_advice}",
                 UserWarning,
                 stacklevel=3,
             )
@@ -307,7 +315,7 @@ class Host:
 
     def far_from_range(self, low: float, high: float) -> bool:
         """Whether images of such values were loaded in another way than the model expects."""
-        return far_from_unit(low, high)
+        return low < self.image_limits[0] or high > self.image_limits[1]
 
     # What can't be had.
 
@@ -405,11 +413,6 @@ def value_range(images: Tensor) -> tuple[float, float]:
     """The least and the largest value of images. Waits for their device."""
     low, high = (value.item() for value in images.detach().aminmax())
     return low, high
-
-
-def far_from_unit(low: float, high: float) -> bool:
-    """Whether images of such values are so far from [0, 1] that they are not divided by 255, or are normalised."""
-    return low < -0.5 or high > 1.5
 
 
 # Of a family: makes the Host of a model, or gives a sentence that says why it is none, or None without a clue.

@@ -27,9 +27,9 @@ class DepthAnything3(Host):
     """
 
     family = "depth-anything-3"
-    image_argument = "x"
+    image_argument, image_values = "x", "ImageNet's normalisation"
+    image_limits, image_advice = (-4.5, 5.0), "let the package's input processor load them"
     embedding_name, rope_name = "pretrained.patch_embed", "pretrained.rope"
-    image_values = "normalised by ImageNet's mean and deviation"
 
     def __init__(self, model: nn.Module, place: str):
         net: Any = model.get_submodule(place)
@@ -67,9 +67,6 @@ class DepthAnything3(Host):
         # Between blocks a few channels are large in all tokens. Those that a block reads are normalised.
         norm = self.blocks[0][2].norm1
         return type(norm).forward(norm, tokens)
-
-    def far_from_range(self, low: float, high: float) -> bool:
-        return low < -4.5 or high > 5
 
     def frame_positions(self, grid: tuple[int, int], device: torch.device) -> Tensor:
         rows, columns = (torch.arange(1, n + 1, device=device) for n in grid)

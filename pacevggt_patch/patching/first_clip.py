@@ -93,7 +93,7 @@ def _problem(host: Host, clip: Clip, call: BlockCall, frames: int) -> str | None
     if call.x.requires_grad and torch.is_grad_enabled():
         return "gradients are being recorded"
     if clip.images is not None and host.far_from_range(*value_range(clip.images)):
-        return "its images are far from [0, 1]"
+        return f"its images are far from {host.image_values}"
     if not call.plain:
         return "its global blocks are given more than tokens and positions"
     return None
