@@ -136,8 +136,8 @@ def _unpruned_errors(state: State, clip: Clip, call: BlockCall, frames: int) -> 
 def _frame_arguments(state: State, clip: Clip, call: BlockCall, chosen: Tensor) -> BlockCall:
     """A call of a frame block on `chosen` frames of the first clip: where its tokens are, and what else it is given.
 
-    It is told by the clip's own last one, or by the host where there was none. Where that was given a part of the frames,
-    as hosts that go through them in chunks do, positions are those of the global block.
+    It is told by the clip's own last one, or by the host where there was none. Where that one was given a part of the
+    frames, as hosts that go through them in chunks do, positions are those of the global block.
     """
     before = clip.frame_call
     known = None
