@@ -178,11 +178,11 @@ PI3: dict[str, Any] = dict(patch_size=14, special=5, refused=("head_dtype", "out
 REAL = [
     subject("pi3", "pi3", pi3, "pi3.models.pi3", compiles=16, inner=decoded, **PI3),
     subject(
-        "pi3x", "pi3", partial(pi3, multimodal=False), "pi3.models.pi3x", compiles=14, inner=decoded_by_pi3x,
+        "pi3x", "pi3", partial(pi3, multimodal=False), "pi3.models.pi3x", compiles=16, inner=decoded_by_pi3x,
         gradients=False, **PI3,
     ),
     subject(
-        "vggt-omega", "vggt-omega", vggt_omega, "vggt_omega.models", patch_size=16, special=17, compiles=4,
+        "vggt-omega", "vggt-omega", vggt_omega, "vggt_omega.models", patch_size=16, special=17, compiles=10,
         special_blocks=(1, 4), refused=("head_dtype",), inner=lambda model, images: model.aggregator(images),
     ),
 ]  # fmt: skip

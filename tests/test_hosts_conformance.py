@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import inspect
 
+import depth_anything_double
 import pytest
+import real_depth_anything
 from conformance import CHECKS, Subject
-from depth_anything_double import DOUBLES
 from hosts import tiny_vggt
-from real_depth_anything import REAL as REAL_DEPTH_ANYTHING
+from hosts_doubles import DOUBLES
 from real_hosts import REAL
 
 VGGT = Subject(
     "vggt", "vggt", lambda seed: tiny_vggt(seed=seed), patch_size=14, special=5, pre_aa=True, compiles=10
 )  # fmt: skip
-SUBJECTS = [VGGT, *DOUBLES, *REAL, *REAL_DEPTH_ANYTHING]
+SUBJECTS = [VGGT, *DOUBLES, *depth_anything_double.DOUBLES, *REAL, *real_depth_anything.REAL]
 
 
 @pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'", "ignore:CUDA is not available")

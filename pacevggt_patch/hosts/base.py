@@ -69,6 +69,7 @@ class BlockCall:
         args, kwargs: all other arguments.
         at: how positions are passed: a keyword, a place among `args`, or None where there are none.
         shared: whether all other arguments are the same for any of the B sequences.
+        tables: sines and cosines [P, d] of patches that are among the other arguments, or None.
     """
 
     x: Tensor
@@ -77,6 +78,7 @@ class BlockCall:
     kwargs: dict[str, Any]
     at: str | int | None
     shared: bool = False
+    tables: tuple[Tensor, Tensor] | None = None
 
     @property
     def plain(self) -> bool:
@@ -124,6 +126,7 @@ class Host:
         image_limits: values that images have only if they were loaded in another way lie beyond.
         image_advice: what to do with such images.
         position_argument: by what name blocks are given positions.
+        by_tables: whether blocks are given sines and cosines in place of positions, see `rope.table_rotation`.
         rope_name: name of `rope` in the trunk.
         model: the user's model.
         trunk: the module whose forward embeds images and runs the blocks: a part of the model, or all of it.
@@ -149,6 +152,7 @@ class Host:
     image_limits = (-0.5, 1.5)
     image_advice = "divide 8-bit values by 255, and leave normalisation to the model"
     position_argument = "pos"
+    by_tables = False
     rope_name = "rope"
     model: nn.Module
     trunk: Any

@@ -46,7 +46,8 @@ class Pi3(Host):
         }
 
     def special_parameters(self) -> list[Tensor]:
-        return [self.model.register_token]
+        token: Any = self.model.register_token
+        return [token]
 
     def mean_dtype(self, images: Tensor) -> torch.dtype:
         return getattr(self.model, "image_mean", images).dtype

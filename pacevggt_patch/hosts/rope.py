@@ -54,6 +54,18 @@ def rotation(rope: Any, width: int, dtype: torch.dtype, positions: Tensor) -> Ro
     return cos, sin
 
 
+def table_rotation(tables: Any, length: int) -> Rotation:
+    """Cosines and sines [L, D] of L = `length` tokens of a frame, of sines and cosines of its patches [P, D].
+
+    Those are of DINOv3, which leaves tokens in front of the patches as they are, and turns the two halves of all
+    channels against each other.
+    """
+    sin, cos = tables
+    half, front = sin.shape[-1] // 2, (0, 0, length - len(sin), 0)
+    sin = torch.cat([-sin[:, :half], sin[:, half:]], dim=-1)
+    return F.pad(cos, front, value=1.0), F.pad(sin, front)
+
+
 def rotate(tokens: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Queries or keys [B, heads, L, D], rotated."""
     # Each half of the channels, for y and for x, turns its own two halves against each other.

@@ -28,7 +28,7 @@ class VGGTOmega(VGGT):
     Blocks of register attention are given the special tokens alone, and run as they are.
     """
 
-    family = "vggt-omega"
+    family, by_tables = "vggt-omega", True
 
     def __init__(self, model: nn.Module):
         aggregator: Any = model._modules["aggregator"]
@@ -52,7 +52,10 @@ class VGGTOmega(VGGT):
     def block_call(self, args: tuple, kwargs: dict[str, Any]) -> BlockCall | None:
         # Besides tokens a block is given sines and cosines of the patches of any frame, or None.
         call = super().block_call(args, kwargs)
-        return None if call is None else replace(call, shared=True)
+        if call is None:
+            return None
+        tables = call.args[0] if len(call.args) == 1 and not call.kwargs else None
+        return replace(call, shared=True, tables=tables)
 
     def side_blocks(self) -> dict[str, Any]:
         return {}  # those of DINOv3 are given lists of clips

@@ -19,7 +19,7 @@ from ..config import GLOBAL, PRE_AA
 from ..errors import PaceError, UnsupportedModelError
 from ..hosts import blocks
 from ..hosts.base import BlockCall
-from ..hosts.rope import rotate, rotation
+from ..hosts.rope import rotate, rotation, table_rotation
 from ..method import pre_aa
 from ..method.few_keys import all_keys
 from ..method.global_pruning import Plan, run_on_kept
@@ -494,7 +494,9 @@ class BlockForward(Forward):
         state, x = self.state, call.x
         narrow = autocast_dtype(x.device.type)
         turned = None
-        if call.positions is not None:
+        if call.tables is not None:
+            turned = blocks.of_sequences(table_rotation(call.tables, x.shape[1]), len(x))
+        elif call.positions is not None:
             dtype = state.host.rope_dtype(x.dtype, narrow)
             width = x.shape[-1] // self.module.attn.num_heads
             clip_at_hand = clip or state.threads.clip
@@ -510,14 +512,16 @@ class BlockForward(Forward):
             others,
             chunk_rows(x.shape[-1], x.device),
             attend,
+            call.tables is not None,
         )
         return out.view(x.shape)
 
     def fits(self, call: BlockCall) -> bool:
         """Whether the functions of `hosts.blocks` do what the block would do in this call."""
-        if self.kinds is None or not call.plain or self.previous is not None:
+        if self.kinds is None or self.previous is not None or not (call.plain or call.tables is not None):
             return False
-        rope, positions = getattr(self.module.attn, "rope", None), call.positions
+        rope: Any = getattr(self.module.attn, "rope", None)
+        positions = call.positions
         if (rope is None) != (positions is None):
             return False
         if positions is not None:

@@ -265,7 +265,7 @@ def place(state: State, *, trunk_alone: bool = False) -> None:
     every = [(kind, index, module) for kind, index, module in host.blocks if kind != "special"]
     side_blocks = host.side_blocks() if config.compile else {}
     modules = [*(module for _, _, module in every), *side_blocks.values()]
-    stock = blocks.stock_blocks(modules, host.embed_dim, host.rope, host.position_argument)
+    stock = blocks.stock_blocks(modules, host.embed_dim, host.rope, host.position_argument, host.by_tables)
     trunk = PreAATrunkForward if config.mode == PRE_AA else TrunkForward
     inside = host.part_name(host.embedding_name)
     parts: list[tuple[str, Any, Callable[..., Forward]]] = [(host.trunk_name, host.trunk, trunk)]
