@@ -120,6 +120,51 @@ def test_tokens_are_chosen_by_what_the_first_alternating_block_reads(subject):
     assert torch.equal(summary(model).kept[0], keep_best(features, (4, 5), 6))
 
 
+# ---- blocks before the alternation
+
+
+def test_early_blocks_run_on_a_part_of_the_views_at_a_time(monkeypatch):
+    model, images, sizes = prune(GIANT.model()), GIANT.images(), []
+    whole = given(model, images)
+    monkeypatch.setattr("pacevggt_patch.patching.forwards.chunk_rows", lambda *_: 3)
+    model.backbone.pretrained.blocks[0].norm1.register_forward_hook(
+        lambda _, args, out: sizes.append(len(out))
+    )
+    assert_close(given(model, images), whole, 1e-6)
+    stages = {stage.name: stage.tokens_in for stage in summary(model).stages}
+    assert sizes == [2, 2] and stages["early blocks"] == FRAMES * 21
+    given(prune(model, 1.0), images)  # to the bit, so as the stock model does it
+    assert sizes == [2, 2, 4]
+
+
+@every_subject
+def test_another_entrance_of_the_transformer(subject):
+    """Some ask it for layers of their own."""
+    model, images = subject.model(), subject.images()
+
+    def run(images):
+        with torch.inference_mode():
+            return tensors(model.backbone.pretrained.get_intermediate_layers(images, [6, 7]))
+
+    stock = run(images)
+    prune(model, 1.0)
+    assert_equal(run(images), stock)
+    prune(model)
+    found = run(images)
+    assert_pruned(found, stock)
+    assert_equal(run(images), found)
+    with torch.inference_mode():
+        model.backbone.out_layers = [6, 7]
+        assert_equal(tensors(model.backbone(images)), found)
+
+
+def test_gradients_by_another_entrance():
+    model, images = prune(PLAIN.model()), PLAIN.images()
+    vit = model.backbone.pretrained
+    tensors(vit.get_intermediate_layers(images, [9]))[0].square().mean().backward()
+    assert all(bool(block.attn.qkv.weight.grad.isfinite().all()) for block in vit.blocks)
+
+
 # ---- where the net is
 
 

@@ -133,8 +133,10 @@ class Host:
         trunk_name: its name in the model; empty where it is the model itself.
         embedding: module of the trunk that is given images [N, 3, H, W], by its name in the trunk.
         embedding_name: that name.
+        embedding_stage: what it does, in a summary.
         blocks: (kind, index, module) of all attention blocks of the trunk, in the order in which they run. Their kinds
-            are "frame", "global", and "special" for those that special tokens alone enter, which stay as they are.
+            are "frame", "global", "special" for those that special tokens alone enter, which stay as they are, and
+            "early" for frame blocks before those whose tokens are scored.
             Pairs of blocks count from 0, and so the indices of a kind may leave some out.
         special_tokens: n, tokens in front of a frame's patch tokens.
         patch_size: pixels a side of a patch.
@@ -153,7 +155,7 @@ class Host:
     image_advice = "divide 8-bit values by 255, and leave normalisation to the model"
     position_argument = "pos"
     by_tables = False
-    rope_name = "rope"
+    rope_name, embedding_stage = "rope", "DINO"
     model: nn.Module
     trunk: Any
     trunk_name: str

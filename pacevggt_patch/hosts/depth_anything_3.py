@@ -22,14 +22,18 @@ PLACES = ("", "da3", "model", "model.da3")
 class DepthAnything3(Host):
     """A Depth Anything 3 of all views: small, base, large or giant, nested or not, with or without its API around it.
 
-    Blocks from `alt_start` on are of frames where their number is even, and global where it is odd. The views come
-    to them in an order of the model's own, the reference view first.
+    Blocks from `alt_start` on are of frames where their number is even, and global where it is odd. They are given the
+    views in an order of the model's own, the reference view first.
     """
 
     family = "depth-anything-3"
     image_argument, image_values = "x", "ImageNet's normalisation"
     image_limits, image_advice = (-4.5, 5.0), "let the package's input processor load them"
-    embedding_name, rope_name = "pretrained.patch_embed", "pretrained.rope"
+    embedding_name, embedding_stage, rope_name = (
+        "pretrained.patch_embed",
+        "patch embedding",
+        "pretrained.rope",
+    )
 
     def __init__(self, model: nn.Module, place: str):
         net: Any = model.get_submodule(place)
@@ -37,11 +41,12 @@ class DepthAnything3(Host):
         self.model, self.trunk, self.trunk_name = model, net.backbone, f"{within}backbone"
         vit = self.vit = net.backbone.pretrained
         self.embedding = vit.patch_embed
-        self.start, self.first_pair = int(vit.alt_start), int(vit.alt_start) // 2
-        kinds = ("frame", "global")
-        alternating = list(enumerate(vit.blocks))[self.start :]
-        self.blocks = tuple((kinds[i % 2], i // 2 - self.first_pair, block) for i, block in alternating)
-        self.depth = self.blocks[-1][1] + 1
+        start, self.first_pair = int(vit.alt_start), int(vit.alt_start) // 2
+        every, kinds = list(enumerate(vit.blocks)), ("frame", "global")
+        alternating = [(kinds[i % 2], i // 2 - self.first_pair, block) for i, block in every[start:]]
+        self.blocks = (*(("early", i, block) for i, block in every[:start]), *alternating)
+        self.first_norm = alternating[0][2].norm1
+        self.depth = alternating[-1][1] + 1
         self.special_tokens, self.patch_size = 1 + int(vit.num_register_tokens), int(vit.patch_size)
         self.embed_dim = int(vit.embed_dim)
         rope = getattr(vit, "rope", None)
@@ -54,19 +59,15 @@ class DepthAnything3(Host):
         self.cached_layers = tuple(sorted(self.trunk.out_layers))
 
     def block_name(self, kind: str, index: int) -> str:
-        return f"pretrained.blocks.{2 * (index + self.first_pair) + (kind == 'global')}"
-
-    def side_blocks(self) -> dict[str, Any]:
-        before = enumerate(self.vit.blocks[: self.start])
-        return {self.part_name(f"pretrained.blocks.{index}"): block for index, block in before}
+        number = index if kind == "early" else 2 * (index + self.first_pair) + (kind == "global")
+        return f"pretrained.blocks.{number}"
 
     def special_parameters(self) -> list[Tensor]:
         return [self.vit.camera_token]
 
     def scored(self, tokens: Tensor) -> Tensor:
         # Between blocks a few channels are large in all tokens. Those that a block reads are normalised.
-        norm = self.blocks[0][2].norm1
-        return type(norm).forward(norm, tokens)
+        return type(self.first_norm).forward(self.first_norm, tokens)
 
     def frame_positions(self, grid: tuple[int, int], device: torch.device) -> Tensor:
         rows, columns = (torch.arange(1, n + 1, device=device) for n in grid)
