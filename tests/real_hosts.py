@@ -126,6 +126,11 @@ def _add_heads(model: Any, source: Any, multimodal: bool | None) -> None:
     model.metric_head = nn.Linear(CHANNELS, 1)
 
 
+def pi3x(seed: int) -> Any:
+    """A Pi3X that takes images alone."""
+    return pi3(seed, multimodal=False)
+
+
 def vggt_omega(seed: int) -> Any:
     """A VGGT-Omega of C=32 and 6 + 6 blocks, two of them of register attention."""
     from unittest import mock

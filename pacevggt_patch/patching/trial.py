@@ -58,7 +58,10 @@ def run(model: nn.Module, host: Host, config: PaceConfig, heads: Heads = ()) -> 
                 f"{host.trunk_name}.forward is replaced on this instance by {theirs!r}, which pre-AA pruning would "
                 "leave aside: undo that patch first"
             )
-    with torch.no_grad(), outside_modes():
+    device = host.reference.device
+    # Some draw in their forward what they do not use.
+    random = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    with torch.no_grad(), outside_modes(), random:
         return Outcome(key(model, host, config.mode, heads), *_try(kind, bare_copy(model), config, heads))
 
 
