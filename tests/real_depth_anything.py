@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,11 +55,20 @@ def outputs(model: Any, images: Tensor) -> list[Tensor]:
     return tensors([dict(found, aux=dict(found.aux))])
 
 
-def subject(name: str, start: int, depth: int, **settings: Any) -> Subject:
+def small(seed: int) -> Any:
+    return net(4, 10, seed)
+
+
+def small_giant(seed: int) -> Any:
+    """As the giant it begins to alternate with a global block, and its networks have a gate."""
+    return net(3, 8, seed, gated=True)
+
+
+def subject(name: str, build: Callable[[int], Any], blocks: int) -> Subject:
     return Subject(
-        f"{name} (its own classes)", FAMILY, lambda seed: net(start, depth, seed, **settings), 14, 1, outputs, outputs,
-        compiles=depth, refused=("output_device",), missing=missing("depth_anything_3.model.da3"),
+        f"{name} (its own classes)", FAMILY, build, 14, 1, outputs, outputs, compiles=blocks,
+        refused=("output_device",), missing=missing("depth_anything_3.model.da3"),
     )  # fmt: skip
 
 
-REAL = [subject("depth-anything-3", 4, 10), subject("depth-anything-3 giant", 3, 8, gated=True)]
+REAL = [subject("depth-anything-3", small, 10), subject("depth-anything-3 giant", small_giant, 8)]

@@ -92,7 +92,7 @@ def find_depth_anything_3(model: nn.Module) -> DepthAnything3 | str | None:
             net: Any = model.get_submodule(place)
         except AttributeError:
             continue
-        vit = getattr(getattr(net, "backbone", None), "pretrained", None)
+        vit: Any = getattr(getattr(net, "backbone", None), "pretrained", None)
         if any(not hasattr(vit, name) for name in CLUES):
             continue
         where = ".".join(name for name in (kind, place) if name)
