@@ -5,8 +5,8 @@
     python benchmarks/siblings.py --family vggt-omega --tiny --device cpu --frames 4 --size 64x80
 
 The model has its full shape and random weights: shapes alone decide the time, not the values. Its package must be on
-the path, a checkout will do. --tiny is the small model of the tests, to try the script on a CPU. Which heads match points
-between frames is not known of these models: --full-heads says how many to assume.
+the path, a checkout will do. --tiny is the small model of the tests, to try the script on a CPU. Which heads match
+points between frames is not known of these models: --full-heads says how many to assume.
 """
 
 from __future__ import annotations

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from conformance import Subject
+from hosts_doubles import CHANNELS, Network, Scale
 from torch import Tensor, nn
 from vggt.layers.rope import PositionGetter, RotaryPositionEmbedding2D
 from vggt.layers.swiglu_ffn import SwiGLUFFNFused
 
-CHANNELS, HEADS, PATCH, SIDE = 32, 4, 14, 5
+HEADS, PATCH, SIDE = 4, 14, 5
 LEAST_VIEWS = 3  # from so many on the reference view comes first
 
 
@@ -35,24 +36,6 @@ class Outputs(dict):
 
     def __delattr__(self, name: str) -> None:
         del self[name]
-
-
-class Scale(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.ones(CHANNELS))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gamma
-
-
-class Network(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(CHANNELS, 4 * CHANNELS), nn.Linear(4 * CHANNELS, CHANNELS)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class Attention(nn.Module):

@@ -13,7 +13,15 @@ import torch
 from conformance import FRAMES, assert_close, assert_equal, assert_pruned, most_tokens, prune, tensors
 from torch import nn
 
-from pacevggt_patch import PaceError, UnsupportedModelError, calibrate, is_accelerated, remove, summary
+from pacevggt_patch import (
+    PaceError,
+    UnsupportedModelError,
+    accelerate,
+    calibrate,
+    is_accelerated,
+    remove,
+    summary,
+)
 from pacevggt_patch.method.global_pruning import keep_best
 
 PLAIN, GIANT = double.DOUBLES
@@ -199,7 +207,7 @@ def test_a_nested_model(build, missing, wrapped):
     assert_equal(given(remove(model), images, export_feat_layers=[]), stock)
 
 
-def test_the_class_of_the_api():
+def test_the_class_of_the_api(monkeypatch):
     """It runs under autocast and in inference mode."""
     net = PLAIN.model()
     model, images = double.Wrapper(net), PLAIN.images()
@@ -211,6 +219,10 @@ def test_the_class_of_the_api():
     assert summary(model, images).patched[0] == "model.backbone"
     assert is_accelerated(net)
     assert_equal(given(remove(model), images), stock)
+    monkeypatch.setenv("PACEVGGT_CACHE", "off")
+    accelerate(model, min_frames=1)
+    assert_pruned(given(model, images), stock)
+    assert "calibrated on the first clip" in summary(model).weights
 
 
 def test_another_wrapper_is_told_what_to_pass():

@@ -29,11 +29,8 @@ class DepthAnything3(Host):
     family = "depth-anything-3"
     image_argument, image_values = "x", "ImageNet's normalisation"
     image_limits, image_advice = (-4.5, 5.0), "let the package's input processor load them"
-    embedding_name, embedding_stage, rope_name = (
-        "pretrained.patch_embed",
-        "patch embedding",
-        "pretrained.rope",
-    )
+    embedding_name, rope_name = "pretrained.patch_embed", "pretrained.rope"
+    embedding_stage = "patch embedding"
 
     def __init__(self, model: nn.Module, place: str):
         net: Any = model.get_submodule(place)
@@ -66,8 +63,8 @@ class DepthAnything3(Host):
         return [self.vit.camera_token]
 
     def scored(self, tokens: Tensor) -> Tensor:
-        # Between blocks a few channels are large in all tokens. Those that a block reads are normalised.
-        return type(self.first_norm).forward(self.first_norm, tokens)
+        # Between blocks a few channels may be large in all tokens. What a block reads is normalised.
+        return self.first_norm.forward(tokens)  # nobody's hooks are called
 
     def frame_positions(self, grid: tuple[int, int], device: torch.device) -> Tensor:
         rows, columns = (torch.arange(1, n + 1, device=device) for n in grid)
@@ -78,9 +75,8 @@ class DepthAnything3(Host):
         return {"output_device": why}
 
     def spec(self) -> BackboneSpec:
-        return replace(
-            super().spec(), cached_layers=self.cached_layers
-        )  # heads count those that they are given
+        # The heads count the layers that they are given.
+        return replace(super().spec(), cached_layers=self.cached_layers)
 
 
 @register_host("depth-anything-3")
