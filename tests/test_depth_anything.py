@@ -11,6 +11,7 @@ import pytest
 import real_depth_anything as real
 import torch
 from conformance import FRAMES, assert_close, assert_equal, assert_pruned, most_tokens, prune, tensors
+from test_no_waiting import Looks, no_lists
 from torch import nn
 
 from pacevggt_patch import (
@@ -22,6 +23,7 @@ from pacevggt_patch import (
     remove,
     summary,
 )
+from pacevggt_patch.hosts.depth_anything_3 import DepthAnything3
 from pacevggt_patch.method.global_pruning import keep_best
 
 PLAIN, GIANT = double.DOUBLES
@@ -126,6 +128,18 @@ def test_tokens_are_chosen_by_what_the_first_alternating_block_reads(subject):
     prune(model)
     given(model, images)
     assert torch.equal(summary(model).kept[0], keep_best(features, (4, 5), 6))
+
+
+@every_subject
+def test_nothing_is_read_back(subject, monkeypatch):
+    """The stock model's rotary embedding looks at the largest position in each block."""
+    monkeypatch.setattr(DepthAnything3, "check_images", lambda *_: None)  # a CPU gets a look, a GPU does not
+    model, images = subject.model(), subject.images()
+    with torch.no_grad(), no_lists(), Looks(), pytest.raises(AssertionError, match="reads a value"):
+        model(images)
+    prune(model)
+    with torch.no_grad(), no_lists(), Looks():
+        model(images)
 
 
 # ---- blocks before the alternation
