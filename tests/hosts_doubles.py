@@ -178,11 +178,19 @@ class Pi3Double(nn.Module):
         grid = height // self.patch_size, width // self.patch_size
         dense = F.pixel_shuffle(points.mT.unflatten(-1, grid), self.patch_size).movedim(1, -1)
         cameras = self.camera_head(self.camera_decoder(hidden, xpos=where).mean(1))
-        dense = dense.unflatten(0, (batch, frames)).float()
+        dense, cameras = (
+            dense.unflatten(0, (batch, frames)).float(),
+            cameras.view(batch, frames, 3, 4).float(),
+        )
+        depth = dense[..., 2:3].exp()
+        turned = torch.linalg.qr(cameras[..., :3])[0]
+        turned = turned * torch.linalg.det(turned)[..., None, None].sign()
+        poses = F.pad(torch.cat([turned, cameras[..., 3:]], -1), (0, 0, 0, 1))
+        poses[..., 3, 3] = 1
         return {
-            "local_points": dense[..., :3],
+            "local_points": torch.cat([dense[..., :2] * depth, depth], -1),
             "conf": dense[..., 3:],
-            "camera_poses": cameras.view(batch, frames, 3, 4).float(),
+            "camera_poses": poses,
         }
 
 
@@ -286,11 +294,8 @@ class Float32Head(nn.Module):
         if found.dtype != torch.float32:
             raise TypeError("depth must be float32")
         grid = (shape[-2] // 16, shape[-1] // 16)
-        return (
-            F.pixel_shuffle(found.flatten(0, 1).mT.unflatten(-1, grid), 16)
-            .unflatten(0, found.shape[:2])
-            .exp()
-        )
+        depth = F.pixel_shuffle(found.flatten(0, 1).mT.unflatten(-1, grid), 16)[:, 0]
+        return depth.unflatten(0, found.shape[:2]).exp()
 
 
 class OmegaDouble(nn.Module):
@@ -305,9 +310,11 @@ class OmegaDouble(nn.Module):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         images = images[None] if images.ndim == 4 else images
         tokens, start = self.aggregator(images)
+        depth = self.dense_head(tokens, images=images, patch_token_start=start)
         return {
             "pose_enc": self.camera_head(tokens[-1][:, :, 0].float()),
-            "depth": self.dense_head(tokens, images=images, patch_token_start=start),
+            "depth": depth[..., None],
+            "depth_conf": depth.reciprocal(),
         }
 
 

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -146,9 +146,11 @@ class Host:
         camera_head: or None.
         dense_heads: by module name.
         cached_layers: layers whose output the trunk returns.
+        narrow_weights: whether the whole model runs with weights in half precision.
     """
 
     family: str
+    narrow_weights = False
     image_argument = "images"
     image_values = "[0, 1]"
     image_limits = (-0.5, 1.5)
@@ -323,6 +325,18 @@ class Host:
         """Whether images of such values were loaded in another way than the model expects."""
         return low < self.image_limits[0] or high > self.image_limits[1]
 
+    def model_images(self, images: Tensor) -> Tensor:
+        """What the model is called with for a clip [S, 3, H, W] in [0, 1]."""
+        return images[None]
+
+    def predictions(self, outputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Cameras and depth in what the model gives for a clip, under VGGT's names.
+
+        `depth` is [1, S, H, W, 1], `depth_conf` [1, S, H, W]. Cameras are `pose_enc` [1, S, 9], as VGGT encodes them,
+        or `world_to_camera` [1, S, 3, 4] and `intrinsics` [1, S, 3, 3] in pixels.
+        """
+        return outputs
+
     # What can't be had.
 
     def refusals(self) -> dict[str, str]:
@@ -420,6 +434,26 @@ def value_range(images: Tensor) -> tuple[float, float]:
     low, high = (value.item() for value in images.detach().aminmax())
     return low, high
 
+
+class Package(NamedTuple):
+    """Where a model of a family comes from.
+
+    Attributes:
+        module, kind: of its class.
+        patch_size: pixels a side of a patch.
+        source: where its package is to be had.
+        checkpoint: Hub id that is loaded where none is given, or None.
+    """
+
+    module: str
+    kind: str
+    patch_size: int
+    source: str
+    checkpoint: str | None = None
+
+
+# By the names that commands take; those of VGGT need none.
+PACKAGES: dict[str, Package] = {}
 
 # Of a family: makes the Host of a model, or gives a sentence that says why it is none, or None without a clue.
 Finder = Callable[[nn.Module], "Host | str | None"]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .base import Host, register_host
+from .base import PACKAGES, Host, Package, register_host
 from .rope import static_rope
 
+SOURCE = "https://github.com/yyfz/Pi3"
+PACKAGES["pi3"] = Package("pi3.models.pi3", "Pi3", 14, SOURCE, "yyfz233/Pi3")
+PACKAGES["pi3x"] = Package("pi3.models.pi3x", "Pi3X", 14, SOURCE, "yyfz233/Pi3X")
 # What makes a model look like one, and what its blocks are called with.
 CLUES = ("encoder", "decoder", "register_token")
 PARTS = ("decode", "patch_start_idx", "patch_size")
@@ -55,6 +59,32 @@ class Pi3(Host):
     def rope_dtype(self, dtype: torch.dtype, narrow: torch.dtype | None) -> torch.dtype:
         # Queries and keys are cast to the dtype of values before they are rotated.
         return dtype if narrow is None else narrow
+
+    def predictions(self, outputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        points, poses = outputs["local_points"], outputs["camera_poses"]  # [1, S, H, W, 3], [1, S, 4, 4]
+        turned = poses[..., :3, :3].mT
+        return {
+            "world_to_camera": torch.cat([turned, -turned @ poses[..., :3, 3:]], -1),
+            "intrinsics": fitted_intrinsics(points),
+            "depth": points[..., 2:],
+            "depth_conf": outputs["conf"][..., 0],
+        }
+
+
+def fitted_intrinsics(points: Tensor) -> Tensor:
+    """Intrinsics [..., 3, 3] in pixels that fit the points [..., H, W, 3] of pixels in their own camera best.
+
+    The principal point is the middle of the image. Pi3 gives points and no cameras' intrinsics.
+    """
+    found = points.new_zeros(*points.shape[:-3], 3, 3)
+    for axis, size in enumerate(points.shape[-2:-4:-1]):  # W, H
+        pixels = torch.arange(size, device=points.device, dtype=points.dtype) + 0.5 - size / 2
+        pixels = pixels[:, None] if axis else pixels
+        rays = points[..., axis] / points[..., 2]
+        focal = (pixels * rays).sum((-2, -1)) / rays.square().sum((-2, -1)).clamp(min=1e-12)
+        found[..., axis, axis], found[..., axis, 2] = focal, size / 2
+    found[..., 2, 2] = 1
+    return found
 
 
 @register_host("pi3")

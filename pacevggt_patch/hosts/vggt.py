@@ -20,7 +20,7 @@ STOCK_PARTS = ("camera_token", "register_token", "_resnet_mean", "_resnet_std")
 class VGGT(Host):
     """A VGGT (arXiv 2503.11651), as `facebookresearch/vggt` has it, or a fork with the same parts."""
 
-    family = "vggt"
+    family, narrow_weights = "vggt", True
     trunk_name, embedding_name = "aggregator", "patch_embed"
 
     def __init__(self, model: nn.Module):

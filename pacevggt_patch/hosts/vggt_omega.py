@@ -7,9 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from .base import BlockCall, Host, register_host
+from .base import PACKAGES, BlockCall, Host, Package, register_host
 from .vggt import VGGT
 
+PACKAGES["vggt-omega"] = Package(
+    "vggt_omega.models", "VGGTOmega", 16, "https://github.com/facebookresearch/vggt-omega"
+)
 PARTS = (
     "patch_embed",
     "frame_blocks",
@@ -28,7 +31,7 @@ class VGGTOmega(VGGT):
     Blocks of register attention are given the special tokens alone, and run as they are.
     """
 
-    family, by_tables = "vggt-omega", True
+    family, by_tables, narrow_weights = "vggt-omega", True, False
 
     def __init__(self, model: nn.Module):
         aggregator: Any = model._modules["aggregator"]
