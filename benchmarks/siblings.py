@@ -1,6 +1,7 @@
 """Latency and memory of a sibling of VGGT by its own classes, stock against accelerated: same inputs, interleaved runs.
 
     python benchmarks/siblings.py --family pi3 --device cuda --compile --frames 100,300 --size 392x518 --json FILE
+    python benchmarks/siblings.py --family depth-anything-3-giant --device cuda --compile --head-dtype bfloat16
     python benchmarks/siblings.py --family vggt-omega --tiny --device cpu --frames 4 --size 64x80
 
 The model has its full shape and random weights: shapes alone decide the time, not the values. Its package must be on
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from bench import Job, timed, with_speedup
@@ -32,13 +33,46 @@ from pacevggt_patch.runtime.device import usable_device
 from pacevggt_patch.runtime.files import environment, write_json
 
 TESTS = Path(__file__).parents[1] / "tests"
-# Family -> module, class, and the small model of tests/real_hosts.py.
-FAMILIES = {
-    "pi3": ("pi3.models.pi3", "Pi3", "pi3"),
-    "pi3x": ("pi3.models.pi3x", "Pi3X", "pi3x"),
-    "vggt-omega": ("vggt_omega.models", "VGGTOmega", "vggt_omega"),
-}
 Call = Callable[[], Any]
+
+
+def depth_anything_3(source: Any, name: str) -> Any:
+    """A Depth Anything 3 by the package's own configuration, given its module `cfg`."""
+    config = source.load_config(str(Path(source.__file__).parent / "configs" / f"{name}.yaml"))
+    for part in ("gs_head", "gs_adapter"):  # Gaussians are made on request, and by packages beside
+        config.pop(part, None)
+    return source.create_object(config)
+
+
+class Family(NamedTuple):
+    """How a model is made.
+
+    Attributes:
+        module: of its package.
+        make: makes it, given that module.
+        tests: module and function of the tests that make a small one.
+    """
+
+    module: str
+    make: Callable[[Any], Any]
+    tests: tuple[str, str]
+
+
+FAMILIES = {
+    "pi3": Family("pi3.models.pi3", lambda source: source.Pi3(), ("real_hosts", "pi3")),
+    "pi3x": Family("pi3.models.pi3x", lambda source: source.Pi3X(), ("real_hosts", "pi3x")),
+    "vggt-omega": Family(
+        "vggt_omega.models", lambda source: source.VGGTOmega(), ("real_hosts", "vggt_omega")
+    ),
+    **{
+        f"depth-anything-3-{size}": Family(
+            "depth_anything_3.cfg",
+            partial(depth_anything_3, name=f"da3-{size}"),
+            ("real_depth_anything", "small_giant" if size == "giant" else "small"),
+        )
+        for size in ("small", "base", "large", "giant")
+    },
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,7 +84,10 @@ def main(argv: list[str] | None = None) -> int:
     rows = heads_of(replace(host.spec(), depth=len(indices)), args.full_heads)
     heads = tuple((indices[row], head) for row, head in rows)
     weights = PaceWeights.of_heads(host, heads, {}, "the benchmark")
-    accelerate(model, args.keep_ratio, weights=weights, min_frames=1, compile=args.compile)
+    head_dtype = args.head_dtype and getattr(torch, args.head_dtype)
+    accelerate(
+        model, args.keep_ratio, weights=weights, min_frames=1, compile=args.compile, head_dtype=head_dtype
+    )
     found = summary(model)
     report: dict[str, Any] = {
         "environment": environment(device),
@@ -60,6 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         "size": f"{args.size[0]}x{args.size[1]}",
         "precision": "float32 weights under bfloat16 autocast" if device.type == "cuda" else "float32",
         "compile": args.compile,
+        "head_dtype": args.head_dtype,
         "attention": found.attention,
         "full_heads": [list(head) for head in heads],
         "global_blocks": len(indices),
@@ -100,6 +138,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="counted runs of each (5)")
     parser.add_argument("--device", default=None)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--head-dtype", choices=("bfloat16", "float16"), help="accelerate with head_dtype")
     parser.add_argument("--tiny", action="store_true", help="the small model of the tests")
     parser.add_argument("--json", default=None)
     return parser.parse_args(argv)
@@ -115,19 +154,19 @@ def build(family: str, device: torch.device, tiny: bool = False) -> Any:
     Raises:
         PaceError: its package can't be imported.
     """
-    module, kind, small = FAMILIES[family]
+    module, make, (tests, small) = FAMILIES[family]
     torch.manual_seed(SEED)
     if tiny:
         sys.path += [str(TESTS)] * (str(TESTS) not in sys.path)
-        return getattr(importlib.import_module("real_hosts"), small)(SEED).to(device)
+        return getattr(importlib.import_module(tests), small)(SEED).to(device)
     try:
-        build_model = getattr(importlib.import_module(module), kind)
+        source = importlib.import_module(module)
     except ImportError as error:
         raise PaceError(
             f"{module} can't be imported ({error}): put a checkout of it on PYTHONPATH"
         ) from error
     with device:  # on the CPU this takes long
-        model = build_model()
+        model = make(source)
     if hasattr(model, "disable_multimodal"):  # as Pi3X asks for where images are all that is given
         model.disable_multimodal()
     return with_values(model.to(device).eval())

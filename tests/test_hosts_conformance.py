@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 
+import depth_anything_double
 import pytest
+import real_depth_anything
 from conformance import CHECKS, Subject
 from hosts import tiny_vggt
 from hosts_doubles import DOUBLES
@@ -13,7 +15,7 @@ from real_hosts import REAL
 VGGT = Subject(
     "vggt", "vggt", lambda seed: tiny_vggt(seed=seed), patch_size=14, special=5, pre_aa=True, compiles=10
 )  # fmt: skip
-SUBJECTS = [VGGT, *DOUBLES, *REAL]
+SUBJECTS = [VGGT, *DOUBLES, *depth_anything_double.DOUBLES, *REAL, *real_depth_anything.REAL]
 
 
 @pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'", "ignore:CUDA is not available")

@@ -91,5 +91,5 @@ def as_batches(clips: Tensor | Iterable[Tensor], host: Host) -> Iterable[Tensor]
             what = f"a tensor {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
             raise PaceError(f"clips must be images [S, 3, H, W] or [B, S, 3, H, W], got {what}")
         if images.is_floating_point() and images.numel() and host.far_from_range(*value_range(images)):
-            raise PaceError("clips must be images in [0, 1]: divide 8-bit values by 255")
+            raise PaceError(f"clips must be images in {host.image_values}: {host.image_advice}")
         yield images[None] if images.ndim == 4 else images

@@ -122,6 +122,9 @@ class Host:
     Attributes:
         family: name of the family.
         image_argument: what the trunk calls the images, its first argument.
+        image_values: what values images have, in words.
+        image_limits: values that images have only if they were loaded in another way lie beyond.
+        image_advice: what to do with such images.
         position_argument: by what name blocks are given positions.
         by_tables: whether blocks are given sines and cosines in place of positions, see `rope.table_rotation`.
         rope_name: name of `rope` in the trunk.
@@ -130,8 +133,10 @@ class Host:
         trunk_name: its name in the model; empty where it is the model itself.
         embedding: module of the trunk that is given images [N, 3, H, W], by its name in the trunk.
         embedding_name: that name.
+        embedding_stage: what it does, in a summary.
         blocks: (kind, index, module) of all attention blocks of the trunk, in the order in which they run. Their kinds
-            are "frame", "global", and "special" for those that special tokens alone enter, which stay as they are.
+            are "frame", "global", "special" for those that special tokens alone enter, which stay as they are, and
+            "early" for frame blocks before those whose tokens are scored.
             Pairs of blocks count from 0, and so the indices of a kind may leave some out.
         special_tokens: n, tokens in front of a frame's patch tokens.
         patch_size: pixels a side of a patch.
@@ -147,9 +152,12 @@ class Host:
     family: str
     narrow_weights = False
     image_argument = "images"
+    image_values = "[0, 1]"
+    image_limits = (-0.5, 1.5)
+    image_advice = "divide 8-bit values by 255, and leave normalisation to the model"
     position_argument = "pos"
     by_tables = False
-    rope_name = "rope"
+    rope_name, embedding_stage = "rope", "DINO"
     model: nn.Module
     trunk: Any
     trunk_name: str
@@ -242,6 +250,14 @@ class Host:
             return BlockCall(x, rest[0], rest[1:], kwargs, 0)
         return BlockCall(x, None, rest, kwargs, None)
 
+    def frame_positions(self, grid: tuple[int, int], device: torch.device) -> Tensor | None:
+        """Positions [L, 2] of a frame's tokens in frame blocks, of hosts whose first block is a global one."""
+        return None
+
+    def scored(self, tokens: Tensor) -> Tensor:
+        """What patch tokens [N, P, C] that enter the first block are chosen and compared by."""
+        return tokens
+
     def rope_dtype(self, dtype: torch.dtype, narrow: torch.dtype | None) -> torch.dtype:
         """What queries and keys of tokens of a dtype are rotated in, under autocast to `narrow` or without."""
         # Autocast computes norms, and so queries and keys, in float32 at least.
@@ -255,7 +271,9 @@ class Host:
         """
         patch = self.patch_size
         if not isinstance(images, Tensor):
-            raise PaceError(f"images must be a tensor [B, S, 3, H, W] in [0, 1], got {type(images).__name__}")
+            raise PaceError(
+                f"images must be a tensor [B, S, 3, H, W] in {self.image_values}, got {type(images).__name__}"
+            )
         shape = tuple(images.shape)
         if len(shape) != 5 or shape[2] != 3 or 0 in shape:
             raise PaceError(f"images must be [B, S, 3, H, W] with at least one frame, got {list(shape)}")
@@ -270,7 +288,7 @@ class Host:
             )
         if not images.is_floating_point():
             raise PaceError(
-                f"images must be floating point in [0, 1], got {images.dtype}: divide 8-bit images by 255"
+                f"images must be floating point in {self.image_values}, got {images.dtype}: {self.image_advice}"
             )
         device, weights = self.reference.device, self.reference.dtype
         if images.device != device:
@@ -293,8 +311,8 @@ class Host:
             raise PaceError("images hold NaN or infinity: check how they were loaded")
         if self.far_from_range(low, high):
             warnings.warn(
-                f"images reach from {low:.3g} to {high:.3g}, and the model expects [0, 1]: divide 8-bit values by 255, "
-                "and leave normalisation to the model",
+                f"images reach from {low:.3g} to {high:.3g}, and the model expects {self.image_values}: "
+                f"{self.image_advice}",
                 UserWarning,
                 stacklevel=3,
             )
@@ -305,7 +323,7 @@ class Host:
 
     def far_from_range(self, low: float, high: float) -> bool:
         """Whether images of such values were loaded in another way than the model expects."""
-        return far_from_unit(low, high)
+        return low < self.image_limits[0] or high > self.image_limits[1]
 
     def model_images(self, images: Tensor) -> Tensor:
         """What the model is called with for a clip [S, 3, H, W] in [0, 1]."""
@@ -415,11 +433,6 @@ def value_range(images: Tensor) -> tuple[float, float]:
     """The least and the largest value of images. Waits for their device."""
     low, high = (value.item() for value in images.detach().aminmax())
     return low, high
-
-
-def far_from_unit(low: float, high: float) -> bool:
-    """Whether images of such values are so far from [0, 1] that they are not divided by 255, or are normalised."""
-    return low < -0.5 or high > 1.5
 
 
 class Package(NamedTuple):

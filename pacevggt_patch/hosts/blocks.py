@@ -34,8 +34,8 @@ Wanted = tuple[Sequence[int], Sequence[int], Sequence[int]]
 Project = Callable[..., list[Tensor]]
 # Parameters of a block: of what comes before attention, and of what comes after it.
 BEFORE = [f"{m}.{p}" for m in ("norm1", "attn.qkv", "attn.q_norm", "attn.k_norm") for p in ("weight", "bias")]
-AFTER = [f"{m}.{p}" for m in ("attn.proj", "norm2", "mlp.fc1", "mlp.fc2") for p in ("weight", "bias")]
-AFTER += ["ls1.gamma", "ls2.gamma"]
+# Layers of the network: with GELU, or with a gate (SwiGLU), whose first layer gives gate and values.
+PLAIN, GATED = ("mlp.fc1", "mlp.fc2"), ("mlp.w12", "mlp.w3")
 
 
 def before_attention(
@@ -101,7 +101,13 @@ def after_attention(
     """
     weight, bias, norm_weight, norm_bias, weight_in, bias_in, weight_out, bias_out, *scales = parameters
     x = added(x, linear(attended, weight, bias, dtype), scales[0])
-    hidden = F.gelu(linear(normed(x, norm_weight, norm_bias, eps, dtype), weight_in, bias_in, dtype))
+    hidden = linear(normed(x, norm_weight, norm_bias, eps, dtype), weight_in, bias_in, dtype)
+    assert weight_out is not None
+    if hidden.shape[-1] == weight_out.shape[1]:
+        hidden = F.gelu(hidden)
+    else:
+        gate, values = hidden.chunk(2, -1)
+        hidden = F.silu(gate) * values
     return added(x, linear(hidden, weight_out, bias_out, dtype), scales[1])
 
 
@@ -160,7 +166,9 @@ def run_block(
         by_tables: whether the rotation is that of `rope.table_rotation`.
     """
     heads = module.attn.num_heads
-    before, after = ([parameter(module, name, others) for name in names] for names in (BEFORE, AFTER))
+    before, after = (
+        [parameter(module, name, others) for name in names] for names in (BEFORE, after_names(module))
+    )
     turned = rotation if by_tables or getattr(module.attn, "rope", None) is not None else None
     halved = 1 if by_tables else 2
     norms = (getattr(module.attn, name, None) for name in ("q_norm", "k_norm"))
@@ -216,6 +224,13 @@ def parameter(module: Any, name: str, others: Mapping[str, Tensor]) -> Tensor | 
     # DINOv3 takes keys without their part of the joint bias.
     mask = getattr(module, f"{last}_mask", None)
     return found if found is None or mask is None else found * mask.to(found.dtype)
+
+
+def after_names(module: Any) -> list[str]:
+    """Names of the parameters of what comes after attention."""
+    network = GATED if hasattr(module.mlp, "w12") else PLAIN
+    names = [f"{m}.{p}" for m in ("attn.proj", "norm2", *network) for p in ("weight", "bias")]
+    return [*names, "ls1.gamma", "ls2.gamma"]
 
 
 def flat_rotation(

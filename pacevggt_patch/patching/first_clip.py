@@ -93,7 +93,7 @@ def _problem(host: Host, clip: Clip, call: BlockCall, frames: int) -> str | None
     if call.x.requires_grad and torch.is_grad_enabled():
         return "gradients are being recorded"
     if clip.images is not None and host.far_from_range(*value_range(clip.images)):
-        return "its images are far from [0, 1]"
+        return f"its images are far from {host.image_values}"
     if not call.plain:
         return "its global blocks are given more than tokens and positions"
     return None
@@ -107,7 +107,7 @@ def _unpruned_errors(state: State, clip: Clip, call: BlockCall, frames: int) -> 
     features = torch.cat([part for part, _ in clip.parts]).index_select(0, chosen)
     plan = training_free_plan(state, features)
     tokens = x[0].unflatten(0, (frames, length)).index_select(0, chosen)  # [n, L, C]
-    within = _frame_arguments(clip, call, chosen)
+    within = _frame_arguments(state, clip, call, chosen)
     found: list[Tensor] = []
     begun = False
     for kind, index, module in host.blocks:
@@ -133,13 +133,18 @@ def _unpruned_errors(state: State, clip: Clip, call: BlockCall, frames: int) -> 
     return torch.stack(found)
 
 
-def _frame_arguments(clip: Clip, call: BlockCall, chosen: Tensor) -> BlockCall:
+def _frame_arguments(state: State, clip: Clip, call: BlockCall, chosen: Tensor) -> BlockCall:
     """A call of a frame block on `chosen` frames of the first clip: where its tokens are, and what else it is given.
 
-    It is told by the clip's own last one. Where that was given a part of the frames, as hosts that go through them in
-    chunks do, positions are those of the global block.
+    It is told by the clip's own last one, or by the host where there was none. Where that one was given a part of the
+    frames, as hosts that go through them in chunks do, positions are those of the global block.
     """
     before = clip.frame_call
+    known = None
+    if before is None and state.threads.grid is not None:
+        known = state.host.frame_positions(state.threads.grid, call.x.device)
+    if known is not None:
+        return call.on(call.x, known.expand(len(chosen), -1, -1), (), {})
     frames = sum(len(features) for features, _ in clip.parts)
     whole = before is not None and len(before.x) == frames
     where = before.positions if before is not None and whole else call.positions

@@ -238,7 +238,7 @@ class EmbeddingForward(Forward):
         tokens = len(images) * patches
         threads.embedding = True  # a forward may call the other entrance
         try:
-            with state.timer.stage("DINO", tokens, tokens, add=True):
+            with state.timer.stage(state.host.embedding_stage, tokens, tokens, add=True):
                 if state.config.kept_tokens(patches) == patches:
                     return self.own(*args, **kwargs)  # to the bit
                 with faster_attention(images.device):
@@ -297,7 +297,7 @@ class BlockForward(Forward):
     """An attention block: by the functions of `hosts.blocks` where that fits and serves, else by its own code.
 
     Args:
-        kind: "frame", "global", or "side" for a block that is none of the trunk's.
+        kind: "frame", "global", "early" (see `Host.blocks`), or "side" for a block that is none of the trunk's.
         index: among the blocks of its kind.
         stock: whether the functions of `hosts.blocks` can run it.
     """
@@ -306,7 +306,7 @@ class BlockForward(Forward):
         super().__init__(module, state, name)
         self.kind, self.index = kind, index
         self.kinds = blocks.kinds(module) if stock else None
-        ours = [block for found, _, block in state.host.blocks if found != "special"]
+        ours = [block for found, _, block in state.host.blocks if found in ("frame", "global")]
         self.first, self.last = (kind != "side" and block is module for block in (ours[0], ours[-1]))
 
     def heads(self, clip: Clip | None) -> list[int]:
@@ -365,7 +365,7 @@ class BlockForward(Forward):
                     f"{self.name} was called outside of {state.host.label}, so which frames other processes have "
                     "is not known: leave process_group out, or use `with paused(model):` for such calls"
                 )
-            if not self.first and call.x.requires_grad and torch.is_grad_enabled():
+            if not self.first and self.kind != "early" and call.x.requires_grad and torch.is_grad_enabled():
                 raise UnsupportedModelError(
                     f"{self.name} was called outside of a forward pass, as gradient checkpoints with "
                     "use_reentrant=True do: pass use_reentrant=False to them, or train inside `with paused(model):`"
@@ -378,6 +378,8 @@ class BlockForward(Forward):
                 grid = threads.grid or (0, 0)
                 tokens = tokens.reshape(-1, grid[0] * grid[1] + state.host.special_tokens, tokens.shape[-1])
             state.look(clip, tokens)
+        if self.kind == "early":
+            state.begin(clip, clip.frames or len(call.x), call.x.shape[1] - state.host.special_tokens)
         return clip
 
     def stage(self, clip: Clip, call: BlockCall) -> Any:
@@ -538,7 +540,7 @@ class BlockForward(Forward):
     def changed_parameters(self, clip: Clip | None) -> dict[str, Tensor]:
         """What the block runs with in place of parameters of its own, by their names in the block."""
         deltas = None if clip is None or clip.weights is None else clip.weights.block_deltas
-        if clip is None or deltas is None or not clip.prunes or clip.whole:
+        if clip is None or deltas is None or not clip.prunes or clip.whole or self.kind == "early":
             return {}
         own = self.state.host.block_parameters(self.kind, self.index)
         prefix = self.state.host.block_name(self.kind, self.index) + "."

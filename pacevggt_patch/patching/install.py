@@ -396,7 +396,9 @@ def summary(model: nn.Module, images: Tensor | None = None) -> Summary:
     device = host.reference.device
     if images is not None:
         if not isinstance(images, Tensor):
-            raise PaceError(f"images must be a tensor [B, S, 3, H, W] in [0, 1], got {type(images).__name__}")
+            raise PaceError(
+                f"images must be a tensor [B, S, 3, H, W] in {host.image_values}, got {type(images).__name__}"
+            )
         images = images[None] if images.ndim == 4 else images
         with torch.inference_mode(), current_device(device), state.timer.measuring():
             if state.config.compile or state.pending:

@@ -305,10 +305,11 @@ class State:
         if self.rope is not None and max(grid) >= ROPE_TABLE:
             raise UnsupportedModelError(f"images of {ROPE_TABLE} patches on a side or more are not supported")
         self.begin(clip, clip.frames or len(tokens), patches)
-        # Detached: a gradient checkpoint that runs the block once more does not come here, and what holds the tokens of
-        # a block would never go, see `Recomputed`.
-        features = tokens.detach()[:, self.host.special_tokens :]
         if clip.prunes or self.threads.observer is not None:
+            # Without gradients: a gradient checkpoint that runs the block once more does not come here, and what holds
+            # the tokens of a block would never go, see `Recomputed`.
+            with torch.no_grad():
+                features = self.host.scored(tokens.detach()[:, self.host.special_tokens :])
             clip.parts.append((features, self.plan(features) if clip.prunes else None))
 
     @torch.no_grad()
