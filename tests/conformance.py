@@ -17,7 +17,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
@@ -432,6 +432,18 @@ def compiled_blocks_give_the_same(subject: Subject, monkeypatch: Any) -> None:
     assert len(ran) == int(summary(model).compiled.split()[0]) == subject.compiles
 
 
+def blocks_run_by_their_own_code_give_the_same(subject: Subject) -> None:
+    """With changed parameters and full-attention heads: blocks that are opened, and those that stay closed."""
+    model, images = subject.model(), subject.images()
+    weights = replace(random_deltas(model), full_heads=some_heads(subject, model))
+    opened = subject.run(prune(model, weights=weights), images)
+    with mock.patch.object(blocks, "stock_blocks", return_value=set()):
+        prune(model, weights=weights)
+    with mock.patch.object(blocks, "run_block", side_effect=AssertionError):
+        closed = subject.run(model, images)
+    assert_close(closed, opened)
+
+
 def settings_are_followed_or_refused(subject: Subject) -> None:
     values = {"head_dtype": torch.bfloat16, "output_device": "cpu"}
     for name, value in values.items():
@@ -452,6 +464,20 @@ def pre_aa_pruning_is_refused(subject: Subject) -> None:
     with pytest.raises(UnsupportedModelError, match="global"):
         prune(model, mode="pre-aa")
     assert not is_accelerated(model)
+
+
+def clips_over_processes_are_refused(subject: Subject, folder: Path) -> None:
+    if subject.pre_aa:
+        pytest.skip("its clips can be spread over processes")
+    store = (folder / "store").as_uri()
+    distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        model = subject.model()
+        with pytest.raises(UnsupportedModelError, match="process_group"):
+            prune(model, process_group=True)
+        assert not is_accelerated(model)
+    finally:
+        distributed.destroy_process_group()
 
 
 def a_budget_is_planned_for(subject: Subject) -> None:
@@ -503,8 +529,10 @@ CHECKS = (
     untrained_weights_change_nothing,
     heads_of_blocks_that_are_not_pruned_are_refused,
     compiled_blocks_give_the_same,
+    blocks_run_by_their_own_code_give_the_same,
     settings_are_followed_or_refused,
     pre_aa_pruning_is_refused,
+    clips_over_processes_are_refused,
     a_budget_is_planned_for,
     images_that_do_not_fit_are_refused,
     a_summary_tells_the_stages,
