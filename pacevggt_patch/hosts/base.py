@@ -348,7 +348,7 @@ class Host:
 
     def missing_stock_parts(self) -> list[str]:
         """Parts without which the trunk's forward can't be rewritten, which pre-AA pruning does."""
-        return [f"the aggregator of a VGGT (its family is {self.family})"]
+        return ["the parts of VGGT's aggregator"]
 
     # What pre-AA pruning calls, of hosts that lack no stock parts.
 
