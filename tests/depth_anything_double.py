@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from vggt.layers.rope import PositionGetter, RotaryPositionEmbedding2D
 from vggt.layers.swiglu_ffn import SwiGLUFFNFused
 
+from pacevggt_patch.evaluation import decode_pose_encoding
+
 HEADS, PATCH, SIDE = 4, 14, 5
 LEAST_VIEWS = 3  # from so many on the reference view comes first
 
@@ -240,7 +242,8 @@ class Net(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             output = self.head(feats, *x.shape[-2:], patch_start_idx=0)
             if self.cam_dec is not None:
-                output.extrinsics = self.cam_dec(feats[-1][1])
+                encoding = self.cam_dec(feats[-1][1]).sigmoid()  # fields of view of less than 1
+                output.extrinsics, output.intrinsics = decode_pose_encoding(encoding, *x.shape[-2:])
         output.aux = Outputs(
             {f"feat_layer_{i}": f for i, f in zip(export_feat_layers, features, strict=True)}
         )

@@ -23,6 +23,7 @@ from pacevggt_patch import (
     remove,
     summary,
 )
+from pacevggt_patch.hosts.base import find_host
 from pacevggt_patch.hosts.depth_anything_3 import DepthAnything3
 from pacevggt_patch.method.global_pruning import keep_best
 
@@ -237,6 +238,14 @@ def test_the_class_of_the_api(monkeypatch):
     accelerate(model, min_frames=1)
     assert_pruned(given(model, images), stock)
     assert "calibrated on the first clip" in summary(model).weights
+
+
+def test_comparing_asks_for_the_net():
+    model, images = double.Wrapper(PLAIN.model()), PLAIN.images()
+    with pytest.raises(PaceError, match=r"model\.model"):
+        find_host(model).model_images(images[0])
+    found = find_host(model.model).model_images(images[0])
+    torch.testing.assert_close(found[0, :, 1], (images[0, :, 1] - 0.456) / 0.224)
 
 
 def test_another_wrapper_is_told_what_to_pass():

@@ -5,14 +5,17 @@ from __future__ import annotations
 import sys
 from types import ModuleType
 
+import depth_anything_double
 import hosts_doubles
 import pytest
+import real_depth_anything
 import torch
 from conformance import Subject
 from hosts import write_images
 from hosts_doubles import DOUBLES
 from real_hosts import REAL
 from safetensors.torch import save_file
+from torch import nn
 
 from pacevggt_patch import PaceError
 from pacevggt_patch.compare import compare
@@ -22,6 +25,13 @@ from pacevggt_patch.hosts.pi3 import fitted_intrinsics
 from pacevggt_patch.training.backbones import load_backbone
 from pacevggt_patch.training.run import Options, check_options
 
+EVERY_DOUBLE = [*DOUBLES, *depth_anything_double.DOUBLES]
+
+
+def whole(model, part):
+    """What a package's class makes: the model, or what holds it under that name."""
+    return nn.ModuleDict({part: model}) if part else model
+
 
 @pytest.fixture
 def package(monkeypatch):
@@ -29,19 +39,19 @@ def package(monkeypatch):
 
     def put(name: str, subject: Subject):
         module = ModuleType("a_package_of_models")
-        module.Model = lambda: subject.build(5)
+        module.Model = lambda: whole(subject.build(5), PACKAGES[name].part)
         monkeypatch.setitem(sys.modules, module.__name__, module)
         monkeypatch.setitem(PACKAGES, name, PACKAGES[name]._replace(module=module.__name__, kind="Model"))
 
     return put
 
 
-@pytest.mark.parametrize("subject", DOUBLES, ids=lambda subject: subject.name)
+@pytest.mark.parametrize("subject", EVERY_DOUBLE, ids=lambda subject: subject.name)
 def test_a_family_is_compared_by_its_name_and_checkpoint(subject, package, tmp_path):
     pytest.importorskip("plotly")
     model = subject.model(1)
     package(subject.family, subject)
-    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    save_file(whole(model, PACKAGES[subject.family].part).state_dict(), tmp_path / "model.safetensors")
     name = f"{subject.family}:{tmp_path / 'model.safetensors'}"
     loaded = load_backbone(name)
     assert all(
@@ -59,7 +69,9 @@ def test_a_family_is_compared_by_its_name_and_checkpoint(subject, package, tmp_p
     assert (tmp_path / "out" / "report.html").is_file()
 
 
-@pytest.mark.parametrize("subject", [*DOUBLES, *REAL], ids=lambda subject: subject.name)
+@pytest.mark.parametrize(
+    "subject", [*EVERY_DOUBLE, *REAL, *real_depth_anything.REAL], ids=lambda subject: subject.name
+)
 def test_cameras_and_depth_are_found_in_the_outputs(subject):
     model, images = subject.model(), subject.images(3)
     host = find_host(model)

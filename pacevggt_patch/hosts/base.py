@@ -443,6 +443,7 @@ class Package(NamedTuple):
         patch_size: pixels a side of a patch.
         source: where its package is to be had.
         checkpoint: Hub id that is loaded where none is given, or None.
+        part: name of the part of it that is called with images alone; empty where it is all of it.
     """
 
     module: str
@@ -450,6 +451,7 @@ class Package(NamedTuple):
     patch_size: int
     source: str
     checkpoint: str | None = None
+    part: str = ""
 
 
 # By the names that commands take; those of VGGT need none.

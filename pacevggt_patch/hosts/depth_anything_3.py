@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -9,12 +10,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import BackboneSpec, Host, register_host
+from ..errors import PaceError
+from .base import PACKAGES, BackboneSpec, Host, Package, register_host
 from .rope import static_rope
+
+PACKAGES["depth-anything-3"] = Package(
+    "depth_anything_3.api",
+    "DepthAnything3",
+    14,
+    "https://github.com/ByteDance-Seed/Depth-Anything-3",
+    "depth-anything/DA3-LARGE",
+    part="model",
+)
 
 # What tells that a module is a net, and what its transformer must have.
 CLUES = ("blocks", "patch_embed", "alt_start")
 PARTS = ("camera_token", "num_register_tokens", "patch_size", "embed_dim")
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation of images
 # Where a net is: the model itself, the one of all views beside a metric one, and either in the class of the API.
 PLACES = ("", "da3", "model", "model.da3")
 
@@ -36,6 +48,7 @@ class DepthAnything3(Host):
         net: Any = model.get_submodule(place)
         within = f"{place}." if place else ""
         self.model, self.trunk, self.trunk_name = model, net.backbone, f"{within}backbone"
+        self.in_api = place.startswith("model")
         vit = self.vit = net.backbone.pretrained
         self.embedding = vit.patch_embed
         start, self.first_pair = int(vit.alt_start), int(vit.alt_start) // 2
@@ -69,6 +82,22 @@ class DepthAnything3(Host):
     def frame_positions(self, grid: tuple[int, int], device: torch.device) -> Tensor:
         rows, columns = (torch.arange(1, n + 1, device=device) for n in grid)
         return F.pad(torch.cartesian_prod(rows, columns), (0, 0, self.special_tokens, 0))
+
+    def model_images(self, images: Tensor) -> Tensor:
+        if self.in_api:
+            raise PaceError(
+                f"{type(self.model).__name__} can't be called with images alone: pass the net in it (model.model)"
+            )
+        mean, deviation = (images.new_tensor(values).view(3, 1, 1) for values in IMAGENET)
+        return ((images - mean) / deviation)[None]
+
+    def predictions(self, outputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {
+            "world_to_camera": outputs["extrinsics"][..., :3, :],
+            "intrinsics": outputs["intrinsics"],
+            "depth": outputs["depth"][..., None],
+            "depth_conf": outputs["depth_conf"],
+        }
 
     def refusals(self) -> dict[str, str]:
         why = f"{type(self.model).__name__} goes on with what its head gives where the images are"

@@ -86,7 +86,7 @@ def load_sibling(name: str, package: Package) -> Any:
         raise PaceError(f"backbone {name} can't be loaded: {first_line(error)}") from error
     if hasattr(model, "disable_multimodal"):  # as Pi3X asks for where images are all that is given
         model.disable_multimodal()
-    return model.eval()
+    return model.get_submodule(package.part).eval()
 
 
 def is_mini(path: Path) -> bool:
