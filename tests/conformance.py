@@ -201,6 +201,24 @@ def removal_leaves_no_trace(subject: Subject) -> None:
     assert_equal(subject.run(model, images), stock)
 
 
+def acceleration_fills_no_cache(subject: Subject) -> None:
+    """What a trial on a tiny clip would leave behind may be of another device than that of the next clip."""
+    model = subject.model()
+    before = dictionaries(model)
+    remove(prune(model))
+    assert dictionaries(model) == before
+
+
+def dictionaries(model: nn.Module) -> dict[Any, int]:
+    """Lengths of the dictionaries that modules hold, and that objects in their attributes do."""
+    found = {}
+    for name, module in model.named_modules():
+        for key, value in module.__dict__.items():
+            held = {"": value} if isinstance(value, dict) else getattr(value, "__dict__", {})
+            found |= {(name, key, own): len(part) for own, part in held.items() if isinstance(part, dict)}
+    return found
+
+
 def a_pause_runs_the_stock_model(subject: Subject) -> None:
     model, images = subject.model(), subject.images()
     stock = subject.run(model, images)
@@ -511,6 +529,7 @@ def a_summary_tells_the_stages(subject: Subject) -> None:
 CHECKS = (
     keeping_everything_is_stock_to_the_bit,
     removal_leaves_no_trace,
+    acceleration_fills_no_cache,
     a_pause_runs_the_stock_model,
     fewer_tokens_attend,
     heads_that_all_see_everything_are_stock,
