@@ -17,6 +17,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from test_no_waiting import Looks, no_lists
 from torch import Tensor, distributed, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
@@ -36,6 +37,7 @@ from pacevggt_patch import (
 )
 from pacevggt_patch.calibration import full_heads as by_call
 from pacevggt_patch.hosts import blocks
+from pacevggt_patch.hosts.base import Host
 from pacevggt_patch.method.full_heads import choose_full_heads
 from pacevggt_patch.patching import first_clip as by_blocks
 from pacevggt_patch.runtime import compiling
@@ -262,6 +264,16 @@ def heads_that_all_see_everything_are_stock(subject: Subject) -> None:
 
     pairs = [(a, b) for a, b in zip(errors(many), errors(few), strict=True) if b > 0]
     assert pairs and sum(a < b for a, b in pairs) > len(pairs) / 2
+
+
+def nothing_is_read_back(subject: Subject, monkeypatch: Any) -> None:
+    """On a GPU each look at a value would make the host wait for the device."""
+    model, images = subject.model(), subject.images()
+    weights = replace(random_deltas(model), full_heads=some_heads(subject, model))
+    monkeypatch.setattr(Host, "check_images", lambda *_: None)  # a CPU gets a look, a GPU does not
+    prune(model, weights=weights)
+    with torch.no_grad(), no_lists(), Looks():
+        assert tensors(subject.call(model, images))
 
 
 def clips_of_a_batch_do_not_meet(subject: Subject) -> None:
@@ -533,6 +545,7 @@ CHECKS = (
     a_pause_runs_the_stock_model,
     fewer_tokens_attend,
     heads_that_all_see_everything_are_stock,
+    nothing_is_read_back,
     clips_of_a_batch_do_not_meet,
     grids_may_be_odd,
     autocast_is_followed,
