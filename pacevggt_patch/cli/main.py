@@ -32,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="pacevggt", description="Accelerate VGGT by pruning patch tokens.")
+    parser = argparse.ArgumentParser(
+        prog="pacevggt", description="Accelerate VGGT and its siblings by pruning patch tokens."
+    )
     parser.add_argument("--version", action="version", version=f"pacevggt-patch {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -63,8 +65,8 @@ def make_parser() -> argparse.ArgumentParser:
 def add_compare(commands) -> None:
     compare = commands.add_parser(
         "compare",
-        help="run a VGGT stock and accelerated on your own clips: how much faster, how far apart",
-        description="Run a VGGT stock and accelerated, in turn, on your own clips. Tells how much faster it is, how "
+        help="run a model stock and accelerated on your own clips: how much faster, how far apart",
+        description="Run a model stock and accelerated, in turn, on your own clips. Tells how much faster it is, how "
         "much memory it takes, how far cameras, depth and points are from stock, and from the truth where a clip has "
         "it. Prints a table and writes report.json and report.html, a page to look at in a browser.",
     )
@@ -163,7 +165,7 @@ def add_view(commands) -> None:
     view = commands.add_parser(
         "view",
         help="look at the points of both in a browser",
-        description="Run a VGGT once stock and once accelerated, and serve both point clouds and their cameras to a "
+        description="Run a model once stock and once accelerated, and serve both point clouds and their cameras to a "
         "browser, with a switch between them. Ctrl-C ends it.",
     )
     add_backbone(view)

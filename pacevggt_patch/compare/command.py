@@ -45,7 +45,7 @@ def compare(
     colmap: str | PathLike[str] | None = None,
     ply: bool = False,
 ) -> dict[str, Any]:
-    """Run a VGGT stock and accelerated on clips, and write how much faster it is and how far apart the outputs are.
+    """Run a model stock and accelerated on clips, and write how much faster it is and how far apart the outputs are.
 
     Writes `report.json` and `report.html` to `out`, each whole or not at all, anew after every clip. Progress goes to
     standard error. Where one side runs out of GPU memory the report says so.

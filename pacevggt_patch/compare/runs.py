@@ -146,24 +146,11 @@ class Runner:
 
     def forward(self, images: Tensor) -> dict[str, Any]:
         """One full prediction, as a user has it."""
-        autocast = torch.autocast(images.device.type, torch.bfloat16)
-        if self.plan.precision != "bfloat16":
-            with autocast if self.plan.precision == "autocast" else contextlib.nullcontext():
-                return self.model(self.host.model_images(images))
-        # VGGT's own forward switches autocast off for the heads, whose position embedding is float32.
-        model: Any = self.model
-        tokens, start = model.aggregator(images[None])
-        outputs: dict[str, Any] = {}
-        with autocast:
-            outputs["pose_enc"] = model.camera_head(tokens)[-1]
-            outputs["depth"], outputs["depth_conf"] = model.depth_head(
-                tokens, images=images[None], patch_start_idx=start
-            )
-            if getattr(model, "point_head", None) is not None:
-                outputs["world_points"], _ = model.point_head(
-                    tokens, images=images[None], patch_start_idx=start
-                )
-        return outputs
+        given = self.host.model_images(images)
+        if self.plan.precision == "bfloat16":
+            return self.host.run_narrow(given)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.plan.precision == "autocast"):
+            return self.model(given)
 
     def run(self, clip: Clip, update: Callable[[], Any]) -> list[Side]:
         """Run a clip: each side once for what it gives, then all in turn for their times.
