@@ -7,11 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
 from hosts import random_images, run, tiny_vggt, with_heads
 
-from pacevggt_patch import PaceError, accelerate
+from pacevggt_patch import accelerate
 from pacevggt_patch.hosts.base import find_host
 from pacevggt_patch.runtime.ranks import Ranks
 

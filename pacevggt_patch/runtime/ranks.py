@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
+import os
+import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -16,6 +19,11 @@ from ..arguments import shown, whole
 from ..errors import PaceError, first_line
 
 Value = TypeVar("Value")
+# Names in the store of a group: of the error of a rank that failed, and of ranks that wait for others in vain.
+FAILED, WAITS = "pacevggt failed", "pacevggt waits"
+GRACE = 2.0  # seconds by which ranks that wait for the same notice it apart
+# Under torchrun, which ends all where one ends, ranks may wait as long as another works alone.
+TIMEOUT = datetime.timedelta(hours=4)
 
 
 def split_frames(total: int, rank: int, world: int) -> slice:
@@ -35,6 +43,46 @@ def split_frames(total: int, rank: int, world: int) -> slice:
     if total < world:
         raise PaceError(f"{total} frames are too few for {world} processes: each needs one at least")
     return slice(rank * total // world, (rank + 1) * total // world)
+
+
+@contextmanager
+def processes_of_torchrun(device: torch.device) -> Generator[Ranks | None]:
+    """The processes that torchrun started, as one group inside the `with` block; None where there is but one.
+
+    A group that was there before is taken, and left.
+
+    Args:
+        device: of this process; made the current one where it is a GPU.
+
+    Raises:
+        PaceError: the group can't be made.
+    """
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        yield None
+        return
+    if not dist.is_available():
+        raise PaceError(f"torch was built without torch.distributed, and {world} processes were started")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    makes = not dist.is_initialized()
+    if makes:
+        try:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        except (RuntimeError, ValueError) as error:
+            raise PaceError(
+                f"the {world} processes can't form a group ({first_line(error)}): start them by torchrun"
+            ) from error
+    ranks = Ranks(True)
+    try:
+        yield ranks
+    except Exception:
+        # With NCCL others that wait in a call would keep this process from ending.
+        makes = makes and device.type != "cuda"
+        raise
+    finally:
+        if makes:
+            dist.destroy_process_group()
 
 
 def gather_outputs(outputs: Any, group: Any = True, dst: int = 0) -> Any:
@@ -78,6 +126,10 @@ def gather_outputs(outputs: Any, group: Any = True, dst: int = 0) -> Any:
     return tree_unflatten([next(found) if isinstance(leaf, Tensor) else leaf for leaf in leaves], form)
 
 
+class LostError(PaceError):
+    """Other ranks could not be reached."""
+
+
 class Ranks:
     """The processes of a group. A copy is of the same group; it can't be pickled.
 
@@ -87,6 +139,7 @@ class Ranks:
     Attributes:
         rank: of this process in the group.
         world: how many there are.
+        store: what they meet by, or None where torch does not tell.
         broken: what went wrong in the middle of a call, after which the ranks are out of step; or None.
 
     Raises:
@@ -107,6 +160,9 @@ class Ranks:
         self.group: Any = dist.group.WORLD if group is True else group
         self.rank, self.world = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.broken: str | None = None
+        self.store: Any = None
+        with suppress(AttributeError, KeyError):
+            self.store = dist.distributed_c10d._world.pg_map[self.group][1]
         if self.rank < 0:
             raise PaceError("this process is not in process_group: pass the group that it belongs to")
 
@@ -122,6 +178,16 @@ class Ranks:
     def backends(self) -> dict[str, str]:
         """Who moves the tensors of each type of device."""
         return dict(pair.split(":") for pair in dist.get_backend_config(self.group).split(","))
+
+    def check_group(self) -> None:
+        """Raise PaceError where the group was ended since."""
+        try:
+            dist.get_backend_config(self.group)
+        except Exception as error:  # of a kind that torch changes
+            raise PaceError(
+                f"the group of {self.world} processes that this model was accelerated for is no more: call "
+                "pacevggt_patch.accelerate again, with the process_group that there is now"
+            ) from error
 
     def check_device(self, device: torch.device) -> None:
         """Raise PaceError where the backend of the group can't move tensors of a device."""
@@ -148,6 +214,7 @@ class Ranks:
         Raises:
             PaceError: what `describe` raised on this rank or on another, or in what two ranks differ.
         """
+        self.check_group()
         error: Exception | None = None
         mine: tuple[Any, str | None] = None, None
         try:
@@ -184,11 +251,13 @@ class Ranks:
 
     @contextmanager
     def in_step(self) -> Generator[None]:
-        """A call that breaks off inside leaves the ranks out of step."""
+        """A call that breaks off inside leaves the ranks out of step, and others are told why."""
         try:
             yield
         except BaseException as error:
             self.broken = first_line(error)
+            if not isinstance(error, LostError):
+                self.note(FAILED, self.broken)
             raise
 
     @contextmanager
@@ -196,7 +265,7 @@ class Ranks:
         """Inside, this rank talks to the others.
 
         Raises:
-            PaceError: one of them is gone, or did not come within the timeout of the group.
+            PaceError: one of them is gone, or did not come within the timeout of the group; names it where it can.
         """
         try:
             yield
@@ -204,10 +273,31 @@ class Ranks:
             raise
         except RuntimeError as error:
             reason = first_line(error).split(". ")[0]
-            raise PaceError(
-                f"rank {self.rank} can't reach the others ({reason}): one failed, was killed, or took longer than the "
-                "timeout of the group, and its own message says why"
+            raise LostError(
+                f"rank {self.rank} can't reach the others ({reason}): {self.lost()}; end all processes and start again"
             ) from error
+
+    def note(self, name: str, text: str) -> None:
+        """Leave a text of this rank for the others, if their store can still be reached."""
+        with suppress(Exception):
+            self.store.set(f"{name} {self.rank}", text)
+
+    def lost(self) -> str:
+        """Which ranks failed, and why, in words; for ranks that waited in vain."""
+        self.note(WAITS, "")
+        time.sleep(GRACE)
+        failed, silent = [], []
+        try:
+            for rank in range(self.world):
+                if self.store.check([f"{FAILED} {rank}"]):
+                    failed.append(f"rank {rank} failed ({self.store.get(f'{FAILED} {rank}').decode()})")
+                elif not self.store.check([f"{WAITS} {rank}"]):
+                    silent.append(f"rank {rank} was killed, or took longer than the timeout of the group")
+        except Exception:  # whatever the store raises where the process that kept it is gone
+            failed, silent = [], []
+        return "; ".join(failed or silent) or (
+            "one failed, was killed, or took longer than the timeout of the group, and its own message says why"
+        )
 
     def gather(self, tensor: Tensor, sizes: Sequence[int], dim: int, dst: int | None = None) -> list[Tensor]:
         """The tensors of all ranks, alike but for their `sizes` in dimension `dim`.
