@@ -527,7 +527,7 @@ def test_ranks_that_failed_are_named(one_process, monkeypatch):
     others[0].note("pacevggt waits", "")
     assert "rank 2 was killed" in ranks.lost() and "rank 3 was killed" in ranks.lost()
     assert "rank 0" not in ranks.lost() and "rank 1" not in ranks.lost()
-    with pytest.raises(OSError), others[2].in_step():
+    with pytest.raises(OSError, match="full"), others[2].in_step():
         raise OSError("the disk is full")
     assert ranks.lost() == "rank 3 failed (the disk is full)"
     ranks.store = None

@@ -220,7 +220,7 @@ class Runner:
         with paused(self.model) if side.config is None else contextlib.nullcontext():
             return self.forward(images)
 
-    def predict(self, side: Side, images: Tensor, clip: Clip) -> Prediction:
+    def predict(self, side: Side, images: Tensor, clip: Clip) -> Prediction | None:
         """What a side gives for a clip; a first run, which also compiles and calibrates."""
         return prediction_of(self.outputs(side, images), clip, side.name)
 
