@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 from ..config import DEFAULT_KEEP_RATIO, GLOBAL, MODES
@@ -301,7 +302,8 @@ def compare_command(arguments: argparse.Namespace) -> int:
         "out", "keep_ratios", "modes", "merge_budget", "frames", "device", "precision", "repeats", "compile", "colmap",
         "ply",
     )  # fmt: skip
-    with processes_of_torchrun(usable_device(arguments.device)) as ranks:
+    # The others wait while stock runs.
+    with processes_of_torchrun(usable_device(arguments.device), timedelta(hours=4)) as ranks:
         report = compare(
             arguments.backbone,
             arguments.clip,

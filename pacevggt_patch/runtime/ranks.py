@@ -22,8 +22,6 @@ Value = TypeVar("Value")
 # Names in the store of a group: of the error of a rank that failed, and of ranks that wait for others in vain.
 FAILED, WAITS = "pacevggt failed", "pacevggt waits"
 GRACE = 2.0  # seconds by which ranks that wait for the same notice it apart
-# Under torchrun, which ends all where one ends, ranks may wait as long as another works alone.
-TIMEOUT = datetime.timedelta(hours=4)
 
 
 def split_frames(total: int, rank: int, world: int) -> slice:
@@ -46,13 +44,16 @@ def split_frames(total: int, rank: int, world: int) -> slice:
 
 
 @contextmanager
-def processes_of_torchrun(device: torch.device) -> Generator[Ranks | None]:
+def processes_of_torchrun(
+    device: torch.device, timeout: datetime.timedelta | None = None
+) -> Generator[Ranks | None]:
     """The processes that torchrun started, as one group inside the `with` block; None where there is but one.
 
     A group that was there before is taken, and left.
 
     Args:
         device: of this process; made the current one where it is a GPU.
+        timeout: how long a process waits for others; None is torch's own. torchrun itself ends all where one ends.
 
     Raises:
         PaceError: the group can't be made.
@@ -68,7 +69,7 @@ def processes_of_torchrun(device: torch.device) -> Generator[Ranks | None]:
     makes = not dist.is_initialized()
     if makes:
         try:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
         except (RuntimeError, ValueError) as error:
             raise PaceError(
                 f"the {world} processes can't form a group ({first_line(error)}): start them by torchrun"
