@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import time
+import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn, TypeVar
@@ -158,7 +159,8 @@ class Ranks:
                 "process_group must be a torch.distributed.ProcessGroup, or True for the default one, got "
                 f"{shown(group)}: this process may not be in it"
             )
-        self.group: Any = dist.group.WORLD if group is True else group
+        # Not held: threads of a group that is alive at the end of the interpreter may abort it.
+        self.reference = weakref.ref(dist.group.WORLD if group is True else group)
         self.rank, self.world = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.broken: str | None = None
         self.store: Any = None
@@ -180,15 +182,24 @@ class Ranks:
         """Who moves the tensors of each type of device."""
         return dict(pair.split(":") for pair in dist.get_backend_config(self.group).split(","))
 
-    def check_group(self) -> None:
-        """Raise PaceError where the group was ended since."""
+    @property
+    def group(self) -> Any:
+        """The group.
+
+        Raises:
+            PaceError: it was ended since.
+        """
+        group = self.reference()
         try:
-            dist.get_backend_config(self.group)
-        except Exception as error:  # of a kind that torch changes
+            dist.get_backend_config(group)
+        except Exception:  # of a kind that torch changes
+            group = None
+        if group is None:
             raise PaceError(
-                f"the group of {self.world} processes that this model was accelerated for is no more: call "
-                "pacevggt_patch.accelerate again, with the process_group that there is now"
-            ) from error
+                "the process group that this model was accelerated for is no more: call pacevggt_patch.accelerate "
+                "again, with the process_group that there is now"
+            )
+        return group
 
     def check_device(self, device: torch.device) -> None:
         """Raise PaceError where the backend of the group can't move tensors of a device."""
@@ -215,7 +226,6 @@ class Ranks:
         Raises:
             PaceError: what `describe` raised on this rank or on another, or in what two ranks differ.
         """
-        self.check_group()
         error: Exception | None = None
         mine: tuple[Any, str | None] = None, None
         try:
