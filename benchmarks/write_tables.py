@@ -214,15 +214,15 @@ def timings(*names: str) -> dict[tuple[str, int], dict[str, Any]]:
     return {(row["variant"], row["frames"]): row for row in rows}
 
 
-def seconds(row: dict[str, Any] | None, stock: dict[str, Any] | None = None) -> str:
-    """Median seconds, the speed-up over stock where both were measured, and memory."""
+def seconds(row: dict[str, Any] | None, stock: dict[str, Any] | None = None, digits: int = 1) -> str:
+    """Median seconds, the speed-up over stock where both were measured, to so many digits, and memory."""
     if row is None:
         return "not run"
     taken = row["seconds_median"]
     if taken is None:
         return "did not fit"
     known = stock is not None and stock["seconds_median"] is not None
-    faster = f" ({stock['seconds_median'] / taken:.1f}x)" if stock is not None and known else ""
+    faster = f" ({stock['seconds_median'] / taken:.{digits}f}x)" if stock is not None and known else ""
     memory = "" if row["peak_gib"] is None else f", {row['peak_gib']:.1f} GiB"
     return f"{taken:.3g} s{faster}{memory}"
 
@@ -280,7 +280,7 @@ def scaling_table() -> str:
     lines = []
     for frames in sorted({frames for frames, _ in rows}):
         one = rows.get((frames, 1))
-        cells = [seconds(rows.get((frames, gpus)), one if gpus > 1 else None) for gpus in measured]
+        cells = [seconds(rows.get((frames, gpus)), one if gpus > 1 else None, 2) for gpus in measured]
         lines.append([str(frames), *cells, *(on_paper(paper.get((frames, gpus))) for gpus in said)])
     head = ["frames", *(in_gpus(gpus) for gpus in measured)]
     return table([*head, *(f"{in_gpus(gpus)}, on paper" for gpus in said)], lines)
@@ -292,7 +292,7 @@ def in_gpus(count: int) -> str:
 
 def on_paper(row: dict[str, Any] | None) -> str:
     """Seconds that paper says, and the speed-up over one GPU."""
-    return "" if row is None else f"{row['predicted_seconds']:.3g} s ({row['predicted_speedup']:.1f}x)"
+    return "" if row is None else f"{row['predicted_seconds']:.3g} s ({row['predicted_speedup']:.2f}x)"
 
 
 def robustness_table() -> str:

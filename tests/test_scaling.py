@@ -128,7 +128,7 @@ def test_the_table_of_the_documents(benchmarks, tmp_path, monkeypatch):
     (tmp_path / f"{tables.SCALING}.json").write_text(json.dumps(REPORT))
     head, _, short, long = tables.scaling_table().splitlines()
     assert head == "| frames | 1 GPU | 2 GPUs | 2 GPUs, on paper | 4 GPUs, on paper |"
-    assert short == "| 300 | 2.2 s, 10.5 GiB | 1.2 s (1.8x), 6.8 GiB | 1.1 s (2.0x) | 0.55 s (4.0x) |"
+    assert short == "| 300 | 2.2 s, 10.5 GiB | 1.2 s (1.83x), 6.8 GiB | 1.1 s (2.00x) | 0.55 s (4.00x) |"
     assert long == "| 9000 | did not fit | 60 s, 99.0 GiB |  |  |"
 
 
