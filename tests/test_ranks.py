@@ -36,6 +36,7 @@ from pacevggt_patch import (
     split_frames,
     summary,
 )
+from pacevggt_patch.hosts.base import find_host
 from pacevggt_patch.hosts.vggt import VGGT
 from pacevggt_patch.method import few_keys as module
 from pacevggt_patch.method.few_keys import all_keys, few_keys, full_keys
@@ -66,6 +67,7 @@ CASES = {
 COUNTS = {2: (3, 4), 3: (4, 1, 2)}  # frames of each rank
 FRAMES = 7
 # Cases of three processes; those of two are all.
+TRAVELLED = (7, 61)  # frames of clips whose bytes are counted
 OF_THREE = ("no weights", "deltas, full heads, sampled keys", "global blocks first")
 BOTH = [(2, name) for name in CASES] + [(3, name) for name in OF_THREE]
 
@@ -145,6 +147,7 @@ def work(rank, folder):
     if rank:
         here = Group(pair, rank - 1, folder)
         compute(here)
+        travel(here)
         refuse(here)
         fail(here, short)
 
@@ -167,6 +170,28 @@ def compute(here):
         stock = model(here.images)["depth"]
     stock = torch.equal(stock, run(remove(model), here.images)["depth"])
     here.save("gathered", {"joined": joined, "copy": same, "stock": stock})
+
+
+def travel(here):
+    """Bytes that a rank of two hands to the other, of clips that are not even."""
+    found, gather = {}, dist.all_gather
+    for frames in TRAVELLED:
+        images = random_images(frames)[:, split_frames(frames, here.rank, here.world)]
+        for heads in ((), ((1, 0),)):
+            handed = []
+
+            def noted(parts, tensor, group, handed=handed):
+                handed.append(tensor.numel() * tensor.element_size())
+                return gather(parts, tensor, group=group)
+
+            model = tiny_vggt()
+            weights = with_heads(model, *heads) if heads else None
+            accelerate(model, weights=weights, process_group=here.group)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(dist, "all_gather", noted)
+                run(model, images)
+            found[frames, heads] = handed
+    here.save("travelled", found)
 
 
 def scale(rank, folder):
@@ -407,6 +432,16 @@ def test_a_rank_that_is_killed_ends_the_others(processes):
     assert issubclass(kind, PaceError) and "rank 0 can't reach the others" in message
     assert "rank 1 was killed" in message and "rank 0 was" not in message
     assert codes == [0, 0, -signal.SIGKILL]
+
+
+def test_the_paper_model_counts_what_travels(processes, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+    shapes = importlib.import_module("exchange_model").Shape
+    for rank, found in enumerate(load(processes, 2, "travelled")):
+        assert len(found) == 4, rank
+        for (frames, heads), handed in found.items():
+            shape = shapes.of(find_host(tiny_vggt()), heads, (56, 70), 0.3, 4)
+            assert handed == shape.sent(frames, 2).gathered
 
 
 def test_the_benchmark_of_scaling_writes_its_rows(processes):
