@@ -231,7 +231,8 @@ def random_scores(seed: int) -> Callable[[Tensor, tuple[int, int]], Tensor]:
     generator = torch.Generator().manual_seed(seed)
 
     def scores(features: Tensor, grid: tuple[int, int]) -> Tensor:
-        return torch.rand(features.shape[:2], generator=generator).to(features.device)
+        # The trunk may run with a GPU as the default device.
+        return torch.rand(features.shape[:2], generator=generator, device="cpu").to(features.device)
 
     return scores
 

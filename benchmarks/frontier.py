@@ -44,7 +44,7 @@ SEED = 3_000_000  # of the first room: neither training nor the choice of any co
 CALIBRATED_ON = 24  # frames of the first clip, at most
 UNPRUNED = "unpruned"
 OURS = {"training-free": None, "calibrated": "calibrated", "bundled weights": "auto"}  # line -> weights
-RATIOS = (0.5, 0.3, 0.15)
+RATIOS = (0.75, 0.5, 0.3, 0.15)
 COUNTS, QUICK_COUNTS = {8: 24, 24: 12, 96: 6, 300: 3}, {8: 4, 24: 2}  # rooms of so many frames
 
 
@@ -392,6 +392,7 @@ OUR_STYLE = {
 }
 COLORS = ("#d62728", "#ff7f0e", "#2ca02c", "#9467bd", "#8c564b", "#7f7f7f")
 MARKERS = ("v", "^", "<", ">", "P", "X")
+LEAST_SHOWN = -1.0  # nobody gains more than chance gives
 TICKS = (-20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
@@ -434,6 +435,8 @@ def draw(report: dict[str, Any], key: str, cost: Cost, path: Path) -> None:
         axis.set_yscale("symlog", linthresh=1)
         axis.axhline(0, color="black", linewidth=0.8)
         low, high = axis.get_ylim()
+        low = max(low, LEAST_SHOWN)
+        axis.set_ylim(low, high)
         axis.set_yticks([tick for tick in TICKS if low <= tick <= high])
         axis.yaxis.set_major_formatter("{x:g}")
         costs = [cost.times * row[cost.key] for row in rows if row["frames"] == frames]

@@ -4,9 +4,10 @@
         --frames 96,300 --json benchmarks/results/peers-seconds.json
 
 Random weights: shapes alone decide the time. Rules run as `peers` has them, ours without compile=True, and all blocks
-that a rule leaves alone are the stock model's. Full-attention heads are as many and as deep as VGGT-mini's bundled
-weights have, whose quality frontier.py measures; `published` are those known of VGGT-1B. Merging, choosing keys and
-filling in are in the time. Needs a `vggt` on the path.
+that a rule leaves alone are the stock model's. Block-sparse attention is left out: `peers` gathers its blocks, where
+its authors have a kernel. Full-attention heads are as many and as deep as VGGT-mini's bundled weights have, whose
+quality frontier.py measures; `published` are those known of VGGT-1B. Merging, choosing keys and filling in are in the
+time. Needs a `vggt` on the path.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from bench import Job, timed
 from frontier import OURS, UNPRUNED, settings
 from models import PRECISIONS, PUBLISHED_HEADS, SEED, build, check_values, forward, random_clip
+from peers import BlockSparse
 from peers.runner import applied
 from tqdm import tqdm
 
@@ -141,7 +143,7 @@ def variants(
     """Line, value, and inside of what the model runs so; the stock model first."""
     found: list[tuple[str, float, Callable[[], Any]]] = [(UNPRUNED, 1.0, contextlib.nullcontext)]
     for setting in settings(frames, not whole):
-        if setting.rule is not None:
+        if setting.rule is not None and not isinstance(setting.rule, BlockSparse):
             found.append((setting.line, setting.value, lambda rule=setting.rule: applied(model, rule)))
     ratios = dict.fromkeys(setting.value for setting in settings(frames, True) if setting.rule is None)
     # Bundled weights add small changes to matrices and nothing to the time: calibrated stands for them.

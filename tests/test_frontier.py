@@ -30,7 +30,7 @@ def test_each_rule_is_measured_as_published_and_on_from_there():
             (first,) = (one for one in found if one.rule == rule())
             assert next(one for one in found if one.line == first.line) == first
         ours = {(one.line, one.value) for one in found if one.rule is None}
-        assert ours == {(line, ratio) for line in frontier.OURS for ratio in (0.5, 0.3, 0.15)}
+        assert ours == {(line, ratio) for line in frontier.OURS for ratio in frontier.RATIOS}
     assert all(
         sum(one.line == line for one in quick) == 2 for line in {one.line for one in quick if one.rule}
     )
