@@ -283,7 +283,9 @@ def scaling_table() -> str:
         cells = [seconds(rows.get((frames, gpus)), one if gpus > 1 else None, 2) for gpus in measured]
         lines.append([str(frames), *cells, *(on_paper(paper.get((frames, gpus))) for gpus in said)])
     head = ["frames", *(in_gpus(gpus) for gpus in measured)]
-    return table([*head, *(f"{in_gpus(gpus)}, on paper" for gpus in said)], lines)
+    head += [f"{in_gpus(gpus)}, on paper" for gpus in said]
+    what = f"{found['backbone']}, {found['size']}, {found['precision']}, {found['environment']['device']}"
+    return f"{what}; memory is that of the fullest GPU.\n\n{table(head, lines)}"
 
 
 def in_gpus(count: int) -> str:

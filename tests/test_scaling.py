@@ -107,6 +107,7 @@ def test_the_largest_clip_follows_from_two(benchmarks):
 REPORT = {
     "backbone": "vggt-1b (random weights)",
     "size": "392x518",
+    "precision": "narrow",
     "environment": {"device": "NVIDIA H200"},
     "rows": [
         row_of(1, 300, 2.2, 10.5) | {"speedup": 1.0},
@@ -126,7 +127,8 @@ def test_the_table_of_the_documents(benchmarks, tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     assert "not been timed" in tables.scaling_table()
     (tmp_path / f"{tables.SCALING}.json").write_text(json.dumps(REPORT))
-    head, _, short, long = tables.scaling_table().splitlines()
+    where, _, head, _, short, long = tables.scaling_table().splitlines()
+    assert "vggt-1b (random weights), 392x518, narrow, NVIDIA H200" in where
     assert head == "| frames | 1 GPU | 2 GPUs | 2 GPUs, on paper | 4 GPUs, on paper |"
     assert short == "| 300 | 2.2 s, 10.5 GiB | 1.2 s (1.83x), 6.8 GiB | 1.1 s (2.00x) | 0.55 s (4.00x) |"
     assert long == "| 9000 | did not fit | 60 s, 99.0 GiB |  |  |"

@@ -21,7 +21,7 @@ from .runs import Prediction, Runner, Side, prediction_of
 
 # Frames that a model without weights calibrates itself on: no more are looked at.
 CALIBRATED_ON = 24
-COMPARED = ("pose_enc", "depth", "depth_conf")
+COMPARED = ("pose_enc", "world_to_camera", "intrinsics", "depth", "depth_conf")
 
 
 class SharedRunner(Runner):
@@ -40,6 +40,7 @@ class SharedRunner(Runner):
     def __init__(self, model: nn.Module, plan: Plan, ranks: Ranks):
         self.ranks, self.leads = ranks, ranks.rank == 0
         self.resolved: dict[PaceConfig, PaceWeights | None] = {}
+        self.host = find_host(model)  # for a pass that calibrates
         for source in plan.sources:
             split_frames(len(source.clip), ranks.rank, ranks.world)
         super().__init__(model, plan)
@@ -66,7 +67,7 @@ class SharedRunner(Runner):
             count = min(len(images), CALIBRATED_ON)
             self.forward(images[torch.linspace(0, len(images) - 1, count).long()])
         weights = state_of(self.model).weights
-        return None if weights is None else weights.copy_for(find_host(self.model)).to("cpu")
+        return None if weights is None else weights.copy_for(self.host).to("cpu")
 
     def estimate(self, clips: list[Clip]) -> float | None:
         return super().estimate(clips) if self.leads else None
@@ -114,7 +115,7 @@ class SharedRunner(Runner):
     def predict(self, side: Side, images: Tensor, clip: Clip) -> Prediction | None:
         if side.config is None:
             return super().predict(side, images, clip) if self.leads else None
-        outputs = self.outputs(side, images)
+        outputs = self.named(side, self.outputs(side, images))
         here = {name: outputs[name] for name in COMPARED if name in outputs}
         joined = gather_outputs(here, self.ranks.group)
         found = None
