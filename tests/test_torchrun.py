@@ -171,6 +171,26 @@ def test_processes_that_do_not_meet_are_said(monkeypatch):
     assert not dist.is_initialized()
 
 
+def meet(rank, port, folder):
+    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # as torchrun has it
+    device = torch.device("cuda", 0) if rank else CPU
+
+    def enter():
+        with processes_of_torchrun(device):
+            pass
+
+    (folder / f"{rank}.txt").write_text(str(caught(enter)))
+
+
+def test_processes_on_different_devices_are_refused(tmp_path):
+    """Before the group is made, for which they would wait."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    mp.spawn(meet, (store.port, tmp_path), nprocs=2)
+    for rank in range(2):
+        assert "rank 0 runs on cpu and rank 1 on cuda" in (tmp_path / f"{rank}.txt").read_text()
+
+
 def torchrun(*arguments, **options):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "PACEVGGT_CACHE": "off", "OMP_NUM_THREADS": "1"}

@@ -22,6 +22,8 @@ from ..errors import PaceError, first_line
 Value = TypeVar("Value")
 # Names in the store of a group: of the error of a rank that failed, and of ranks that wait for others in vain.
 FAILED, WAITS = "pacevggt failed", "pacevggt waits"
+# By which processes that torchrun started tell each other their type of device, and how long they wait for each other.
+DEVICE, MEETING = "pacevggt device", datetime.timedelta(minutes=10)
 GRACE = 2.0  # seconds by which ranks that wait for the same notice it apart
 
 
@@ -57,7 +59,7 @@ def processes_of_torchrun(
         timeout: how long a process waits for others; None is torch's own. torchrun itself ends all where one ends.
 
     Raises:
-        PaceError: the group can't be made.
+        PaceError: the group can't be made, or processes are on devices of different types.
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
@@ -65,16 +67,26 @@ def processes_of_torchrun(
         return
     if not dist.is_available():
         raise PaceError(f"torch was built without torch.distributed, and {world} processes were started")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     makes = not dist.is_initialized()
     if makes:
         try:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+            store, rank, world = next(dist.rendezvous("env://", timeout=MEETING))
+            store.set(f"{DEVICE} {rank}", device.type)
+            kinds = [store.get(f"{DEVICE} {other}").decode() for other in range(world)]
         except (RuntimeError, ValueError) as error:
             raise PaceError(
                 f"the {world} processes can't form a group ({first_line(error)}): start them by torchrun"
             ) from error
+        other = next((rank for rank, kind in enumerate(kinds) if kind != kinds[0]), None)
+        if other is not None:  # they would wait for each other in different groups
+            raise PaceError(
+                f"rank 0 runs on {kinds[0]} and rank {other} on {kinds[other]}: give all the same --device"
+            )
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        store.set_timeout(timeout or MEETING)  # NCCL connects by it at the first call
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     ranks = Ranks(True)
     try:
         yield ranks
