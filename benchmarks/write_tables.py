@@ -215,12 +215,15 @@ def timings(*names: str) -> dict[tuple[str, int], dict[str, Any]]:
     return {(row["variant"], row["frames"]): row for row in rows}
 
 
-def seconds(row: dict[str, Any] | None, stock: dict[str, Any] | None = None) -> str:
-    """Median seconds, the speed-up over stock where both were measured, and memory."""
+def seconds(row: dict[str, Any] | None, stock: dict[str, Any] | None = None, digits: int = 1) -> str:
+    """Median seconds, the speed-up over stock where both were measured, to so many digits, and memory."""
     if row is None:
         return "not run"
     taken = row["seconds_median"]
-    faster = f" ({stock['seconds_median'] / taken:.1f}x)" if stock is not None else ""
+    if taken is None:
+        return "did not fit"
+    known = stock is not None and stock["seconds_median"] is not None
+    faster = f" ({stock['seconds_median'] / taken:.{digits}f}x)" if stock is not None and known else ""
     memory = "" if row["peak_gib"] is None else f", {row['peak_gib']:.1f} GiB"
     return f"{taken:.3g} s{faster}{memory}"
 
@@ -260,6 +263,39 @@ def readme_table() -> str:
         row = row_of(f"rooms-8-{quality}", 0.3)
         lines.append([title, call, *cells, f"{-row['auc30_change']:.1f} %", f"{row['absrel_change']:.1f} %"])
     return table(head, lines)
+
+
+SCALING = "scaling-vggt-1b-h200"  # a file that `scaling.py` wrote
+
+
+def scaling_table() -> str:
+    """Seconds and memory of one clip over several GPUs, and what paper says of them and of more."""
+    file = RESULTS / f"{SCALING}.json"
+    if not file.is_file():
+        return "It has not been timed on GPUs yet."
+    found = json.loads(file.read_text())
+    rows = {(row["frames"], row["gpus"]): row for row in found["rows"]}
+    paper = {(row["frames"], row["gpus"]): row for row in found["model"]}
+    measured, said = (sorted({gpus for _, gpus in some}) for some in (rows, paper))
+    said = [gpus for gpus in said if gpus > 1]
+    lines = []
+    for frames in sorted({frames for frames, _ in rows}):
+        one = rows.get((frames, 1))
+        cells = [seconds(rows.get((frames, gpus)), one if gpus > 1 else None, 2) for gpus in measured]
+        lines.append([str(frames), *cells, *(on_paper(paper.get((frames, gpus))) for gpus in said)])
+    head = ["frames", *(in_gpus(gpus) for gpus in measured)]
+    head += [f"{in_gpus(gpus)}, on paper" for gpus in said]
+    what = f"{found['backbone']}, {found['size']}, {found['precision']}, {found['environment']['device']}"
+    return f"{what}; memory is that of the fullest GPU.\n\n{table(head, lines)}"
+
+
+def in_gpus(count: int) -> str:
+    return f"{count} GPU{'s' * (count > 1)}"
+
+
+def on_paper(row: dict[str, Any] | None) -> str:
+    """Seconds that paper says, and the speed-up over one GPU."""
+    return "" if row is None else f"{row['predicted_seconds']:.3g} s ({row['predicted_speedup']:.2f}x)"
 
 
 def robustness_table() -> str:
@@ -539,6 +575,7 @@ TABLES = [
     (ROOT / "docs" / "compare.md", "example", comparison),
     (ROOT / "docs" / "latency.md", "gpu", gpu_table),
     (ROOT / "docs" / "latency.md", "cpu", cpu_table),
+    (ROOT / "docs" / "several-gpus.md", "scaling", scaling_table),
     (ROOT / "README.md", "settings", readme_table),
     (ROOT / "weights" / "README.md", "unpruned", unpruned_table),
     (ROOT / "docs" / "robustness.md", "robustness", robustness_table),

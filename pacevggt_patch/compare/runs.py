@@ -208,16 +208,18 @@ class Runner:
         with paused(self.model) if side.config is None else contextlib.nullcontext():
             return self.forward(images)
 
-    def predict(self, side: Side, images: Tensor, clip: Clip) -> Prediction:
+    def predict(self, side: Side, images: Tensor, clip: Clip) -> Prediction | None:
         """What a side gives for a clip; a first run, which also compiles and calibrates."""
-        outputs = self.outputs(side, images)
+        return prediction_of(self.named(side, self.outputs(side, images)), clip, side.name)
+
+    def named(self, side: Side, outputs: dict[str, Any]) -> Mapping[str, Any]:
+        """Cameras and depth in what a side gave, as `Host.predictions` names them."""
         try:
-            named = self.host.predictions(outputs)
+            return self.host.predictions(outputs)
         except (KeyError, TypeError) as error:
             raise PaceError(
                 f"{side.name} returned outputs without cameras and depth ({error}), so they can't be compared"
             ) from error
-        return prediction_of(named, clip, side.name)
 
     def describe(self, side: Side) -> None:
         """Take down what ran, right after a run of the setting."""
