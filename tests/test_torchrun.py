@@ -200,9 +200,13 @@ def torchrun(*arguments, **options):
     )
 
 
-def test_the_command_prints_once(folder, tmp_path):
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=TWO_GPUS)])
+def test_the_command_prints_once(folder, tmp_path, device):
     checkpoint, clip = files_in(folder)
-    given = ("--backbone", checkpoint, "--clip", clip, "--device", "cpu", "--frames", "4", "--repeats", "1")
+    given = ("--backbone", checkpoint, "--clip", clip, "--device", device, "--frames", "4", "--repeats", "1")
     run = torchrun("-m", "pacevggt_patch", "compare", *given, "--out", str(tmp_path / "out"))
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("wrote") == 1 and run.stdout.count("speed-up") == 1

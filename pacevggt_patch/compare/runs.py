@@ -210,16 +210,17 @@ class Runner:
 
     def predict(self, side: Side, images: Tensor, clip: Clip) -> Prediction | None:
         """What a side gives for a clip; a first run, which also compiles and calibrates."""
-        return prediction_of(self.named(side, self.outputs(side, images)), clip, side.name)
+        return self.prediction(self.outputs(side, images), side, clip)
 
-    def named(self, side: Side, outputs: dict[str, Any]) -> Mapping[str, Any]:
-        """Cameras and depth in what a side gave, as `Host.predictions` names them."""
+    def prediction(self, outputs: Any, side: Side, clip: Clip) -> Prediction:
+        """What the model returned for a clip, by names that are those of all families."""
         try:
-            return self.host.predictions(outputs)
+            named = self.host.predictions(outputs)
         except (KeyError, TypeError) as error:
             raise PaceError(
                 f"{side.name} returned outputs without cameras and depth ({error}), so they can't be compared"
             ) from error
+        return prediction_of(named, clip, side.name)
 
     def describe(self, side: Side) -> None:
         """Take down what ran, right after a run of the setting."""

@@ -17,11 +17,12 @@ from ..patching.install import accelerate, state_of
 from ..runtime.ranks import Ranks, gather_outputs, split_frames
 from ..weights.pace import PaceWeights
 from .plan import Plan
-from .runs import Prediction, Runner, Side, prediction_of
+from .runs import Prediction, Runner, Side
 
 # Frames that a model without weights calibrates itself on: no more are looked at.
 CALIBRATED_ON = 24
-COMPARED = ("pose_enc", "world_to_camera", "intrinsics", "depth", "depth_conf")
+# What is compared of what a model of VGGT's family gives: no other runs over several processes.
+COMPARED = ("pose_enc", "depth", "depth_conf")
 
 
 class SharedRunner(Runner):
@@ -115,7 +116,7 @@ class SharedRunner(Runner):
     def predict(self, side: Side, images: Tensor, clip: Clip) -> Prediction | None:
         if side.config is None:
             return super().predict(side, images, clip) if self.leads else None
-        outputs = self.named(side, self.outputs(side, images))
+        outputs = self.outputs(side, images)
         here = {name: outputs[name] for name in COMPARED if name in outputs}
         joined = gather_outputs(here, self.ranks.group)
         found = None
@@ -123,7 +124,7 @@ class SharedRunner(Runner):
         def described() -> tuple[None, dict[str, str]]:
             nonlocal found
             part = clip if self.leads else Clip(clip.name, clip.images[: images.shape[0]])
-            found = prediction_of(here if joined is None else joined, part, side.name)
+            found = self.prediction(here if joined is None else joined, side, part)
             return None, {}
 
         self.ranks.agree(described)
