@@ -45,7 +45,8 @@ def write_scene(
     identity = " ".join(f"{value:g}" for value in np.eye(4).flatten())
     if flat:
         cameras = {
-            part: " ".join(matrix_text(camera).split()) for part, camera in zip("CD", (COLOUR, DEPTH), strict=True)
+            part: " ".join(matrix_text(camera).split())
+            for part, camera in zip("CD", (COLOUR, DEPTH), strict=True)
         }
         (folder / "_info.txt").write_text(
             f"m_versionNumber = 4\nm_depthShift = 1000\nm_calibrationColorIntrinsic = {cameras['C']} \n"
@@ -64,7 +65,9 @@ def write_scene(
 
 def mesh_points(frames: int) -> np.ndarray:
     """[N, 3] points on the surfaces that the frames see."""
-    found = [seen(pose_of(index), DEPTH[0], DEPTH[1:], DEPTH_SIZE)[1].reshape(-1, 3) for index in range(frames)]
+    found = [
+        seen(pose_of(index), DEPTH[0], DEPTH[1:], DEPTH_SIZE)[1].reshape(-1, 3) for index in range(frames)
+    ]
     return np.concatenate(found).astype(np.float32)
 
 

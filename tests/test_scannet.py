@@ -76,7 +76,9 @@ def test_depth_lies_on_the_pictures(made):
         # Half a pixel of either camera, by which conventions differ, would be seen.
         down, right = np.gradient(true)
         smooth = valid & (slope < 0.03) & (np.abs(found - true) < 0.1)
-        shift = np.linalg.lstsq(np.stack([right[smooth], down[smooth]], 1), (found - true)[smooth], rcond=None)[0]
+        shift = np.linalg.lstsq(
+            np.stack([right[smooth], down[smooth]], 1), (found - true)[smooth], rcond=None
+        )[0]
         assert np.abs(shift).max() < 0.26
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -157,7 +158,10 @@ class ClipFolder:
     def load(self, frames: int | None, start: int, stride: int, width: int, mode: str) -> Clip:
         """The clip of some of the frames; see `load_clip` for arguments and errors."""
         check_arguments(frames, start, stride, width, mode)
-        entries = choose(self.entries, self.folder, frames, start, stride)
+        return self.load_entries(choose(self.entries, self.folder, frames, start, stride), width, mode)
+
+    def load_entries(self, entries: Sequence[dict[str, Any]], width: int, mode: str) -> Clip:
+        """The clip of these entries; see `load_clip` for the other arguments and errors."""
         has_depth = any(entry.get("depth") is not None for entry in entries)
         pictures, maps = [], []
         first: Source | None = None

@@ -60,6 +60,8 @@ class ScanNetScene:
         ClipError: the folder has neither layout, a frame lacks a file, no frame has a pose, or a camera is missing.
     """
 
+    metres = True
+
     def __init__(self, path: str | Path):
         self.folder = existing_folder(path)
         self.name = self.folder.resolve().name
@@ -197,7 +199,7 @@ def check_complete(folder: Path, found: dict[str, dict[str, Path]]) -> None:
         missing = sorted(set(found["color"]) - set(files), key=natural_key)
         if missing:
             raise ClipError(
-                f"{folder} has no {part} of {len(missing)} of {len(found['color'])} frames ({missing[0]} is the first): "
+                f"{folder} has no {part} of {len(missing)} of {len(found['color'])} frames, {missing[0]} the first: "
                 "export the scene again"
             )
 

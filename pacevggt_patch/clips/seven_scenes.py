@@ -87,6 +87,7 @@ class SevenScenesSequence:
     """
 
     left_out = 0  # frames without a pose: there are none
+    metres = True
 
     def __init__(self, folder: Path, sequence: int, calibration: Calibration | None = None):
         self.name = f"{folder.resolve().name}/seq-{sequence:02d}"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -76,6 +79,44 @@ def gather_outputs(outputs: Any, group: Any = True, dst: int = 0) -> Any:
         return None
     found = iter(joined)
     return tree_unflatten([next(found) if isinstance(leaf, Tensor) else leaf for leaf in leaves], form)
+
+
+@dataclass(frozen=True)
+class Launched:
+    """The processes that torchrun started together, of which each does a share of the work for itself.
+
+    Attributes:
+        rank: of this process.
+        world: how many there are; 1 without torchrun.
+        group: by which they wait for each other.
+    """
+
+    rank: int = 0
+    world: int = 1
+    group: Any = None
+
+    def wait(self) -> None:
+        """Return when all have come here."""
+        if self.world > 1:
+            dist.barrier(self.group)
+
+
+@contextmanager
+def launched() -> Generator[Launched]:
+    """The processes that torchrun started this one with, inside the `with` block; one without torchrun."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        yield Launched()
+        return
+    begun = dist.is_initialized()
+    if not begun:
+        dist.init_process_group("gloo")
+    try:
+        # On the CPU, and with patience: shares of the work are done hours apart.
+        yield Launched(rank, world, dist.new_group(backend="gloo", timeout=timedelta(days=7)))
+    finally:
+        if not begun:
+            dist.destroy_process_group()
 
 
 class Ranks:
