@@ -7,11 +7,19 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from seven_scenes import colours, pose_of, seen
+from seven_scenes import colours, seen
+from seven_scenes import pose_of as straight_pose
 
 COLOUR_SIZE, DEPTH_SIZE = (140, 104), (70, 52)  # as 1296x968 and 640x480, about
 COLOUR = (126.0, 68.5, 51.2)  # focal length, principal point: pixel centres on whole numbers
 DEPTH = (62.0, 34.5, 25.5)
+
+
+def pose_of(index: int) -> np.ndarray:
+    """`[4, 4]` camera-to-world, on a curve."""
+    pose = straight_pose(index)
+    pose[1, 3] += 0.04 * (index % 3)
+    return pose
 
 
 def matrix_text(camera: tuple[float, float, float]) -> str:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scannet import COLOUR, COLOUR_SIZE, DEPTH, DEPTH_SIZE, matrix_text, write_scene
-from seven_scenes import along, colours, pose_of
+from scannet import COLOUR, COLOUR_SIZE, DEPTH, DEPTH_SIZE, matrix_text, pose_of, write_scene
+from seven_scenes import along, colours
 
 from pacevggt_patch.clips import load_scannet
 from pacevggt_patch.clips.scannet import Camera, ScanNetScene, resample

@@ -204,6 +204,9 @@ def add_evaluate(commands) -> None:
         metavar="DIR",
         help="of published: folder with SCENE/SCENE_vh_clean_2.ply (the folder of each scene)",
     )
+    evaluate.add_argument(
+        "--width", type=int, metavar="PIXELS", help="of the frames (224 for VGGT-mini, else 518)"
+    )
     add_compile(evaluate)
     evaluate.add_argument(
         "--out",
@@ -376,7 +379,7 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
 
     names = (
         "out", "backbone", "keep_ratios", "modes", "merge_budget", "frames", "stride", "protocol", "scenes",
-        "most_scenes", "meshes", "device", "precision", "compile",
+        "most_scenes", "meshes", "width", "device", "precision", "compile",
     )  # fmt: skip
     summary = evaluate(
         arguments.data,

@@ -39,6 +39,7 @@ def evaluate(
     scenes: str | PathLike[str] | None = None,
     most_scenes: int | None = None,
     meshes: str | PathLike[str] | None = None,
+    width: int | None = None,
     device: str | None = None,
     precision: str | None = None,
     compile: bool = False,
@@ -61,6 +62,7 @@ def evaluate(
         scenes: file with the names of the scenes, one a line.
         most_scenes: evenly spaced ones, by name.
         meshes: folder with SCENE/SCENE_vh_clean_2.ply of "published"; None looks in the folder of each scene.
+        width: of the frames, pixels; None takes 224 for VGGT-mini, else 518.
         device: None takes CUDA where there is one.
         precision: "float32", "autocast" or "bfloat16"; None takes float32 on the CPU, else autocast.
 
@@ -88,6 +90,7 @@ def evaluate(
                 scenes=scenes,
                 most_scenes=most_scenes,
                 meshes=meshes,
+                width=width,
                 device=device,
                 precision=precision,
                 compile=compile,

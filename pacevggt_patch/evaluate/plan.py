@@ -15,6 +15,7 @@ from torch import nn
 from ..arguments import file_path, shown, whole
 from ..clips import Clip
 from ..clips.folder import ClipFolder, existing_folder
+from ..clips.framing import check_arguments
 from ..clips.images import listed
 from ..clips.rgbd import read_text
 from ..clips.scannet import ScanNetScene
@@ -102,6 +103,7 @@ class Options:
         scenes: file with the names of the scenes, one a line; None takes all.
         most_scenes: every floor(n / most_scenes)-th of n scenes, at most so many; None takes all.
         meshes: folder with SCENE/SCENE_vh_clean_2.ply of "published"; None looks in the folder of each scene.
+        width: of the frames, pixels; None takes 224 for VGGT-mini, else 518.
     """
 
     data: str | PathLike[str]
@@ -118,6 +120,7 @@ class Options:
     scenes: str | PathLike[str] | None = None
     most_scenes: int | None = None
     meshes: str | PathLike[str] | None = None
+    width: int | None = None
     device: str | None = None
     precision: str | None = None
     compile: bool = False
@@ -210,6 +213,7 @@ def make_plan(options: Options) -> Plan:
     )
     runs = ComparePlan(for_runs, make_configs(for_runs), (), device, precision)
     width, mode = (MINI_WIDTH, "square") if runs_mini(options.backbone) else (WIDTH, "crop")
+    width = options.width or width
     folders = find_scenes(options)
     jobs = []
     for folder in tqdm(folders, desc="looking through scenes", unit="scene", disable=None, leave=False):
@@ -230,6 +234,8 @@ def check_options(options: Options) -> None:
     if options.precision is not None and options.precision not in tuple(PRECISIONS):
         raise PaceError(f"precision must be one of {', '.join(PRECISIONS)}, got {shown(options.precision)}")
     file_path("out", options.out)
+    if options.width is not None:
+        check_arguments(None, 0, 1, options.width, "crop")
     whole("stride", options.stride)
     if options.frames is None and options.stride == 1:
         raise PaceError("say how many frames of a scene to take: --frames, or --stride for every K-th one")
@@ -244,9 +250,9 @@ def check_options(options: Options) -> None:
                 f"the published protocol is one of ScanNet, and the dataset is {options.dataset}: "
                 f"take the protocol {CORRECTED}"
             )
-        if options.stride != 1:
+        if options.stride != 1 or options.width is not None:
             raise PaceError(
-                "the published protocol chooses frames by their number alone: leave the stride out"
+                "the published protocol says which frames, and how wide: leave stride and width out"
             )
     elif options.meshes is not None:
         raise PaceError(f"meshes are compared by the protocol {PUBLISHED} alone: leave them out")
