@@ -33,7 +33,7 @@ from pacevggt_patch.evaluate.protocols import METRICS, choose_frames, measure
 from pacevggt_patch.evaluate.runs import SceneRunner
 from pacevggt_patch.evaluate.summary import format_table, markdown, summarise
 from pacevggt_patch.evaluation import evaluate_predictions
-from pacevggt_patch.evaluation.geometry import camera_to_world
+from pacevggt_patch.evaluation.geometry import camera_to_world, thinned
 from pacevggt_patch.evaluation.intervals import change_of_mean
 from pacevggt_patch.mini import MiniConfig, build_mini, save_mini
 from pacevggt_patch.mini.scenes.rooms import render_room
@@ -335,6 +335,14 @@ def test_processes_share_the_scenes_and_merge_exactly(evaluated, scans, backbone
         assert side["metrics"] == other["metrics"]
 
 
+def test_processes_that_cannot_meet_say_so(scans, backbone, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(PaceError, match="torchrun"):
+        run(scans, tmp_path / "out", backbone)
+
+
 def free_port() -> str:
     import socket
 
@@ -598,10 +606,10 @@ def test_published_measures_agree_with_the_same_written_out(room):
 
 def test_points_are_thinned_evenly(room, monkeypatch):
     mask = torch.rand(3, 20, 20, generator=torch.Generator().manual_seed(0)) < 0.5
-    found = protocols.thinned(mask, 100)
+    found = thinned(mask, 100)
     assert not (found & ~mask).any() and 80 <= int(found.sum()) <= 100
     assert int(found[0].sum()) > 20 and int(found[2].sum()) > 20
-    assert torch.equal(protocols.thinned(mask, 10_000), mask)
+    assert torch.equal(thinned(mask, 10_000), mask)
     prediction = prediction_for(room, 4, 0.08, 0.05)
     whole = measure("corrected", prediction, room)["chamfer"]
     monkeypatch.setattr(protocols, "ALIGNED_POINTS", 1000)

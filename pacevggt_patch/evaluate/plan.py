@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -216,7 +217,8 @@ def make_plan(options: Options) -> Plan:
     width = options.width or width
     folders = find_scenes(options)
     jobs = []
-    for folder in tqdm(folders, desc="looking through scenes", unit="scene", disable=None, leave=False):
+    hidden = os.environ.get("RANK", "0") != "0" or None  # None: shown where somebody looks
+    for folder in tqdm(folders, desc="looking through scenes", unit="scene", disable=hidden, leave=False):
         for scene in scenes_in(folder, options.dataset):
             jobs.append(make_job(scene, folder, options, width, mode))
     files = [job.file for job in jobs]

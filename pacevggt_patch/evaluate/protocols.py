@@ -15,7 +15,7 @@ from ..errors import PaceError, first_line
 from ..evaluation import cloud_errors, evaluate_predictions, similarity_alignment, trajectory_errors
 from ..evaluation.agreement import moved
 from ..evaluation.clouds import fit_to_box, sample
-from ..evaluation.geometry import camera_to_world, masked_points
+from ..evaluation.geometry import camera_to_world, masked_points, thinned
 from ..runtime.plotting import load_extra
 
 PUBLISHED, CORRECTED = "published", "corrected"
@@ -152,14 +152,6 @@ def published_points(prediction: Prediction, clip: Clip, mesh: np.ndarray) -> Va
     fitted = fit_to_box(predicted @ first[:3, :3].T + first[:3, 3], mesh)
     errors = cloud_errors(sample(fitted, PUBLISHED_POINTS), sample(mesh, PUBLISHED_POINTS))
     return {} if errors is None else {"chamfer_clipped": errors.chamfer_clipped}
-
-
-def thinned(mask: Tensor, most: int) -> Tensor:
-    """A mask of evenly spaced ones among those of a mask, at most so many."""
-    chosen = mask.flatten().nonzero()[:, 0]
-    kept = torch.zeros(mask.numel(), dtype=torch.bool)
-    kept[chosen[:: max(1, -(-len(chosen) // most))]] = True
-    return kept.view(mask.shape)
 
 
 def read_mesh(file: Path) -> np.ndarray:

@@ -124,6 +124,14 @@ def masked_points(depth: Tensor, intrinsics: Tensor, world_to_camera: Tensor, ma
     return torch.cat([unproject(d, k, pose)[chosen] for d, k, pose, chosen in zip(*one_each, strict=True)])
 
 
+def thinned(mask: Tensor, most: int) -> Tensor:
+    """A mask of evenly spaced ones among those of a mask of any shape, at most so many; on its device."""
+    chosen = mask.flatten().nonzero()[:, 0]
+    kept = torch.zeros(mask.numel(), dtype=torch.bool, device=mask.device)
+    kept[chosen[:: max(1, -(-len(chosen) // most))]] = True
+    return kept.view(mask.shape)
+
+
 def similarity_alignment(source: Tensor, target: Tensor) -> Similarity:
     """The similarity that takes `source` to `target`, both `[N, 3]`, with the least squared error.
 

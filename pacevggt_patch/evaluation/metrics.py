@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..clips.clip import Clip
 from ..errors import PaceError
-from .geometry import decode_pose_encoding, similarity_alignment, unproject
+from .geometry import decode_pose_encoding, masked_points, similarity_alignment, thinned
 
 AUC_THRESHOLDS = (5, 15, 30)
 MAX_POINTS = 200_000
@@ -225,8 +225,9 @@ def clip_point_error(depth: Tensor, intrinsics: Tensor, world_to_camera: Tensor,
     """`point_error` of unprojected depth `[S, H, W]` with the given cameras; None if the clip cannot tell."""
     if clip.depth is None or clip.valid is None or clip.intrinsics is None or clip.world_to_camera is None:
         return None
-    chosen = clip.valid.flatten().nonzero()[:, 0]
-    chosen = chosen[:: max(1, -(-len(chosen) // MAX_POINTS))].cpu()  # [N]
-    predicted = unproject(depth.float(), intrinsics.float(), world_to_camera.float())
-    truth = unproject(clip.depth.float(), clip.intrinsics.float(), clip.world_to_camera.float())
-    return point_error(predicted.view(-1, 3).cpu()[chosen], truth.view(-1, 3).cpu()[chosen])
+    chosen = thinned(clip.valid, MAX_POINTS)
+    predicted = masked_points(
+        depth.float(), intrinsics.float(), world_to_camera.float(), chosen.to(depth.device)
+    )
+    truth = masked_points(clip.depth.float(), clip.intrinsics.float(), clip.world_to_camera.float(), chosen)
+    return point_error(predicted, truth)

@@ -103,14 +103,23 @@ class Launched:
 
 @contextmanager
 def launched() -> Generator[Launched]:
-    """The processes that torchrun started this one with, inside the `with` block; one without torchrun."""
+    """The processes that torchrun started this one with, inside the `with` block; one without torchrun.
+
+    Raises:
+        PaceError: they can't find each other.
+    """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
         yield Launched()
         return
     begun = dist.is_initialized()
     if not begun:
-        dist.init_process_group("gloo")
+        try:
+            dist.init_process_group("gloo")
+        except (ValueError, RuntimeError) as error:
+            raise PaceError(
+                f"{world} processes can't find each other: start them by torchrun ({first_line(error)})"
+            ) from error
     try:
         # On the CPU, and with patience: shares of the work are done hours apart.
         yield Launched(rank, world, dist.new_group(backend="gloo", timeout=timedelta(days=7)))
