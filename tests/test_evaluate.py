@@ -649,6 +649,20 @@ def test_meshes_may_lie_elsewhere_and_must_be_there(own_scans, backbone, tmp_pat
         run(own_scans / NAMES[1], tmp_path / "broken", backbone, protocol="published", meshes=meshes)
 
 
+@pytest.mark.skipif(
+    "PACEVGGT_REAL_CLIPS" not in os.environ,
+    reason="set PACEVGGT_REAL_CLIPS to a folder of real clips with ground truth",
+)
+def test_photographs_with_measured_depth(tmp_path):
+    """VGGT-mini knows what it sees: numbers are those of a model that works, far from those of random weights."""
+    folder = Path(os.environ["PACEVGGT_REAL_CLIPS"]) / "redkitchen"
+    summary = evaluate(folder, "folder", out=tmp_path / "out", frames=6, stride=4, device="cpu")
+    for side in summary["sides"]:
+        found = {key: metric["mean"] for key, metric in side["metrics"].items()}
+        assert found["auc30"] > 40 and found["absrel"] < 0.3 and found["ate"] < 0.4
+        assert found["chamfer_clipped"] <= found["chamfer"] < 1 and 0.4 < found["normal_consistency"] < 1
+
+
 # ---- the summary
 
 
