@@ -656,10 +656,10 @@ def test_meshes_may_lie_elsewhere_and_must_be_there(own_scans, backbone, tmp_pat
 def test_photographs_with_measured_depth(tmp_path):
     """VGGT-mini knows what it sees: numbers are those of a model that works, far from those of random weights."""
     folder = Path(os.environ["PACEVGGT_REAL_CLIPS"]) / "redkitchen"
-    summary = evaluate(folder, "folder", out=tmp_path / "out", frames=6, stride=4, device="cpu")
+    summary = evaluate(folder, "folder", out=tmp_path / "out", frames=8, device="cpu")
     for side in summary["sides"]:
         found = {key: metric["mean"] for key, metric in side["metrics"].items()}
-        assert found["auc30"] > 40 and found["absrel"] < 0.3 and found["ate"] < 0.4
+        assert found["auc30"] > 20 and found["absrel"] < 0.25 and found["ate"] < 0.7
         assert found["chamfer_clipped"] <= found["chamfer"] < 1 and 0.4 < found["normal_consistency"] < 1
 
 
