@@ -5,8 +5,9 @@
     python benchmarks/frontier.py --clips DIR --lengths 8 --stride 2 --starts 0,60,120 --out DIR
 
 Cost is the number of pairs of queries and keys in global attention, over the unpruned model's. Merging, picking and
-propagation are not in it. Rules are those of `peers`; clips and metrics are those of quality.py. The report is written
-after every row, and the same command goes on where it was stopped. Figures show what is lost against cost.
+propagation are not in it. With --seconds, a report of peers_seconds.py, cost is time as well. Rules are those of
+`peers`; clips and metrics are those of quality.py. The report is written after every row, and the same command goes on
+where it was stopped. Figures show what is lost against cost.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ SEED = 3_000_000  # of the first room: neither training nor the choice of any co
 CALIBRATED_ON = 24  # frames of the first clip, at most
 UNPRUNED = "unpruned"
 OURS = {"training-free": None, "calibrated": "calibrated", "bundled weights": "auto"}  # line -> weights
-RATIOS = (0.5, 0.3, 0.15)
+RATIOS = (0.75, 0.5, 0.3, 0.15)
 COUNTS, QUICK_COUNTS = {8: 24, 24: 12, 96: 6, 300: 3}, {8: 4, 24: 2}  # rooms of so many frames
 
 
@@ -109,8 +110,10 @@ def main(argv: list[str] | None = None) -> int:
         for length in lengths(args):
             measure_length(model, length, work[length.frames], report, file, bar)
     print_table(report)
-    for key, name in (("auc30", "frontier-auc.png"), ("absrel", "frontier-absrel.png")):
-        draw(report, key, args.out / name)
+    for key, name in (("auc30", "auc"), ("absrel", "absrel")):
+        draw(report, key, PAIRS, args.out / f"frontier-{name}.png")
+        if args.seconds:
+            draw(with_speedups(report, args.seconds), key, SPEEDUP, args.out / f"frontier-{name}-speedup.png")
     return 0
 
 
@@ -139,7 +142,12 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
     parser.add_argument("--starts", type=numbers, default=[0], help="first frames of windows of a folder")
     parser.add_argument("--checkpoint", type=Path, help="another VGGT-mini than the bundled one")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--seconds", type=Path, metavar="FILE", help="a report of peers_seconds.py, for figures of speed-up"
+    )
     args = parser.parse_args(argv)
+    if args.seconds and not args.seconds.is_file():
+        raise PaceError(f"--seconds {args.seconds} is no file: peers_seconds.py writes one")
     usual = QUICK_COUNTS if args.quick else COUNTS
     if args.clips == "rooms":
         args.lengths = args.lengths or list(usual)
@@ -326,6 +334,53 @@ def error_of(row: dict[str, Any], key: str) -> str:
     return "" if error is None else f" ({error:.1f})"
 
 
+def with_speedups(report: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The report with those rows alone whose setting was timed at that length, each with its `speedup`.
+
+    Args:
+        report: of this script.
+        file: of peers_seconds.py. Bundled weights take the time of calibrated ones.
+    """
+    timed = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    speedups = {(row["line"], row["value"], row["frames"]): row["speedup"] for row in timed}
+
+    def speedup(row: dict[str, Any]) -> float | None:
+        line = "calibrated" if row["line"] == "bundled weights" else row["line"]
+        return speedups.get((line, row["value"], row["frames"]))
+
+    rows = [row | {"speedup": speedup(row)} for row in report["rows"]]
+    return report | {"rows": [row for row in rows if row["speedup"] is not None]}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What is on the horizontal axis: a field of rows, times `times`.
+
+    Attributes:
+        where: better points lie.
+    """
+
+    key: str
+    times: float
+    label: str
+    where: str
+    ticks: tuple[float, ...]
+
+
+PAIRS = Cost(
+    "pairs",
+    100,
+    "pairs of queries and keys, percent of the unpruned model's",
+    "lower and further left",
+    (1, 2, 5, 10, 20, 50, 100),
+)
+SPEEDUP = Cost(
+    "speedup",
+    1,
+    "speed-up of a model of VGGT-1B's shape",
+    "lower and further right",
+    (0.5, 0.7, 1, 1.5, 2, 3, 4, 5, 7, 10, 15, 20, 30),
+)
 LOST = {
     "auc30": ("AUC@30 lost, percent", -1),
     "absrel": ("AbsRel worse by, percent", 1),
@@ -337,11 +392,12 @@ OUR_STYLE = {
 }
 COLORS = ("#d62728", "#ff7f0e", "#2ca02c", "#9467bd", "#8c564b", "#7f7f7f")
 MARKERS = ("v", "^", "<", ">", "P", "X")
+LEAST_SHOWN = -1.0  # nobody gains more than chance gives
 TICKS = (-20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
-def draw(report: dict[str, Any], key: str, path: Path) -> None:
-    """What is lost of a metric against pairs, a panel for each length and a line for each rule; ours are bold.
+def draw(report: dict[str, Any], key: str, cost: Cost, path: Path) -> None:
+    """What is lost of a metric against cost, a panel for each length and a line for each rule; ours are bold.
 
     Losses have a linear scale up to one percent and a logarithmic one beyond. Bars are standard errors over clips.
     """
@@ -367,22 +423,24 @@ def draw(report: dict[str, Any], key: str, path: Path) -> None:
     for axis, frames in zip(axes.flat, panels, strict=False):
         for line in lines:
             points = [row for row in rows if (row["line"], row["frames"]) == (line, frames)]
-            points.sort(key=lambda row: row["pairs"])
+            points.sort(key=lambda row: row[cost.key])
             axis.errorbar(
-                [100 * row["pairs"] for row in points],
+                [cost.times * row[cost.key] for row in points],
                 [sign * row[f"{key}_change"] for row in points],
                 [row[f"{key}_change_error"] or 0.0 for row in points],
                 label=named(line),
                 **style(line, lines),
             )
-        axis.set(xscale="log", xlabel="pairs of queries and keys, percent of the unpruned model's")
+        axis.set(xscale="log", xlabel=cost.label)
         axis.set_yscale("symlog", linthresh=1)
         axis.axhline(0, color="black", linewidth=0.8)
         low, high = axis.get_ylim()
+        low = max(low, LEAST_SHOWN)
+        axis.set_ylim(low, high)
         axis.set_yticks([tick for tick in TICKS if low <= tick <= high])
         axis.yaxis.set_major_formatter("{x:g}")
-        shares = [100 * row["pairs"] for row in rows if row["frames"] == frames]
-        axis.set_xticks([x for x in (1, 2, 5, 10, 20, 50, 100) if min(shares) / 1.5 < x < 1.5 * max(shares)])
+        costs = [cost.times * row[cost.key] for row in rows if row["frames"] == frames]
+        axis.set_xticks([x for x in cost.ticks if min(costs) / 1.5 < x < 1.5 * max(costs)])
         axis.xaxis.set_major_formatter("{x:g}")
         axis.minorticks_off()
         axis.grid(alpha=0.25)
@@ -398,9 +456,7 @@ def draw(report: dict[str, Any], key: str, path: Path) -> None:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
     figure.legend(known.values(), known.keys(), loc="outside right upper", fontsize=8, frameon=False)
-    figure.suptitle(
-        "VGGT-mini: what faster global attention loses (lower and further left is better)", fontsize=11
-    )
+    figure.suptitle(f"VGGT-mini: what faster global attention loses ({cost.where} is better)", fontsize=11)
     save_figure(figure, path)
 
 

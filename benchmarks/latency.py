@@ -162,7 +162,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="DIR",
-        help="time the vggt package in this folder, too, in a process of its own",
+        help="time the vggt package in this folder, too, in a process of its own, at all but --once-frames",
     )
     parser.add_argument(
         "--compare-arguments",

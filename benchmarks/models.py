@@ -172,7 +172,7 @@ def other_rows(args: Namespace, device: torch.device, directory: Path) -> Genera
         "precision": args.precision,
         "device": str(device),
         "size": args.size,
-        "frames": args.frames,
+        "frames": args.frames + args.pace_frames,
         "repeats": args.repeats,
         "threads": torch.get_num_threads(),
     }
@@ -196,7 +196,7 @@ def other_rows(args: Namespace, device: torch.device, directory: Path) -> Genera
             errors.seek(0)
             said = [line.strip() for line in errors if line.strip()]
             error = said[-1] if said else f"exit status {process.returncode}"
-            for frames in args.frames[found:]:
+            for frames in request["frames"][found:]:
                 yield {"variant": name, "frames": frames, "error": error}
 
 

@@ -69,3 +69,45 @@ def draw_stages(axis: Any, report: dict[str, Any]) -> None:
     axis.invert_yaxis()
     axis.set(title="stages, percent of a forward")
     axis.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.08))
+
+
+def save_scaling(report: dict[str, Any], path: Path) -> None:
+    """Speed-up over the number of GPUs, on paper and measured, and memory of a GPU over frames, in one PNG."""
+    pyplot = load_pyplot()
+    rows, paper = report["rows"], report["model"]
+    panels: list[Callable[[Any], None]] = []
+
+    def speedups(axis: Any) -> None:
+        gpus = sorted({row["gpus"] for row in [*rows, *paper]})
+        axis.plot(gpus, gpus, "--", color="gray", label="as many times as GPUs")
+        for number, frames in enumerate(dict.fromkeys(row["frames"] for row in rows)):
+            line = [(row["gpus"], row["predicted_speedup"]) for row in paper if row["frames"] == frames]
+            dots = [
+                (row["gpus"], row["speedup"]) for row in rows if row["frames"] == frames and row["speedup"]
+            ]
+            color = f"C{number}"
+            axis.plot(*zip(*line, strict=True), color=color, alpha=0.6) if line else None
+            axis.plot(*zip(*dots, strict=True), "o", color=color, label=f"{frames} frames") if dots else None
+        axis.set(title="speed-up over one GPU: dots measured, lines on paper", xlabel="GPUs", xticks=gpus)
+        axis.set(ylim=(0, None))
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+
+    def memory(axis: Any) -> None:
+        for gpus in dict.fromkeys(row["gpus"] for row in rows):
+            some = sorted((r["frames"], r["peak_gib"]) for r in rows if r["gpus"] == gpus and r["peak_gib"])
+            name = f"{gpus} GPU{'s' * (gpus > 1)}"
+            axis.plot(*zip(*some, strict=True), "o-", label=name) if some else None
+        axis.set(title="peak memory of a GPU, GiB", xlabel="frames", ylim=(0, None))
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+
+    panels.append(speedups)
+    panels += [memory] if any(row["peak_gib"] for row in rows) else []
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(5.5 * len(panels), 4.5), layout="constrained", squeeze=False
+    )
+    for axis, draw in zip(axes[0], panels, strict=True):
+        draw(axis)
+    figure.suptitle(f"{report['backbone']}, {report['size']}, {report['environment']['device']}", fontsize=10)
+    save_figure(figure, path)

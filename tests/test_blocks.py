@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hosts import assert_equal, random_deltas, random_images, run, tiny_vggt
 from torch import nn
+from vggt.layers.swiglu_ffn import SwiGLUFFNFused
 
 from pacevggt_patch import (
     PaceError,
@@ -86,13 +87,18 @@ PRECISIONS = {
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("kind", ["patch_embed.blocks.0", "global_blocks.1"])
+@pytest.mark.parametrize("kind", ["patch_embed.blocks.0", "global_blocks.1", "gated"])
 @pytest.mark.parametrize("rows", [3, 100])
 def test_a_block_does_what_the_host_does(model, kind, precision, rows):
     """However many of the 14 tokens pass at a time what is not attention."""
     weights, autocast, tolerance = PRECISIONS[precision]
+    block = model.aggregator.get_submodule("global_blocks.1" if kind == "gated" else kind)
+    if kind == "gated":
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            block.mlp = SwiGLUFFNFused(32, 128)
     model = model.to(weights)
-    block = model.aggregator.get_submodule(kind)
+    assert blocks.is_block(block, 32)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 7, 32, generator=generator, dtype=torch.float64).to(weights)
     positions = torch.randint(0, 5, (2, 7, 2), generator=generator)

@@ -246,17 +246,27 @@ def test_hooks_see_what_they_see_in_the_stock_head(part, mode):
     assert first.shape == second.shape and torch.equal(kept, second)
 
 
+class Items(dict):
+    """A dictionary whose items are attributes, too."""
+
+    __getattr__ = dict.__getitem__
+
+
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("output_device", [None, "cpu"])
-def test_named_tuples_stay_what_they_are(output_device, mode):
+@pytest.mark.parametrize("settings", [{}, {"output_device": "cpu"}, {"head_dtype": torch.bfloat16}])
+@pytest.mark.parametrize(
+    "kind", [Named, lambda points, confidence: Items(points=points, confidence=confidence)]
+)
+def test_outputs_stay_of_their_kind(kind, settings, mode):
     model, images = tiny_vggt(), random_images(9)  # two chunks of the stock head
-    changed_outputs(model.depth_head, lambda out: Named(*out))
-    pruned(model, mode=mode, output_device=output_device)
+    expected = type(kind(None, None))
+    changed_outputs(model.depth_head, lambda out: kind(*out))
+    pruned(model, mode=mode, **settings)
     with torch.inference_mode():
         tokens, start = model.aggregator(images)
         for given in (tokens, list(tokens)):
             found = model.depth_head(given, images, start)
-            assert isinstance(found, Named) and found.confidence.shape == (1, 9, 56, 70)
+            assert isinstance(found, expected) and found.confidence.shape == (1, 9, 56, 70)
 
 
 def test_maps_of_too_many_elements_are_enlarged_a_few_at_a_time(monkeypatch):

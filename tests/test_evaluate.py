@@ -418,6 +418,7 @@ REFUSED = {
     "published on 7-Scenes": ({"protocol": "published", "dataset": "7scenes"}, ["ScanNet", "7scenes"]),
     "published with a stride": ({"protocol": "published", "stride": 2}, ["published", "stride"]),
     "a width of half a patch": ({"width": 63}, ["width", "14"]),
+    "no width": ({"width": 0}, ["width", "0"]),
     "published with a width": ({"protocol": "published", "width": 224}, ["published", "width"]),
     "meshes for corrected": ({"meshes": "."}, ["meshes", "published"]),
     "no such precision": ({"precision": "int8"}, ["precision", "int8"]),

@@ -30,7 +30,7 @@ def test_each_rule_is_measured_as_published_and_on_from_there():
             (first,) = (one for one in found if one.rule == rule())
             assert next(one for one in found if one.line == first.line) == first
         ours = {(one.line, one.value) for one in found if one.rule is None}
-        assert ours == {(line, ratio) for line in frontier.OURS for ratio in (0.5, 0.3, 0.15)}
+        assert ours == {(line, ratio) for line in frontier.OURS for ratio in frontier.RATIOS}
     assert all(
         sum(one.line == line for one in quick) == 2 for line in {one.line for one in quick if one.rule}
     )
@@ -141,7 +141,8 @@ def test_a_panel_for_each_length_and_a_line_for_each_rule(tmp_path, monkeypatch,
         a_row("calibrated", 24, 0.2, 0.5),
     ]
     clips = [{"frames": frames, "count": 1, "clips": "rooms"} for frames in (8, 24)]
-    frontier.draw({"lengths": clips, "rows": rows}, "auc30", tmp_path / "auc.png")
+    report = {"lengths": clips, "rows": rows}
+    frontier.draw(report, "auc30", frontier.PAIRS, tmp_path / "auc.png")
     first, second = figures[0].axes
     drawn = {bars.get_label(): bars.lines[0] for bars in first.containers}
     assert list(drawn) == ["AVGGT", "AVGGT, all blocks global", "pacevggt-patch, calibrated"]
@@ -149,8 +150,30 @@ def test_a_panel_for_each_length_and_a_line_for_each_rule(tmp_path, monkeypatch,
     assert drawn["AVGGT"].get_color() == drawn["AVGGT, all blocks global"].get_color()
     assert [text.get_text() for text in figures[0].legends[0].get_texts()] == list(drawn)
     assert [axis.get_title() for axis in (first, second)] == ["1 room, 8 views", "1 room, 24 views"]
-    frontier.draw({"lengths": clips, "rows": rows}, "absrel", tmp_path / "absrel.png")
+    frontier.draw(report, "absrel", frontier.PAIRS, tmp_path / "absrel.png")
     assert len(figures) == 1 and "absrel.png" in capsys.readouterr().err
+
+    seconds = tmp_path / "seconds.json"
+    timed = [
+        {"line": line, "value": 1.0, "frames": 8, "speedup": speedup}
+        for line, speedup in (("unpruned", 1.0), ("AVGGT", 2.5), ("calibrated", None))
+    ]
+    seconds.write_text(json.dumps({"rows": timed}))
+    fast = frontier.with_speedups(report, seconds)
+    assert [(row["line"], row["speedup"]) for row in fast["rows"]] == [("unpruned", 1.0), ("AVGGT", 2.5)]
+    frontier.draw(fast, "auc30", frontier.SPEEDUP, tmp_path / "speedup.png")
+    (axis,) = figures[1].axes  # nothing of 24 views was timed
+    assert axis.containers[0].lines[0].get_xydata().tolist() == [[2.5, 90]]
+
+
+def test_bundled_weights_take_the_time_of_calibrated_ones(tmp_path):
+    seconds = tmp_path / "seconds.json"
+    seconds.write_text(
+        json.dumps({"rows": [{"line": "calibrated", "value": 1.0, "frames": 8, "speedup": 4.0}]})
+    )
+    rows = [a_row(line, 8, 0.2, -1.0) for line in ("training-free", "bundled weights", "calibrated")]
+    found = frontier.with_speedups({"rows": rows}, seconds)["rows"]
+    assert [(row["line"], row["speedup"]) for row in found] == [("bundled weights", 4.0), ("calibrated", 4.0)]
 
 
 def test_a_file_that_is_no_report_is_left_alone(few, tmp_path):
@@ -172,6 +195,7 @@ def test_a_file_that_is_no_report_is_left_alone(few, tmp_path):
         (["--lengths", "8", "--counts", "0"], "--counts"),
         (["--clips", "folder"], "--lengths"),
         (["--clips", "folder", "--lengths", "8", "--counts", "3"], "--starts"),
+        (["--seconds", "missing.json"], "--seconds"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(arguments, named, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..arguments import several, shown
 from ..config import GLOBAL, PRE_AA, PaceConfig, check_mode
 from ..errors import PaceError, UnsupportedModelError
-from ..hosts.base import far_from_unit, find_host, value_range
+from ..hosts.base import Host, find_host, value_range
 from ..patching.guest import guest
 from ..weights.pace import PaceWeights, check_values
 from .full_heads import find_full_heads
@@ -39,7 +39,8 @@ def calibrate(
             a few dozen frames will do.
         mode: "global" or "pre-aa".
         keep_ratios: the keep ratios that pre-AA pruning is fitted for, together. None is 0.5, 0.3 and 0.15.
-        run: how the model is called for global pruning, given images [B, S, 3, H, W]. None calls its aggregator.
+        run: how the model is called for global pruning, given images [B, S, 3, H, W]. None calls its
+            trunk, the aggregator of a VGGT.
 
     Returns:
         New weights; `save` writes them.
@@ -60,7 +61,7 @@ def calibrate(
         raise UnsupportedModelError(
             "parts of the model are offloaded, so it can't be calibrated: load it whole"
         )
-    batches = as_batches(clips)
+    batches = as_batches(clips, host)
     if mode == PRE_AA:
         ratios = KEEP_RATIOS if keep_ratios is None else keep_ratios
         keep_ratios = tuple(PaceConfig(ratio).keep_ratio for ratio in several("keep_ratios", ratios))
@@ -77,7 +78,7 @@ def calibrate(
     return PaceWeights.of_heads(host, heads, {"clips": "given to calibrate"})
 
 
-def as_batches(clips: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
+def as_batches(clips: Tensor | Iterable[Tensor], host: Host) -> Iterable[Tensor]:
     """Clips as images [B, S, 3, H, W], one after another.
 
     Raises:
@@ -89,6 +90,6 @@ def as_batches(clips: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
         if not isinstance(images, Tensor) or images.ndim not in (4, 5):
             what = f"a tensor {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
             raise PaceError(f"clips must be images [S, 3, H, W] or [B, S, 3, H, W], got {what}")
-        if images.is_floating_point() and images.numel() and far_from_unit(*value_range(images)):
-            raise PaceError("clips must be images in [0, 1]: divide 8-bit values by 255")
+        if images.is_floating_point() and images.numel() and host.far_from_range(*value_range(images)):
+            raise PaceError(f"clips must be images in {host.image_values}: {host.image_advice}")
         yield images[None] if images.ndim == 4 else images

@@ -40,6 +40,7 @@ def find_full_heads(
     """
     state = state_of(model)
     host, found = state.host, []
+    blocks = host.indices("global")
     for images in clips:
         if images.shape[1] < 2:
             raise PaceError("which heads find matches between frames can't be told from a clip of one frame")
@@ -55,14 +56,14 @@ def find_full_heads(
             return out
 
         with observing(model, observer), half_precision(images):
-            (run or host.trunk)(images)
-        if len(errors) != host.depth:
+            (run or host.run_trunk)(images)
+        if len(errors) != len(blocks):
             raise PaceError(
-                f"{len(errors)} of {host.depth} global blocks ran, so what their heads lose can't be told: pass run= "
+                f"{len(errors)} of {len(blocks)} global blocks ran, so what their heads lose can't be told: pass run= "
                 "with the call that you use"
             )
-        found.append(torch.stack([errors[i] for i in range(host.depth)]))
+        found.append(torch.stack([errors[index] for index in blocks]))
     if not found:
         raise PaceError("calibration needs at least one clip, got none")
     mean = torch.stack(found).mean(0)
-    return choose_full_heads(mean), mean
+    return choose_full_heads(mean, blocks), mean

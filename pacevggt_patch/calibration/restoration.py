@@ -70,7 +70,7 @@ def _tokens(model: nn.Module, images: Tensor, keep_ratio: float) -> RestoredToke
     host = state_of(model).host
     grid = images.shape[-2] // host.patch_size, images.shape[-1] // host.patch_size
     with half_precision(images):
-        return tokens_of(host.trunk(images)[0], grid, host.special_tokens)
+        return tokens_of(host.run_trunk(images)[0], grid, host.special_tokens)
 
 
 def accumulate(sums: dict[int, tuple[Tensor, Tensor]], student: Any, teacher: Any, frames: range) -> None:

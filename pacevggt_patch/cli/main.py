@@ -98,7 +98,8 @@ def add_backbone(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backbone",
         default="mini",
-        help='"mini" (default), a checkpoint file, or a Hub id such as facebook/VGGT-1B',
+        help='"mini" (default), a checkpoint file, a Hub id such as facebook/VGGT-1B, or another family and its '
+        "checkpoint, such as pi3:yyfz233/Pi3",
     )
 
 

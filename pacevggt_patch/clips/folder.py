@@ -29,7 +29,7 @@ from ..arguments import file_path, shown, whole
 from ..errors import ClipError, first_line
 from ..runtime.files import write_json
 from .clip import Clip
-from .framing import PIXEL_CENTRE, Framing, check_arguments, choose, framing_of, images_of
+from .framing import PATCH_SIZE, PIXEL_CENTRE, Framing, check_arguments, choose, framing_of, images_of
 from .images import check_file, image_names, listed, read_header, read_image, read_rgb
 from .video import count_video, is_video, load_video
 
@@ -48,6 +48,7 @@ def load_clip(
     stride: int = 1,
     width: int = 518,
     mode: Literal["crop", "square"] = "crop",
+    patch: int = PATCH_SIZE,
 ) -> Clip:
     """Load a clip from a folder of images, from a folder with a `clip.json`, or from a video.
 
@@ -64,10 +65,11 @@ def load_clip(
         frames: How many frames to take; None takes all there are.
         start: First frame taken.
         stride: Step between the frames taken.
-        width: Width of the loaded frames in pixels, a multiple of 14: 518 for VGGT-1B, 224 for VGGT-mini.
+        width: Width of the loaded frames in pixels, a multiple of `patch`: 518 for VGGT-1B, 224 for VGGT-mini.
         mode: "crop" is the "crop" mode of VGGT's own loader. The whole width is resized (bicubic) to `width`, the
-            height to the nearest multiple of 14. Of a result taller than wide the central `width` rows are kept.
+            height to the nearest multiple of `patch`. Of a result taller than wide the central `width` rows are kept.
             "square" cuts the central square and resizes that, for models trained on squares only, as VGGT-mini is.
+        patch: Pixels a side of a patch of the model.
 
     Returns:
         A `Clip` on the CPU with what the source tells: intrinsics and depth follow every crop and resize,
@@ -78,10 +80,10 @@ def load_clip(
             (pictures cut to squares may). Or a `clip.json` names files outside its folder. The message names the file.
         PaceError: An argument is out of range or of another type, or PyAV is missing for a video.
     """
-    check_arguments(frames, start, stride, width, mode)  # before a long list of files
+    check_arguments(frames, start, stride, width, mode, patch)  # before a long list of files
     if is_video(path):
-        return load_video(file_path("path", path), frames, start, stride, width, mode)
-    return ClipFolder(path).load(frames, start, stride, width, mode)
+        return load_video(file_path("path", path), frames, start, stride, width, mode, patch)
+    return ClipFolder(path).load(frames, start, stride, width, mode, patch)
 
 
 def count_frames(path: str | Path) -> int:
@@ -131,7 +133,9 @@ class ClipFolder:
         names = (entry.get(key) for entry in self.entries for key in ("file", "depth"))
         return [self.folder / name for name in names if name is not None]
 
-    def framing(self, name: str, size: tuple[int, int], first: Source, width: int, mode: str) -> Framing:
+    def framing(
+        self, name: str, size: tuple[int, int], first: Source, width: int, mode: str, patch: int = PATCH_SIZE
+    ) -> Framing:
         """How the picture of that name and size becomes a frame; `ClipError` if not of the size of the first one."""
         if self.description:
             first = "clip.json", (self.description["width"], self.description["height"])
@@ -140,27 +144,41 @@ class ClipFolder:
                 f"{self.folder / name} is {size[0]}x{size[1]}, but {first[0]} has {first[1][0]}x{first[1][1]}: "
                 "all frames of a clip must have one size"
             )
-        return framing_of(self.folder / name, size, width, mode)
+        return framing_of(self.folder / name, size, width, mode, patch)
 
-    def check(self, width: int, mode: str) -> tuple[int, int]:
-        """Width and height of the first picture; `ClipError` if the header of any picture or depth map does not fit."""
-        check_arguments(None, 0, 1, width, mode)
+    def check(
+        self,
+        width: int,
+        mode: str,
+        patch: int = PATCH_SIZE,
+        entries: Sequence[dict[str, Any]] | None = None,
+    ) -> tuple[int, int]:
+        """Width and height of the first picture; `ClipError` if the header of any picture or depth map does not fit.
+
+        Args:
+            entries: those that are looked at; None takes all.
+        """
+        check_arguments(None, 0, 1, width, mode, patch)
         first: Source | None = None
-        for entry in self.entries:
+        for entry in self.entries if entries is None else entries:
             size, _ = read_header(self.folder / entry["file"])
             first = first or (entry["file"], size)
-            self.framing(entry["file"], size, first, width, mode)
+            self.framing(entry["file"], size, first, width, mode, patch)
             if entry.get("depth") is not None:
                 check_depth(self.folder / entry["depth"], *read_header(self.folder / entry["depth"]), size)
         assert first is not None  # there is a frame
         return first[1]
 
-    def load(self, frames: int | None, start: int, stride: int, width: int, mode: str) -> Clip:
+    def load(
+        self, frames: int | None, start: int, stride: int, width: int, mode: str, patch: int = PATCH_SIZE
+    ) -> Clip:
         """The clip of some of the frames; see `load_clip` for arguments and errors."""
-        check_arguments(frames, start, stride, width, mode)
-        return self.load_entries(choose(self.entries, self.folder, frames, start, stride), width, mode)
+        check_arguments(frames, start, stride, width, mode, patch)
+        return self.load_entries(choose(self.entries, self.folder, frames, start, stride), width, mode, patch)
 
-    def load_entries(self, entries: Sequence[dict[str, Any]], width: int, mode: str) -> Clip:
+    def load_entries(
+        self, entries: Sequence[dict[str, Any]], width: int, mode: str, patch: int = PATCH_SIZE
+    ) -> Clip:
         """The clip of these entries; see `load_clip` for the other arguments and errors."""
         has_depth = any(entry.get("depth") is not None for entry in entries)
         pictures, maps = [], []
@@ -168,7 +186,7 @@ class ClipFolder:
         for entry in entries:
             image = read_rgb(self.folder / entry["file"])
             first = first or (entry["file"], image.size)
-            framing = self.framing(entry["file"], image.size, first, width, mode)
+            framing = self.framing(entry["file"], image.size, first, width, mode, patch)
             pictures.append(framing.image(image))
             if has_depth:
                 maps.append(framing.depth(read_depth(self.folder, entry.get("depth"), image.size)))

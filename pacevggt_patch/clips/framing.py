@@ -71,14 +71,14 @@ def nearest_source(size: int, source_size: int, scale: float) -> np.ndarray:
     return np.clip(np.floor(centres).astype(np.int64), 0, source_size - 1)
 
 
-def crop_framing(width: int, height: int, target: int) -> Framing:
+def crop_framing(width: int, height: int, target: int, patch: int = PATCH_SIZE) -> Framing:
     """VGGT's "crop" mode: width to `target`, height to whole patches, at most `target` rows of it."""
-    rows = max(round(height * (target / width) / PATCH_SIZE) * PATCH_SIZE, PATCH_SIZE)
+    rows = max(round(height * (target / width) / patch) * patch, patch)
     first = max(rows - target, 0) // 2
     return Framing((0, 0, width, height), (target, rows), (first, first + min(rows, target)))
 
 
-def square_framing(width: int, height: int, target: int) -> Framing:
+def square_framing(width: int, height: int, target: int, patch: int = PATCH_SIZE) -> Framing:
     """The central square of the image, resized to `target` x `target`."""
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
@@ -88,9 +88,11 @@ def square_framing(width: int, height: int, target: int) -> Framing:
 FRAMINGS = {"crop": crop_framing, "square": square_framing}
 
 
-def framing_of(file: str | Path, size: tuple[int, int], width: int, mode: str) -> Framing:
+def framing_of(
+    file: str | Path, size: tuple[int, int], width: int, mode: str, patch: int = PATCH_SIZE
+) -> Framing:
     """How a picture of that file and size becomes a frame; `ClipError` if it would be too large."""
-    framing = FRAMINGS[mode](*size, width)
+    framing = FRAMINGS[mode](*size, width, patch)
     if math.prod(framing.resized) > MOST_PIXELS:
         raise ClipError(
             f"{file} is {size[0]}x{size[1]}, which is too large at a width of {width} pixels: "
@@ -99,15 +101,18 @@ def framing_of(file: str | Path, size: tuple[int, int], width: int, mode: str) -
     return framing
 
 
-def check_arguments(frames: int | None, start: int, stride: int, width: int, mode: str) -> None:
+def check_arguments(
+    frames: int | None, start: int, stride: int, width: int, mode: str, patch: int = PATCH_SIZE
+) -> None:
     """Raise `PaceError` if an argument of `load_clip` is out of range or no whole number."""
     if frames is not None:
         whole("frames", frames, 1)
     whole("start", start, 0)
     whole("stride", stride, 1)
-    whole("width", width, PATCH_SIZE)
-    if width % PATCH_SIZE:
-        raise ClipError(f"width must be a multiple of {PATCH_SIZE}, got {width}")
+    whole("patch", patch, 1)
+    whole("width", width, patch)
+    if width % patch:
+        raise ClipError(f"width must be a multiple of {patch}, got {width}")
     if mode not in tuple(FRAMINGS):
         raise ClipError(f"mode must be one of {', '.join(FRAMINGS)}, got {shown(mode)}")
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from ..errors import ClipError
 from .clip import Clip
 from .folder import check_depth, existing_folder, natural_key
-from .framing import PIXEL_CENTRE, check_arguments, choose, framing_of, images_of
+from .framing import PATCH_SIZE, PIXEL_CENTRE, check_arguments, choose, framing_of, images_of
 from .images import listed, read_header, read_rgb
 from .rgbd import matrix_of, read_metres, read_pose, read_text
 
@@ -91,7 +91,7 @@ class ScanNetScene:
         """Number of frames with a pose."""
         return len(self.colours)
 
-    def check(self, numbers: Sequence[int], width: int, mode: str) -> None:
+    def check(self, numbers: Sequence[int], width: int, mode: str, patch: int = PATCH_SIZE) -> None:
         """Raise `ClipError` for a frame of which the header of the picture or of the depth map does not fit."""
         for number in numbers:
             check_size(self.colours[number], read_header(self.colours[number])[0], self.colours[0], self.size)
@@ -99,15 +99,15 @@ class ScanNetScene:
                 size, stored = read_header(self.depths[number])
                 check_size(self.depths[number], size, self.depths[0], self.depth_size)
                 check_depth(self.depths[number], size, stored, size)
-        framing_of(self.colours[0], self.size, width, mode)
+        framing_of(self.colours[0], self.size, width, mode, patch)
 
-    def load(self, numbers: Sequence[int], width: int, mode: str) -> Clip:
+    def load(self, numbers: Sequence[int], width: int, mode: str, patch: int = PATCH_SIZE) -> Clip:
         """The clip of the frames with these numbers, counted without those that are left out.
 
         Raises:
             ClipError: a file can't be read, or has another size than the first one.
         """
-        framing = framing_of(self.colours[0], self.size, width, mode)
+        framing = framing_of(self.colours[0], self.size, width, mode, patch)
         pictures, maps = [], []
         intrinsics = None
         if self.cameras is not None:
@@ -139,6 +139,7 @@ def load_scannet(
     stride: int = 1,
     width: int = 518,
     mode: Literal["crop", "square"] = "crop",
+    patch: int = PATCH_SIZE,
 ) -> Clip:
     """Load a clip of one scene of ScanNet, exported to one of the layouts in this module's description.
 
@@ -149,8 +150,9 @@ def load_scannet(
         frames: How many frames to take; None takes all there are.
         start: First frame taken.
         stride: Step between the frames taken.
-        width: Width of the loaded frames in pixels, a multiple of 14.
+        width: Width of the loaded frames in pixels, a multiple of `patch`.
         mode: "crop" or "square", as in `load_clip`.
+        patch: Pixels a side of a patch of the model.
 
     Returns:
         A `Clip` on the CPU in metres. Depth is that of the nearest pixel of the depth camera, rotations are exact.
@@ -159,14 +161,14 @@ def load_scannet(
     Raises:
         ClipError: An argument is out of range, or a file is missing, broken, or of another size. The message names it.
     """
-    check_arguments(frames, start, stride, width, mode)
+    check_arguments(frames, start, stride, width, mode, patch)
     scene = ScanNetScene(path)
     if scene.left_out:
         total = len(scene) + scene.left_out
         warnings.warn(
             f"{path}: left out {scene.left_out} of {total} frames, whose pose was lost", stacklevel=2
         )
-    return scene.load(choose(range(len(scene)), scene.folder, frames, start, stride), width, mode)
+    return scene.load(choose(range(len(scene)), scene.folder, frames, start, stride), width, mode, patch)
 
 
 def find_files(folder: Path) -> dict[str, dict[str, Path]]:

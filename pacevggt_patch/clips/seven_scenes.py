@@ -22,7 +22,7 @@ from ..errors import ClipError
 from . import rgbd
 from .clip import Clip
 from .folder import check_depth, existing_folder
-from .framing import FRAMINGS, PIXEL_CENTRE, check_arguments, choose, images_of
+from .framing import FRAMINGS, PATCH_SIZE, PIXEL_CENTRE, check_arguments, choose, images_of
 from .images import listed, read_header, read_rgb
 from .rgbd import read_metres, read_text
 
@@ -97,14 +97,14 @@ class SevenScenesSequence:
     def __len__(self) -> int:
         return len(self.frames)
 
-    def check(self, numbers: Sequence[int], width: int, mode: str) -> None:
+    def check(self, numbers: Sequence[int], width: int, mode: str, patch: int = PATCH_SIZE) -> None:
         """Raise `ClipError` for a frame of which a pose or the header of a picture does not fit."""
         check_frames([self.frames[number] for number in numbers], self.calibration)
 
-    def load(self, numbers: Sequence[int], width: int, mode: str) -> Clip:
+    def load(self, numbers: Sequence[int], width: int, mode: str, patch: int = PATCH_SIZE) -> Clip:
         """The clip of the frames with these numbers, depth and poses moved to the colour camera."""
         return load_frames(
-            [self.frames[number] for number in numbers], self.name, width, mode, self.calibration
+            [self.frames[number] for number in numbers], self.name, width, mode, patch, self.calibration
         )
 
 
@@ -120,6 +120,7 @@ def load_seven_scenes(
     mode: Literal["crop", "square"] = "crop",
     aligned: bool = True,
     calibration: Calibration | None = None,
+    patch: int = PATCH_SIZE,
 ) -> Clip:
     """Load a clip of one scene of 7-Scenes.
 
@@ -130,11 +131,12 @@ def load_seven_scenes(
         frames: How many frames to take; None takes all there are.
         start: First frame taken.
         stride: Step between the frames taken.
-        width: Width of the loaded frames in pixels, a multiple of 14.
+        width: Width of the loaded frames in pixels, a multiple of `patch`.
         mode: "crop" or "square", as in `load_clip`.
         aligned: Whether depth is warped into the colour camera, the nearest point at each pixel, and poses are moved to
             it. False takes both as they are, with the intrinsics of the depth camera, as if it had made the pictures.
         calibration: Of the two cameras; None is `Calibration()`.
+        patch: Pixels a side of a patch of the model.
 
     Returns:
         A `Clip` on the CPU with all fields, in metres, as `load_clip` returns it. Rotations are exact.
@@ -143,20 +145,26 @@ def load_seven_scenes(
         ClipError: An argument is out of range, the scene has no split file or not the sequence, or one of the frames is
             missing, can't be read, has another size than the calibration, or has no pose. The message names the file.
     """
-    check_arguments(frames, start, stride, width, mode)
+    check_arguments(frames, start, stride, width, mode, patch)
     calibration = calibration or Calibration()
     chosen = choose_frames(path, split, sequence, frames, start, stride, calibration)
     name = Path(path).resolve().name
     name = name if sequence is None else f"{name} seq-{sequence:02d}"
-    return load_frames(chosen, name, width, mode, calibration, aligned)
+    return load_frames(chosen, name, width, mode, patch, calibration, aligned)
 
 
 def load_frames(
-    chosen: Sequence[Frame], name: str, width: int, mode: str, calibration: Calibration, aligned: bool = True
+    chosen: Sequence[Frame],
+    name: str,
+    width: int,
+    mode: str,
+    patch: int,
+    calibration: Calibration,
+    aligned: bool = True,
 ) -> Clip:
     """A clip of these frames; see `load_seven_scenes` for arguments and errors."""
     poses = [read_pose(frame.pose) for frame in chosen]
-    framing = FRAMINGS[mode](*calibration.size, width)
+    framing = FRAMINGS[mode](*calibration.size, width, patch)
     pictures, maps = [], []
     for frame in chosen:
         pictures.append(framing.image(read_rgb(frame.colour)))

@@ -16,7 +16,7 @@ from ..arguments import file_path
 from ..errors import ClipError, PaceError, first_line
 from ..runtime.plotting import load_extra
 from .clip import Clip
-from .framing import choose, framing_of, images_of
+from .framing import PATCH_SIZE, choose, framing_of, images_of
 from .images import MOST_PIXELS
 
 VIDEO_SUFFIXES = (
@@ -47,7 +47,9 @@ def is_video(path: Any) -> bool:
     return True
 
 
-def load_video(file: Path, frames: int | None, start: int, stride: int, width: int, mode: str) -> Clip:
+def load_video(
+    file: Path, frames: int | None, start: int, stride: int, width: int, mode: str, patch: int = PATCH_SIZE
+) -> Clip:
     """The clip of some frames of a video; see `load_clip` for arguments and errors. Only frames taken are kept."""
     pictures: list[np.ndarray] = []  # [H, W, 3] each
     framing, first, seen = None, (0, 0), 0
@@ -62,7 +64,7 @@ def load_video(file: Path, frames: int | None, start: int, stride: int, width: i
                 picture = upright(frame)
                 size = picture.shape[1], picture.shape[0]
                 if framing is None:
-                    framing, first = framing_of(file, size, width, mode), size
+                    framing, first = framing_of(file, size, width, mode, patch), size
                 if size != first:
                     raise ClipError(
                         f"{file} changes from {first[0]}x{first[1]} to {size[0]}x{size[1]} at frame {index}: "

@@ -51,8 +51,9 @@ def compare(
     standard error. Where one side runs out of GPU memory the report says so.
 
     Args:
-        backbone: "mini", a checkpoint file of VGGT-mini or VGGT-1B, a Hub id, or a loaded VGGT. A loaded one is moved
-            to the device, and cast to bfloat16 where that is the precision. At the end it is the stock model again.
+        backbone: "mini", a checkpoint file of VGGT-mini or VGGT-1B, a Hub id, or a loaded model. Or the name of another
+            family, and after a colon a checkpoint: "pi3", "vggt-omega:FILE". A loaded one is moved to the device, and
+            cast to bfloat16 where that is the precision. At the end it is the stock model again.
         clips: folders of images, folders with a `clip.json`, or videos. None: the clip that comes with the package.
         out: folder; made if it is not there.
         keep_ratios, modes: each mode is run with each keep ratio. The mode None is that of the weights.

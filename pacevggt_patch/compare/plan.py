@@ -13,11 +13,13 @@ from torch import nn
 
 from ..arguments import file_path, shown, whole
 from ..clips import BUNDLED_CLIP, Clip, count_frames, load_clip
+from ..clips.framing import PATCH_SIZE
 from ..config import DEFAULT_KEEP_RATIO, PaceConfig
 from ..errors import PaceError
+from ..hosts.base import find_host
 from ..runtime.device import usable_device
 from ..runtime.plotting import load_extra
-from ..training.backbones import is_mini
+from ..training.backbones import is_mini, package_of
 
 PRECISIONS = {
     "float32": "float32 weights, no autocast",
@@ -40,7 +42,7 @@ class Options:
     """What is asked for.
 
     Attributes:
-        backbone: "mini", a checkpoint file, a Hub id, or a loaded VGGT.
+        backbone: "mini", a checkpoint file, a Hub id, the name of another family, or a loaded model.
         clips: folders or videos; none takes the clip that comes with the package.
         keep_ratios, modes: every mode with every keep ratio is compared with stock. The mode None is that of the
             weights.
@@ -163,10 +165,12 @@ def make_configs(options: Options) -> tuple[PaceConfig, ...]:
 
 def load_sources(options: Options, device: torch.device) -> list[Source]:
     """The clips, all of them, before anything runs."""
-    mini = runs_mini(options.backbone)
+    mini, patch = runs_mini(options.backbone), patch_size(options.backbone)
     if not options.clips:
-        return [Source(None, load_evenly(BUNDLED_CLIP, options.frames, device, mini))]
-    return [Source(str(path), load_evenly(path, options.frames, device, mini)) for path in options.clips]
+        return [Source(None, load_evenly(BUNDLED_CLIP, options.frames, device, mini, patch))]
+    return [
+        Source(str(path), load_evenly(path, options.frames, device, mini, patch)) for path in options.clips
+    ]
 
 
 def runs_mini(backbone: str | nn.Module) -> bool:
@@ -180,7 +184,21 @@ def runs_mini(backbone: str | nn.Module) -> bool:
     return backbone == "mini" or is_mini(Path(backbone).expanduser())
 
 
-def load_evenly(path: str | PathLike[str], frames: int | None, device: torch.device, mini: bool) -> Clip:
+def patch_size(backbone: str | nn.Module) -> int:
+    """Pixels a side of a patch of a backbone, told without loading it."""
+    if isinstance(backbone, nn.Module):
+        return find_host(backbone).patch_size
+    package = package_of(backbone)
+    return PATCH_SIZE if package is None else package.patch_size
+
+
+def load_evenly(
+    path: str | PathLike[str],
+    frames: int | None,
+    device: torch.device,
+    mini: bool,
+    patch: int = PATCH_SIZE,
+) -> Clip:
     """A clip of frames that are evenly spaced, from the first one on, in the size that the model takes.
 
     Args:
@@ -188,6 +206,7 @@ def load_evenly(path: str | PathLike[str], frames: int | None, device: torch.dev
         frames: None takes all there are, up to a number that the device can do.
         device: what will run it.
         mini: central squares of 224 pixels for VGGT-mini, else 518 pixels of the whole width.
+        patch: pixels a side of a patch; the width is the nearest smaller one that they fill.
     """
     folder = file_path("clip", path)
     total = count_frames(folder)
@@ -200,7 +219,7 @@ def load_evenly(path: str | PathLike[str], frames: int | None, device: torch.dev
     stride = max(1, (total - 1) // max(1, frames - 1))
     if mini:
         return load_clip(folder, frames=frames, stride=stride, width=MINI_WIDTH, mode="square")
-    return load_clip(folder, frames=frames, stride=stride, width=WIDTH)
+    return load_clip(folder, frames=frames, stride=stride, width=WIDTH // patch * patch, patch=patch)
 
 
 def in_words(config: PaceConfig) -> str:

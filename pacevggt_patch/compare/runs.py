@@ -19,6 +19,7 @@ from ..clips import Clip
 from ..config import PaceConfig
 from ..errors import PaceError
 from ..evaluation import decode_pose_encoding
+from ..evaluation.geometry import encode_cameras
 from ..evaluation.timing import Timing, time_interleaved
 from ..hosts.base import find_host
 from ..patching.install import accelerate, is_accelerated, paused, state_of, summary
@@ -100,8 +101,8 @@ class Runner:
         self.configs = tuple(dict.fromkeys(self.install(config) for config in plan.configs))
         self.weights = dict.fromkeys(self.configs, plan.options.weights)
         host = find_host(model)
-        self.heads = host.spec().num_heads * host.depth
-        self.patch_size = host.patch_size
+        self.heads = host.spec().num_heads * len(host.of_kind("global"))
+        self.patch_size, self.host = host.patch_size, host
 
     def install(self, config: PaceConfig) -> PaceConfig:
         """Put a setting in force; returns it as it is in force."""
@@ -148,7 +149,7 @@ class Runner:
         autocast = torch.autocast(images.device.type, torch.bfloat16)
         if self.plan.precision != "bfloat16":
             with autocast if self.plan.precision == "autocast" else contextlib.nullcontext():
-                return self.model(images)
+                return self.model(self.host.model_images(images))
         # VGGT's own forward switches autocast off for the heads, whose position embedding is float32.
         model: Any = self.model
         tokens, start = model.aggregator(images[None])
@@ -222,7 +223,17 @@ class Runner:
 
     def predict(self, side: Side, images: Tensor, clip: Clip) -> Prediction:
         """What a side gives for a clip; a first run, which also compiles and calibrates."""
-        return prediction_of(self.outputs(side, images), clip, side.name)
+        return self.prediction(self.outputs(side, images), side, clip)
+
+    def prediction(self, outputs: Any, side: Side, clip: Clip) -> Prediction:
+        """What the model returned for a clip, by names that are those of all families."""
+        try:
+            named = self.host.predictions(outputs)
+        except (KeyError, TypeError) as error:
+            raise PaceError(
+                f"{side.name} returned outputs without cameras and depth ({error}), so they can't be compared"
+            ) from error
+        return prediction_of(named, clip, side.name)
 
     def describe(self, side: Side) -> None:
         """Take down what ran, right after a run of the setting."""
@@ -265,6 +276,11 @@ def to_device(backbone: str | nn.Module, plan: Plan) -> nn.Module:
         raise PaceError("this model is accelerated already: call pacevggt_patch.remove(model) first")
     else:
         model = backbone.eval()
+    if plan.precision == "bfloat16" and not find_host(model).narrow_weights:
+        raise PaceError(
+            f"heads of {type(model).__name__} run in float32, so its weights can't be bfloat16: use "
+            "--precision autocast"
+        )
     try:
         return model.to(plan.device, torch.bfloat16 if plan.precision == "bfloat16" else None)
     except torch.cuda.OutOfMemoryError as error:
@@ -272,14 +288,16 @@ def to_device(backbone: str | nn.Module, plan: Plan) -> nn.Module:
 
 
 def prediction_of(outputs: Mapping[str, Any], clip: Clip, name: str) -> Prediction:
-    """Cameras, depth and confidence of a model's outputs.
+    """Cameras, depth and confidence of a model's outputs, as `Host.predictions` names them.
 
     Raises:
         PaceError: one is missing, has another shape, or is not finite.
     """
     frames, height, width = len(clip), clip.height, clip.width
+    encoded = "world_to_camera" not in outputs
+    cameras = {"world_to_camera": (1, frames, 3, 4), "intrinsics": (1, frames, 3, 3)}
     shapes = {
-        "pose_enc": (1, frames, 9),
+        **({"pose_enc": (1, frames, 9)} if encoded else cameras),
         "depth": (1, frames, height, width, 1),
         "depth_conf": (1, frames, height, width),
     }
@@ -295,7 +313,11 @@ def prediction_of(outputs: Mapping[str, Any], clip: Clip, name: str) -> Predicti
             raise PaceError(
                 f"{name} returned {key!r} with values that are not finite on clip {clip.name!r}: try another precision"
             )
-    world_to_camera, intrinsics = decode_pose_encoding(found["pose_enc"].double(), height, width)
+    if encoded:
+        world_to_camera, intrinsics = decode_pose_encoding(found["pose_enc"].double(), height, width)
+    else:
+        world_to_camera, intrinsics = found["world_to_camera"], found["intrinsics"]
+        found["pose_enc"] = encode_cameras(world_to_camera, intrinsics, height, width)
     return Prediction(
         found["pose_enc"],
         world_to_camera.float(),

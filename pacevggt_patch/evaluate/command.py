@@ -53,7 +53,7 @@ def evaluate(
         data: folder of scenes, or of one scene.
         dataset: "scannet", "7scenes", or "folder" for folders with a `clip.json` that has cameras.
         out: folder; made if it is not there.
-        backbone: "mini", a checkpoint file of VGGT-mini or VGGT-1B, a Hub id, or a loaded VGGT.
+        backbone: as in `compare`.
         keep_ratios, modes: each mode is run with each keep ratio. The mode None is that of the weights.
         merge_budget, weights, compile: as in `accelerate`. What calibrates on a first clip does so on the first scene.
         frames: of a scene; None takes every `stride`-th one.

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import nn
 
@@ -21,7 +21,7 @@ from ..clips.images import listed
 from ..clips.rgbd import read_text
 from ..clips.scannet import ScanNetScene
 from ..clips.seven_scenes import SPLITS, SevenScenesSequence, split_sequences
-from ..compare.plan import MINI_WIDTH, PRECISIONS, WIDTH, make_configs, runs_mini
+from ..compare.plan import MINI_WIDTH, PRECISIONS, WIDTH, make_configs, patch_size, runs_mini
 from ..compare.plan import Options as CompareOptions
 from ..compare.plan import Plan as ComparePlan
 from ..config import DEFAULT_KEEP_RATIO
@@ -35,6 +35,14 @@ DATASETS = (SCANNET, SEVEN_SCENES, FOLDER)
 PROTOCOLS = (CORRECTED, PUBLISHED)
 LIBRARIES = (("matplotlib", "pictures"), ("scipy", "distances between clouds"), ("tqdm", "long runs"))
 LEAST_FRAMES = 4  # with which calibration and alignment work
+
+
+class FrameSize(NamedTuple):
+    """How pictures become frames, as in `load_clip`."""
+
+    width: int
+    mode: str
+    patch: int
 
 
 class Scene(Protocol):
@@ -54,11 +62,11 @@ class Scene(Protocol):
         """Number of frames with a pose."""
         ...
 
-    def check(self, numbers: Sequence[int], width: int, mode: str) -> None:
+    def check(self, numbers: Sequence[int], width: int, mode: str, patch: int) -> None:
         """Raise `ClipError` for a frame that does not fit, as far as can be told by the headers of its files."""
         ...
 
-    def load(self, numbers: Sequence[int], width: int, mode: str) -> Clip:
+    def load(self, numbers: Sequence[int], width: int, mode: str, patch: int) -> Clip:
         """The clip of the frames with these numbers."""
         ...
 
@@ -82,11 +90,15 @@ class FolderScene:
     def __len__(self) -> int:
         return len(self.folder)
 
-    def check(self, numbers: Sequence[int], width: int, mode: str) -> None:
-        self.folder.check(width, mode)
+    def check(self, numbers: Sequence[int], width: int, mode: str, patch: int) -> None:
+        self.folder.check(width, mode, patch, self.chosen(numbers))
 
-    def load(self, numbers: Sequence[int], width: int, mode: str) -> Clip:
-        return self.folder.load_entries([self.folder.entries[number] for number in numbers], width, mode)
+    def load(self, numbers: Sequence[int], width: int, mode: str, patch: int) -> Clip:
+        return self.folder.load_entries(self.chosen(numbers), width, mode, patch)
+
+    def chosen(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        """The entries of these frames."""
+        return [self.folder.entries[number] for number in numbers]
 
 
 @dataclass(frozen=True)
@@ -158,14 +170,13 @@ class Plan:
 
     Attributes:
         jobs: the scenes, by name.
-        width, mode: how pictures become frames, as in `load_clip`.
+        frame: width, mode and patch: how pictures become frames, as in `load_clip`.
         runs: what runs the model.
     """
 
     options: Options
     jobs: tuple[Job, ...]
-    width: int
-    mode: str
+    frame: FrameSize
     runs: ComparePlan
 
     def load(self, job: Job) -> Clip:
@@ -175,7 +186,7 @@ class Plan:
             PaceError: a file is broken; the message names the scene.
         """
         with naming(job.name):
-            return job.scene.load(job.numbers, self.width, self.mode)
+            return job.scene.load(job.numbers, *self.frame)
 
 
 @contextmanager
@@ -213,19 +224,32 @@ def make_plan(options: Options) -> Plan:
         repeats=0,
     )
     runs = ComparePlan(for_runs, make_configs(for_runs), (), device, precision)
-    width, mode = (MINI_WIDTH, "square") if runs_mini(options.backbone) else (WIDTH, "crop")
-    width = options.width or width
+    frame = frame_size(options)
     folders = find_scenes(options)
     jobs = []
     hidden = os.environ.get("RANK", "0") != "0" or None  # None: shown where somebody looks
     for folder in tqdm(folders, desc="looking through scenes", unit="scene", disable=hidden, leave=False):
         for scene in scenes_in(folder, options.dataset):
-            jobs.append(make_job(scene, folder, options, width, mode))
+            jobs.append(make_job(scene, folder, options, frame))
     files = [job.file for job in jobs]
     twice = next((file for file in files if files.count(file) > 1), None)
     if twice is not None:
         raise PaceError(f"two scenes would both be written to {twice}: give one of them another name")
-    return Plan(options, tuple(jobs), width, mode, runs)
+    return Plan(options, tuple(jobs), frame, runs)
+
+
+def frame_size(options: Options) -> FrameSize:
+    """How pictures become the frames that the model takes.
+
+    Raises:
+        PaceError: no whole number of patches is as wide as that.
+    """
+    mini, patch = runs_mini(options.backbone), patch_size(options.backbone)
+    width = MINI_WIDTH if mini else WIDTH // patch * patch
+    if options.width is not None:
+        width = options.width
+    check_arguments(None, 0, 1, width, "crop", patch)
+    return FrameSize(width, "square" if mini else "crop", patch)
 
 
 def check_options(options: Options) -> None:
@@ -236,8 +260,6 @@ def check_options(options: Options) -> None:
     if options.precision is not None and options.precision not in tuple(PRECISIONS):
         raise PaceError(f"precision must be one of {', '.join(PRECISIONS)}, got {shown(options.precision)}")
     file_path("out", options.out)
-    if options.width is not None:
-        check_arguments(None, 0, 1, options.width, "crop")
     whole("stride", options.stride)
     if options.frames is None and options.stride == 1:
         raise PaceError("say how many frames of a scene to take: --frames, or --stride for every K-th one")
@@ -317,7 +339,7 @@ def scenes_in(folder: Path, dataset: str) -> Iterator[Scene]:
                 yield SevenScenesSequence(folder, sequence)
 
 
-def make_job(scene: Scene, folder: Path, options: Options, width: int, mode: str) -> Job:
+def make_job(scene: Scene, folder: Path, options: Options, frame: FrameSize) -> Job:
     """What is taken of a scene, looked at as far as can be told without reading pictures.
 
     Raises:
@@ -330,7 +352,7 @@ def make_job(scene: Scene, folder: Path, options: Options, width: int, mode: str
                 f"it gives {len(numbers)} frames, and {LEAST_FRAMES} are the fewest: take another stride, or leave it "
                 "out of the list"
             )
-        scene.check(numbers, width, mode)
+        scene.check(numbers, *frame)
         mesh = None
         if options.protocol == PUBLISHED:
             place = folder if options.meshes is None else file_path("meshes", options.meshes) / scene.name

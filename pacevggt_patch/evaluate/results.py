@@ -37,7 +37,7 @@ def settings_of(plan: Plan) -> dict[str, Any]:
         "confidence": CONFIDENCE[options.protocol],
         "frames": options.frames,
         "stride": options.stride,
-        "pictures": f"{plan.width} pixels wide, {plan.mode}",
+        "pictures": f"{plan.frame.width} pixels wide, {plan.frame.mode}, patches of {plan.frame.patch}",
         "backbone": backbone_name(plan.runs.options),
         "keep_ratios": [config.keep_ratio for config in plan.runs.configs],
         "modes": [config.mode for config in plan.runs.configs],

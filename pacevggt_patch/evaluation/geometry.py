@@ -41,6 +41,20 @@ def decode_pose_encoding(pose_encoding: Tensor, height: int, width: int) -> tupl
     return world_to_camera, intrinsics
 
 
+def encode_cameras(world_to_camera: Tensor, intrinsics: Tensor, height: int, width: int) -> Tensor:
+    """`[..., 9]`, what `decode_pose_encoding` decodes, of cameras whose principal point is in the middle.
+
+    Args:
+        world_to_camera: `[..., 3, 4]`.
+        intrinsics: `[..., 3, 3]`, in pixels.
+        height, width: Of the images, in pixels.
+    """
+    sizes = torch.tensor([height / 2, width / 2]).to(intrinsics)
+    focal = torch.stack([intrinsics[..., 1, 1], intrinsics[..., 0, 0]], -1)
+    rotation = quaternions(world_to_camera[..., :3])
+    return torch.cat([world_to_camera[..., 3], rotation, 2 * torch.atan2(sizes, focal)], -1)
+
+
 def rotation_matrix(quaternion: Tensor) -> Tensor:
     """`[..., 3, 3]` rotations of quaternions `[..., 4]`, scalar last."""
     quaternion = F.normalize(quaternion, dim=-1)

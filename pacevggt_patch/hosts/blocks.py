@@ -21,7 +21,7 @@ from ..runtime.attention import attention, pick_heads
 from ..runtime.bare_copy import bare_copy
 from ..runtime.chunks import in_chunks
 from ..runtime.compiling import unwatched
-from .rope import Rotation, rotation, static_rope
+from .rope import Rotation, rotation, static_rope, table_rotation
 
 # What torch keeps in every module.
 INTERNALS = nn.Module().__dict__.keys()
@@ -34,8 +34,8 @@ Wanted = tuple[Sequence[int], Sequence[int], Sequence[int]]
 Project = Callable[..., list[Tensor]]
 # Parameters of a block: of what comes before attention, and of what comes after it.
 BEFORE = [f"{m}.{p}" for m in ("norm1", "attn.qkv", "attn.q_norm", "attn.k_norm") for p in ("weight", "bias")]
-AFTER = [f"{m}.{p}" for m in ("attn.proj", "norm2", "mlp.fc1", "mlp.fc2") for p in ("weight", "bias")]
-AFTER += ["ls1.gamma", "ls2.gamma"]
+# Layers of the network: with GELU, or with a gate (SwiGLU), whose first layer gives gate and values.
+PLAIN, GATED = ("mlp.fc1", "mlp.fc2"), ("mlp.w12", "mlp.w3")
 
 
 def before_attention(
@@ -46,39 +46,47 @@ def before_attention(
     heads: tuple[int, int, int],
     eps: tuple[float, float, float],
     dtype: torch.dtype,
+    parts: int = 2,
 ) -> tuple[Tensor, ...]:
     """Queries, keys and values `[..., heads, d]` of tokens `[..., C]`, but for those of no heads.
 
     Args:
         x: tokens.
         cos: `[..., d]` cosines of the rotary embedding, or None without it.
-        sin: its sines, those of the first half of each pair of channels negative.
+        sin: its sines, those of the first half of each part of the channels negative.
         parameters: weights and biases of the norm, of the joint projection and of query and key norms; None where there
             is none.
         heads: how many of queries, of keys and of values the joint projection has.
         eps: of the norm before attention, of the query and of the key norm.
         dtype: what matrix products are computed in.
+        parts: in which the channels of a head are rotated: two, for y and x, or one.
     """
     norm_weight, norm_bias, weight, bias, *head_norms = parameters
     joint = linear(normed(x, norm_weight, norm_bias, eps[0], dtype), weight, bias, dtype)
     query, key, value = joint.unflatten(-1, (sum(heads), -1)).split(heads, -2)
     if heads[0]:
-        query = turned(query, cos, sin, head_norms[0], head_norms[1], eps[1])
+        query = turned(query, cos, sin, head_norms[0], head_norms[1], eps[1], parts)
     if heads[1]:
-        key = turned(key, cos, sin, head_norms[2], head_norms[3], eps[2])
+        key = turned(key, cos, sin, head_norms[2], head_norms[3], eps[2], parts)
     return tuple(part for part, count in zip((query, key, value), heads, strict=True) if count)
 
 
 def turned(
-    x: Tensor, cos: Tensor | None, sin: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    parts: int,
 ) -> Tensor:
-    """Queries or keys `[..., heads, d]`, normalised and turned by the two-dimensional rotary embedding."""
+    """Queries or keys `[..., heads, d]`, normalised and turned by the rotary embedding."""
     out = wide(x)
     if weight is not None:
         out = normed(out, weight, bias, eps, out.dtype)
     if cos is not None and sin is not None:
-        # Each half of the channels, for y and for x, turns its own two halves against each other.
-        other = out.unflatten(-1, (2, 2, -1)).roll(1, -2).flatten(-3)
+        # Each part of the channels turns its own two halves against each other.
+        other = out.unflatten(-1, (parts, 2, -1)).roll(1, -2).flatten(-3)
         out = torch.addcmul(out * cos.unsqueeze(-2), other, sin.unsqueeze(-2))
     return out.to(x.dtype)
 
@@ -93,7 +101,13 @@ def after_attention(
     """
     weight, bias, norm_weight, norm_bias, weight_in, bias_in, weight_out, bias_out, *scales = parameters
     x = added(x, linear(attended, weight, bias, dtype), scales[0])
-    hidden = F.gelu(linear(normed(x, norm_weight, norm_bias, eps, dtype), weight_in, bias_in, dtype))
+    hidden = linear(normed(x, norm_weight, norm_bias, eps, dtype), weight_in, bias_in, dtype)
+    assert weight_out is not None
+    if hidden.shape[-1] == weight_out.shape[1]:
+        hidden = F.gelu(hidden)
+    else:
+        gate, values = hidden.chunk(2, -1)
+        hidden = F.silu(gate) * values
     return added(x, linear(hidden, weight_out, bias_out, dtype), scales[1])
 
 
@@ -133,6 +147,7 @@ def run_block(
     others: Mapping[str, Tensor] = {},
     rows: int = sys.maxsize,
     attend: Callable[[Project, Tensor, Rotation | None], Tensor] | None = None,
+    by_tables: bool = False,
 ) -> Tensor:
     """A stock block on tokens `[..., C]`, attention running within each of `sequences` equal parts.
 
@@ -148,17 +163,21 @@ def run_block(
         rows: tokens at a time, but for attention itself.
         attend: gives the outputs of all heads [..., C], of what projects tokens, the tokens and their rotation; None
             lets all tokens of a sequence attend to each other.
+        by_tables: whether the rotation is that of `rope.table_rotation`.
     """
     heads = module.attn.num_heads
-    before, after = ([parameter(module, name, others) for name in names] for names in (BEFORE, AFTER))
-    turned = rotation if module.attn.rope is not None else None
+    before, after = (
+        [parameter(module, name, others) for name in names] for names in (BEFORE, after_names(module))
+    )
+    turned = rotation if by_tables or getattr(module.attn, "rope", None) is not None else None
+    halved = 1 if by_tables else 2
     norms = (getattr(module.attn, name, None) for name in ("q_norm", "k_norm"))
     eps = (module.norm1.eps, *(getattr(norm, "eps", 0.0) for norm in norms))
     # With shapes of parameters in the key no other width makes them dynamic.
     shapes = [tuple(None if p is None else p.shape for p in parameters) for parameters in (before, after)]
     compiles = speed is not None
     speed = speed or (lambda function, *_: function)
-    first = speed(before_attention, shapes[0], turned is None, heads, eps, dtype)
+    first = speed(before_attention, shapes[0], turned is None, heads, eps, dtype, halved)
     last = speed(after_attention, shapes[1], module.norm2.eps, dtype)
     every: Wanted = (range(heads), range(heads), range(heads))
 
@@ -169,7 +188,7 @@ def run_block(
         counts = tuple(map(len, made))
 
         def part(*chunk: Any) -> tuple[Tensor, ...]:
-            found = first(*chunk, parameters, counts, eps, dtype)
+            found = first(*chunk, parameters, counts, eps, dtype, halved)
             if made == wanted:
                 return found
             pairs = zip(found, wanted, strict=True)
@@ -198,11 +217,20 @@ def attend_all(project: Project, x: Tensor, rotation: Rotation | None) -> Tensor
 
 def parameter(module: Any, name: str, others: Mapping[str, Tensor]) -> Tensor | None:
     """A parameter of a block by its name, or what is taken in its place; None where there is none."""
-    if name in others:
-        return others[name]
-    for part in name.split("."):
+    *parts, last = name.split(".")
+    for part in parts:
         module = getattr(module, part, None)
-    return module
+    found = others[name] if name in others else getattr(module, last, None)
+    # DINOv3 takes keys without their part of the joint bias.
+    mask = getattr(module, f"{last}_mask", None)
+    return found if found is None or mask is None else found * mask.to(found.dtype)
+
+
+def after_names(module: Any) -> list[str]:
+    """Names of the parameters of what comes after attention."""
+    network = GATED if hasattr(module.mlp, "w12") else PLAIN
+    names = [f"{m}.{p}" for m in ("attn.proj", "norm2", *network) for p in ("weight", "bias")]
+    return [*names, "ls1.gamma", "ls2.gamma"]
 
 
 def flat_rotation(
@@ -213,13 +241,23 @@ def flat_rotation(
     return cos, sin
 
 
-def stock_blocks(modules: Iterable[Any], channels: int, rope: Any) -> set[int]:
+def of_sequences(rotation: Rotation, count: int) -> Rotation:
+    """Cosines and sines [count * L, D] of sequences that share theirs, [L, D]."""
+    cos, sin = (t.expand(count, *t.shape).flatten(0, 1) for t in rotation)
+    return cos, sin
+
+
+def stock_blocks(
+    modules: Iterable[Any], channels: int, rope: Any, argument: str = "pos", by_tables: bool = False
+) -> set[int]:
     """`id` of those blocks that `run_block` can run.
 
     Args:
         modules: blocks.
         channels: C.
         rope: rotary embedding that `rope.rotation` knows, or None: blocks with another one are left out.
+        argument: by what name blocks take positions.
+        by_tables: whether they take sines and cosines in place of positions, see `rope.table_rotation`.
     """
     found, known = set(), {}
     for module in modules:
@@ -228,7 +266,7 @@ def stock_blocks(modules: Iterable[Any], channels: int, rope: Any) -> set[int]:
             continue
         like = make(module)
         if like not in known:
-            known[like] = is_block(module, channels)
+            known[like] = is_block(module, channels, argument, by_tables)
         if known[like]:
             found.add(id(module))
     return found
@@ -261,7 +299,7 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, (bool, int, float, str, torch.dtype, type(None)))
 
 
-def is_block(module: Any, channels: int) -> bool:
+def is_block(module: Any, channels: int, argument: str = "pos", by_tables: bool = False) -> bool:
     """Whether `run_block` does what this block does, tried on a small example in float32 on the CPU.
 
     Forks may change a part and keep its name. The block itself is not run, and its values are not looked at.
@@ -269,9 +307,11 @@ def is_block(module: Any, channels: int) -> bool:
     Args:
         module: any module.
         channels: C.
+        argument: by what name it takes positions.
+        by_tables: whether it takes sines and cosines, or none.
     """
     try:
-        rope = module.attn.rope
+        rope = getattr(module.attn, "rope", None)
         generator = torch.Generator("cpu").manual_seed(0)
 
         def values(parameter: Tensor) -> Tensor:
@@ -286,13 +326,16 @@ def is_block(module: Any, channels: int) -> bool:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             x = torch.randn(2, 24, channels, generator=generator, dtype=torch.float32, device="cpu")
             positions = torch.randint(0, 9, (2, 24, 2), generator=generator, device="cpu")
-            where = {} if rope is None else {"pos": positions}
-            turned = None
+            where = {} if rope is None else {argument: positions}
+            tables, turned = (), None
+            width = channels // bare.attn.num_heads
             if rope is not None:
-                width = channels // bare.attn.num_heads
                 turned = flat_rotation(static_rope(bare.attn.rope), positions, width, torch.float32)
-            theirs = type(module).forward(bare, x, **where)
-            ours = run_block(bare, x.flatten(0, 1), turned, 2, torch.float32)
+            elif by_tables:
+                tables = (torch.randn(2, 20, width, generator=generator, dtype=torch.float32, device="cpu"),)
+                turned = of_sequences(table_rotation(*tables, x.shape[1]), len(x))
+            theirs = type(module).forward(bare, x, *tables, **where)
+            ours = run_block(bare, x.flatten(0, 1), turned, 2, torch.float32, by_tables=by_tables)
         error = (theirs - ours.view_as(theirs)).abs().max()
         return theirs.dtype == ours.dtype and bool(error <= 1e-4 * (theirs - x).abs().max())
     except Exception:  # whatever a block of an unknown type trips over

@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROPE_TABLE = 1024  # rows of the table: more patches than any image has on a side
+# What makes the table, of channels, rows, device and dtype, and what keeps it: VGGT's and Pi3's names.
+TABLES = ("_compute_frequency_components", "get_cos_sin")
+CACHES = {"frequency_cache", "cache"}
 
 # Cosines and sines of tokens' positions; the sines of the first half of each pair of channels are negative.
 Rotation = tuple[Tensor, Tensor]
@@ -21,11 +24,12 @@ def static_rope(rope: Any) -> Any:
     The copy has tables of its own, so that the host's stay as they are. Whether `rotate` does what the host does is
     tried on a small example, since forks may change one and not the other.
     """
-    if not hasattr(rope, "_compute_frequency_components"):
+    if not any(hasattr(rope, name) for name in TABLES):
         return None
     static = copy.copy(rope)
     static.__dict__.pop("forward", None)
-    static.frequency_cache = {}
+    for name in CACHES & static.__dict__.keys():
+        static.__dict__[name] = {}
     tokens = torch.linspace(-1, 1, 32, device="cpu", dtype=torch.float32).view(1, 1, 4, 8)
     positions = torch.tensor([[[0, 0], [1, 2], [3, 1], [2, 5]]], device="cpu")
     try:
@@ -43,10 +47,23 @@ def rotation(rope: Any, width: int, dtype: torch.dtype, positions: Tensor) -> Ro
     for the largest position would make the host wait for the device in every block.
     """
     half = width // 2
-    cos, sin = rope._compute_frequency_components(half, ROPE_TABLE, positions.device, dtype)  # [rows, half]
+    make = next(getattr(rope, name) for name in TABLES if hasattr(rope, name))
+    cos, sin = make(half, ROPE_TABLE, positions.device, dtype)  # [rows, half]
     sin = torch.cat([-sin[:, : half // 2], sin[:, half // 2 :]], dim=-1)
     cos, sin = (F.embedding(positions, table).flatten(-2).unsqueeze(1) for table in (cos, sin))
     return cos, sin
+
+
+def table_rotation(tables: Any, length: int) -> Rotation:
+    """Cosines and sines [L, D] of L = `length` tokens of a frame, of sines and cosines of its patches [P, D].
+
+    Those are of DINOv3, which leaves tokens in front of the patches as they are, and turns the two halves of all
+    channels against each other.
+    """
+    sin, cos = tables
+    half, front = sin.shape[-1] // 2, (0, 0, length - len(sin), 0)
+    sin = torch.cat([-sin[:, :half], sin[:, half:]], dim=-1)
+    return F.pad(cos, front, value=1.0), F.pad(sin, front)
 
 
 def rotate(tokens: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import PaceError, UnsupportedModelError
-from ..runtime.attention import autocast_dtype
-from .base import BlockCall, Host, far_from_unit, register_host, value_range
-from .rope import ROPE_TABLE, static_rope
+from ..errors import UnsupportedModelError
+from .base import Host, register_host
+from .rope import static_rope
 
 # What the forward of the global blocks needs to be ours.
 PARTS = ("patch_embed", "frame_blocks", "global_blocks", "patch_start_idx", "patch_size")
@@ -23,7 +20,7 @@ STOCK_PARTS = ("camera_token", "register_token", "_resnet_mean", "_resnet_std")
 class VGGT(Host):
     """A VGGT (arXiv 2503.11651), as `facebookresearch/vggt` has it, or a fork with the same parts."""
 
-    family = "vggt"
+    family, narrow_weights = "vggt", True
     trunk_name, embedding_name = "aggregator", "patch_embed"
 
     def __init__(self, model: nn.Module):
@@ -36,16 +33,20 @@ class VGGT(Host):
         rope = getattr(aggregator, "rope", None)
         self.rope = None if rope is None or static_rope(rope) is None else rope
         self.camera_head = model._modules.get("camera_head")
-        self.dense_heads = {
+        self.dense_heads = self._dense_heads(model)
+        layers = getattr(aggregator, "cached_layer_indices", None)
+        # Older aggregators return every layer, and callers may read any.
+        self.cached_layers = tuple(range(self.depth)) if layers is None else tuple(sorted(layers))
+
+    @staticmethod
+    def _dense_heads(model: nn.Module) -> dict[str, Any]:
+        return {
             name: module
             for name, module in model.named_modules()
             if isinstance(getattr(module, "intermediate_layer_idx", None), (list, tuple))
             and name != "aggregator"
             and not name.startswith("aggregator.")
         }
-        layers = getattr(aggregator, "cached_layer_indices", None)
-        # Older aggregators return every layer, and callers may read any.
-        self.cached_layers = tuple(range(self.depth)) if layers is None else tuple(sorted(layers))
 
     @staticmethod
     def _embed_dim(aggregator: Any) -> int:
@@ -67,78 +68,15 @@ class VGGT(Host):
             for i in range(first, first + group)
         )
 
-    @property
-    def reference(self) -> Tensor:
-        token = getattr(self.trunk, "camera_token", None)
-        return token if isinstance(token, Tensor) else next(self.of_kind("global")[0].parameters())
+    def special_parameters(self) -> list[Tensor]:
+        tokens = (getattr(self.trunk, name, None) for name in ("camera_token", "register_token"))
+        return [token for token in tokens if isinstance(token, Tensor)]
+
+    def mean_dtype(self, images: Tensor) -> torch.dtype:
+        return getattr(self.trunk, "_resnet_mean", images).dtype
 
     def features(self, output: Any) -> Tensor | None:
         return super().features(output.get("x_norm_patchtokens") if isinstance(output, dict) else output)
-
-    def block_call(self, args: tuple, kwargs: dict[str, Any]) -> BlockCall | None:
-        kwargs = dict(kwargs)
-        x, rest = (args[0], args[1:]) if args else (kwargs.pop("x", None), ())
-        if not isinstance(x, Tensor) or x.ndim != 3:
-            return None
-        if isinstance(kwargs.get("pos"), Tensor):
-            return BlockCall(x, kwargs.pop("pos"), rest, kwargs, "pos")
-        if rest and isinstance(rest[0], Tensor) and rest[0].shape == (*x.shape[:2], 2):
-            return BlockCall(x, rest[0], rest[1:], kwargs, 0)
-        return BlockCall(x, None, rest, kwargs, None)
-
-    def fingerprint_tensors(self) -> list[Tensor]:
-        tokens = [getattr(self.trunk, name, None) for name in ("camera_token", "register_token")]
-        blocks = [self.of_kind("frame")[0], self.of_kind("global")[-1]]
-        return [t for t in tokens if isinstance(t, Tensor)] + [p for b in blocks for p in b.parameters()]
-
-    def check_images(self, images: Any) -> None:
-        patch = self.patch_size
-        if not isinstance(images, Tensor):
-            raise PaceError(f"images must be a tensor [B, S, 3, H, W] in [0, 1], got {type(images).__name__}")
-        shape = tuple(images.shape)
-        if len(shape) != 5 or shape[2] != 3 or 0 in shape:
-            raise PaceError(f"images must be [B, S, 3, H, W] with at least one frame, got {list(shape)}")
-        height, width = shape[-2:]
-        if height % patch or width % patch:
-            raise PaceError(
-                f"image height and width must be multiples of {patch}, got {height}x{width}: resize or crop the images"
-            )
-        if max(height, width) // patch >= ROPE_TABLE:
-            raise PaceError(
-                f"images are {height}x{width}: sides of {ROPE_TABLE * patch} pixels or more are not supported"
-            )
-        if not images.is_floating_point():
-            raise PaceError(
-                f"images must be floating point in [0, 1], got {images.dtype}: divide 8-bit images by 255"
-            )
-        device, weights = self.reference.device, self.reference.dtype
-        if images.device != device:
-            raise PaceError(
-                f'images are on {images.device} but the model is on {device}: call images.to("{device}") '
-                "(torch.nn.DataParallel can't run an accelerated model: use one process per GPU)"
-            )
-        # The aggregator subtracts its mean first, which promotes narrower images.
-        mean = getattr(self.trunk, "_resnet_mean", images)
-        entering = torch.promote_types(images.dtype, mean.dtype)
-        if entering != weights and autocast_dtype(images.device.type) is None:
-            raise PaceError(
-                f"images are {images.dtype} but the model is {weights}: "
-                f"call images.to({weights}), or run under torch.autocast"
-            )
-        # On CUDA a look at the values would make the host wait. It would cut a compiled graph in two.
-        looks = images.device.type == "cpu" and not torch.compiler.is_compiling()
-        if not looks:
-            return
-        low, high = value_range(images)
-        if not (math.isfinite(low) and math.isfinite(high)):
-            raise PaceError("images hold NaN or infinity: check how they were loaded")
-        if far_from_unit(low, high):
-            warnings.warn(
-                f"images reach from {low:.3g} to {high:.3g}, and the model expects [0, 1]: divide 8-bit values by 255, "
-                "and leave normalisation to the model",
-                UserWarning,
-                stacklevel=3,
-            )
 
     # For a forward of our own in place of the aggregator's.
 
@@ -181,6 +119,8 @@ def find_vggt(model: nn.Module) -> VGGT | str | None:
             return f"{kind} has no submodule 'aggregator', so it is not a VGGT: pass the VGGT that holds it"
         return None
     missing = [name for name in PARTS if not hasattr(aggregator, name)]
+    if missing and hasattr(aggregator, "inter_frame_blocks"):
+        return None  # a VGGT-Omega
     if missing:
         return f"{kind}.aggregator lacks {', '.join(missing)}: only VGGT's alternating attention is supported"
     order = getattr(aggregator, "aa_order", ["frame", "global"])

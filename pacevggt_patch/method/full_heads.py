@@ -116,7 +116,8 @@ def joined_heads(
 
 KEEP_RATIO = 0.3  # at which it is told
 # A head is a full-attention head if its output is off by this share of the variance of the tokens that it is added to.
-LEAST_ERROR = 0.007
+# Long clips have smaller errors: dropped tokens of a frame have more kept ones like them in others.
+LEAST_ERROR = 0.004
 # At most this share of all heads: their attention costs what it does in the unpruned model.
 MOST = 1 / 6
 
@@ -148,16 +149,18 @@ def head_errors(
         return squares.sum((1, 2)) / (batch * tokens)
 
 
-def choose_full_heads(errors: Tensor) -> Heads:
+def choose_full_heads(errors: Tensor, blocks: Sequence[int] | None = None) -> Heads:
     """(block, head) of the heads whose errors are above LEAST_ERROR, the largest ones and at most MOST of all.
 
     The last block has none: no other block attends to what it gives.
 
     Args:
         errors: [blocks, heads], each over the variance of the tokens that the head's output is added to.
+        blocks: their numbers; None counts from 0.
     """
+    numbers = range(len(errors)) if blocks is None else blocks
     heads, before_last = errors.shape[1], errors[:-1].flatten()
     most = min(max(1, int(MOST * errors.numel())), len(before_last))
     best = before_last.topk(most)
     chosen = [int(i) for value, i in zip(best.values, best.indices, strict=True) if value >= LEAST_ERROR]
-    return tuple(sorted((i // heads, i % heads) for i in chosen))
+    return tuple(sorted((numbers[i // heads], i % heads) for i in chosen))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PaceError, first_line
-from ..hosts.base import BlockCall, far_from_unit, value_range
+from ..hosts.base import BlockCall, Host, value_range
 from ..method.full_heads import KEEP_RATIO, choose_full_heads, head_errors
 from ..method.global_pruning import Plan, joined, keep_best
 from ..runtime.attention import InterceptAttention
@@ -36,7 +36,7 @@ def calibrate_on(state: State, clip: Clip, call: BlockCall) -> None:
     if torch.compiler.is_compiling():
         _say_while_compiling()
         return
-    problem = _problem(clip, call, frames)
+    problem = _problem(state.host, clip, call, frames)
     if problem is not None:
         state.say_once(
             f"this model is not calibrated yet, and {problem}: until then clips run without full-attention heads, "
@@ -47,7 +47,7 @@ def calibrate_on(state: State, clip: Clip, call: BlockCall) -> None:
     try:
         with torch.no_grad():
             errors = _unpruned_errors(state, clip, call, frames)
-        heads = choose_full_heads(errors)
+        heads = choose_full_heads(errors, state.host.indices("global"))
     except Exception as error:  # whatever blocks of an unknown type trip over
         state.pending = isinstance(error, torch.cuda.OutOfMemoryError)
         reason = first_line(error)
@@ -84,7 +84,7 @@ def _say_while_compiling() -> bool:
     return True
 
 
-def _problem(clip: Clip, call: BlockCall, frames: int) -> str | None:
+def _problem(host: Host, clip: Clip, call: BlockCall, frames: int) -> str | None:
     """Why a clip can't be calibrated on, in words, or None."""
     if frames < LEAST_FRAMES:
         return f"a clip of {frames} frame{'s' * (frames > 1)} is too short for that (it takes {LEAST_FRAMES})"
@@ -92,8 +92,8 @@ def _problem(clip: Clip, call: BlockCall, frames: int) -> str | None:
         return "a CUDA graph is being recorded"
     if call.x.requires_grad and torch.is_grad_enabled():
         return "gradients are being recorded"
-    if clip.images is not None and far_from_unit(*value_range(clip.images)):
-        return "its images are far from [0, 1]"
+    if clip.images is not None and host.far_from_range(*value_range(clip.images)):
+        return f"its images are far from {host.image_values}"
     if not call.plain:
         return "its global blocks are given more than tokens and positions"
     return None
@@ -107,31 +107,53 @@ def _unpruned_errors(state: State, clip: Clip, call: BlockCall, frames: int) -> 
     features = torch.cat([part for part, _ in clip.parts]).index_select(0, chosen)
     plan = training_free_plan(state, features)
     tokens = x[0].unflatten(0, (frames, length)).index_select(0, chosen)  # [n, L, C]
-    where = None
-    if call.positions is not None:
-        where = call.positions[0].unflatten(0, (frames, length)).index_select(0, chosen)
+    within = _frame_arguments(state, clip, call, chosen)
     found: list[Tensor] = []
     begun = False
     for kind, index, module in host.blocks:
         begun = begun or kind == "global"
         if not begun:
             continue  # that is behind the clip
+        if kind == "special":
+            some = module(tokens[:, : host.special_tokens].flatten(0, 1)[None])
+            tokens = torch.cat([some.view(count, -1, x.shape[-1]), tokens[:, host.special_tokens :]], 1)
+            continue
         own = module.__dict__["forward"].own
         if kind == "frame":
-            positions, given = where, tokens
-        else:
-            given = tokens.flatten(0, 1)[None]
-            positions = None if where is None else where.flatten(0, 1)[None]
-        # What else a global block is given says nothing here, and a frame block may not know it.
-        bare = call.on(given, positions, (), {}) if kind == "frame" else call.on(given, positions)
-        args, kwargs = bare.arguments()
-        if kind == "frame":
+            args, kwargs = within.on(tokens, within.positions).arguments()
             out = own(*args, **kwargs)
         else:
+            where = call.positions
+            if where is not None:
+                where = where[0].unflatten(0, (frames, length)).index_select(0, chosen).flatten(0, 1)[None]
+            args, kwargs = call.on(tokens.flatten(0, 1)[None], where).arguments()
             errors, out = measured(state, index, plan, own, args, kwargs)
             found.append(errors)
         tokens = (out[0] if isinstance(out, tuple) else out).view(tokens.shape)
     return torch.stack(found)
+
+
+def _frame_arguments(state: State, clip: Clip, call: BlockCall, chosen: Tensor) -> BlockCall:
+    """A call of a frame block on `chosen` frames of the first clip: where its tokens are, and what else it is given.
+
+    It is told by the clip's own last one, or by the host where there was none. Where that one was given a part of the
+    frames, as hosts that go through them in chunks do, positions are those of the global block.
+    """
+    before = clip.frame_call
+    known = None
+    if before is None and state.threads.grid is not None:
+        known = state.host.frame_positions(state.threads.grid, call.x.device)
+    if known is not None:
+        return call.on(call.x, known.expand(len(chosen), -1, -1), (), {})
+    frames = sum(len(features) for features, _ in clip.parts)
+    whole = before is not None and len(before.x) == frames
+    where = before.positions if before is not None and whole else call.positions
+    if where is not None:
+        where = where.reshape(frames, -1, where.shape[-1]).index_select(0, chosen)
+    if before is not None and before.shared:
+        return before.on(before.x, where)
+    # What differs from frame to frame, or is for global blocks alone, says nothing here.
+    return call.on(call.x, where, (), {})
 
 
 def training_free_plan(state: State, features: Tensor, batch: int = 1) -> Plan:

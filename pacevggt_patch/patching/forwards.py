@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from ..config import GLOBAL, PRE_AA
 from ..errors import PaceError, UnsupportedModelError
 from ..hosts import blocks
-from ..hosts.base import BlockCall, takes_images
-from ..hosts.rope import rotate, rotation
+from ..hosts.base import BlockCall
+from ..hosts.rope import rotate, rotation, table_rotation
 from ..method import pre_aa
 from ..method.few_keys import all_keys
 from ..method.global_pruning import Plan, run_on_kept
@@ -42,6 +42,7 @@ from .heads import (
 from .state import Clip, State
 
 UNPRUNED = "unpruned (few frames)"
+FLAGS = (bool, int, float, str, type(None))  # what is no tensor, and so the same for all frames
 
 
 class Forward:
@@ -73,7 +74,7 @@ class TrunkForward(Forward):
 
     def __init__(self, module: Any, state: State, name: str):
         super().__init__(module, state, name)
-        self.takes_images = takes_images(self.own)
+        self.takes_images = state.host.takes_images(self.own)
 
     def on_device(self, images: Any) -> AbstractContextManager:
         """The images' device as torch's default device, where that was tried.
@@ -87,7 +88,7 @@ class TrunkForward(Forward):
         state, threads = self.state, self.state.threads
         if state.paused:
             return self.own(*args, **kwargs)
-        images = args[0] if args else kwargs.get("images")
+        images = state.host.images_of(args, kwargs)
         if state.ranks is not None:
             return self.over_ranks(images, args, kwargs)
         if self.takes_images:
@@ -136,7 +137,7 @@ class TrunkForward(Forward):
             )
         if len(args) + len(kwargs) > 1:
             raise PaceError(
-                f"{self.name} was called with more than images, which can't be spread over processes: leave "
+                f"{state.host.label} was called with more than images, which can't be spread over processes: leave "
                 "process_group out"
             )
         state.host.check_images(images)
@@ -237,33 +238,36 @@ class EmbeddingForward(Forward):
         tokens = len(images) * patches
         threads.embedding = True  # a forward may call the other entrance
         try:
-            with state.timer.stage("DINO", tokens, tokens, add=True):
+            with state.timer.stage(state.host.embedding_stage, tokens, tokens, add=True):
                 if state.config.kept_tokens(patches) == patches:
                     return self.own(*args, **kwargs)  # to the bit
                 with faster_attention(images.device):
-                    if len(args) > 1 or kwargs:
+                    if any(not isinstance(value, FLAGS) for value in (*args[1:], *kwargs.values())):
                         return self.own(*args, **kwargs)
-                    return self.in_parts(images, chunk_rows(patches * state.host.embed_dim, images.device))
+                    run = lambda images: self.own(images, *args[1:], **kwargs)  # noqa: E731
+                    return self.in_parts(
+                        run, images, chunk_rows(patches * state.host.embed_dim, images.device)
+                    )
         finally:
             threads.embedding = False
 
-    def in_parts(self, images: Tensor, size: int) -> Any:
-        """What it gives of images [N, 3, H, W], at most `size` at a time: a tensor or a dictionary of them."""
+    def in_parts(self, run: Callable[[Tensor], Any], images: Tensor, size: int) -> Any:
+        """What `run` gives of images [N, 3, H, W], at most `size` at a time: a tensor or a dictionary of them."""
         if len(images) <= size or torch.compiler.is_compiling() or torch.is_grad_enabled():
-            return self.own(images)
+            return run(images)
         if self.rows is None:
-            one = self.own(images[:1])
+            one = run(images[:1])
             named = one if isinstance(one, dict) else {"": one}
             tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
             # What is not of one row a frame can't be joined.
             joins = all(value.ndim and len(value) == 1 for value in tensors.values())
             self.rows = [*tensors] if joins else []
         if not self.rows:
-            return self.own(images)
+            return run(images)
         whole: dict[str, Any] = {}
 
         def some(part: Tensor) -> tuple[Tensor, ...]:
-            found = self.own(part)
+            found = run(part)
             whole.update(found if isinstance(found, dict) else {"": found})
             return tuple(whole[name] for name in self.rows or ())
 
@@ -293,7 +297,7 @@ class BlockForward(Forward):
     """An attention block: by the functions of `hosts.blocks` where that fits and serves, else by its own code.
 
     Args:
-        kind: "frame", "global", or "embedding" for a block of the patch embedding.
+        kind: "frame", "global", "early" (see `Host.blocks`), or "side" for a block that is none of the trunk's.
         index: among the blocks of its kind.
         stock: whether the functions of `hosts.blocks` can run it.
     """
@@ -302,8 +306,8 @@ class BlockForward(Forward):
         super().__init__(module, state, name)
         self.kind, self.index = kind, index
         self.kinds = blocks.kinds(module) if stock else None
-        self.first = kind != "embedding" and state.host.blocks[0][2] is module
-        self.last = kind != "embedding" and state.host.blocks[-1][2] is module
+        ours = [block for found, _, block in state.host.blocks if found in ("frame", "global")]
+        self.first, self.last = (kind != "side" and block is module for block in (ours[0], ours[-1]))
 
     def heads(self, clip: Clip | None) -> list[int]:
         """Numbers of the full-attention heads of this block."""
@@ -328,7 +332,7 @@ class BlockForward(Forward):
                 return self.own(*args, **kwargs)
             finally:
                 threads.pauses.pop()
-        if self.kind == "embedding":
+        if self.kind == "side":
             return self.run(call, None)
         clip = known[call.x] if again else self.clip(call)
         if self.first and clip.exchange is not None:
@@ -358,10 +362,10 @@ class BlockForward(Forward):
                 )
             if state.ranks is not None:
                 raise UnsupportedModelError(
-                    f"{self.name} was called outside of {state.host.trunk_name}, so which frames other processes have "
+                    f"{self.name} was called outside of {state.host.label}, so which frames other processes have "
                     "is not known: leave process_group out, or use `with paused(model):` for such calls"
                 )
-            if not self.first and call.x.requires_grad and torch.is_grad_enabled():
+            if not self.first and self.kind != "early" and call.x.requires_grad and torch.is_grad_enabled():
                 raise UnsupportedModelError(
                     f"{self.name} was called outside of a forward pass, as gradient checkpoints with "
                     "use_reentrant=True do: pass use_reentrant=False to them, or train inside `with paused(model):`"
@@ -374,11 +378,15 @@ class BlockForward(Forward):
                 grid = threads.grid or (0, 0)
                 tokens = tokens.reshape(-1, grid[0] * grid[1] + state.host.special_tokens, tokens.shape[-1])
             state.look(clip, tokens)
+        if self.kind == "early":
+            state.begin(clip, clip.frames or len(call.x), call.x.shape[1] - state.host.special_tokens)
         return clip
 
     def stage(self, clip: Clip, call: BlockCall) -> Any:
         state, x = self.state, call.x
         tokens = x.shape[0] * x.shape[1]
+        if state.pending and self.kind == "frame" and not clip.crossed:
+            clip.frame_call = call
         clip.crossed = clip.crossed or self.kind == "global"
         if self.kind == "global" and state.threads.observer is not None:
             return state.threads.observer(self.index, call, self.own, clip)
@@ -398,7 +406,7 @@ class BlockForward(Forward):
     def in_frames(self, clip: Clip, call: BlockCall) -> Any:
         """A frame block on a part of the frames at a time, which bounds the memory of its hidden layer."""
         size = chunk_rows(call.x.shape[1] * call.x.shape[2], call.x.device)
-        if len(call.x) <= size or not call.plain:
+        if len(call.x) <= size or not (call.plain or call.shared):
             return self.run(call, clip)
         return in_chunks(lambda x, where: (self.run(call.on(x, where), clip),), size, call.x, call.positions)[
             0
@@ -488,11 +496,13 @@ class BlockForward(Forward):
         state, x = self.state, call.x
         narrow = autocast_dtype(x.device.type)
         turned = None
-        if call.positions is not None:
-            # Norms, and so queries and keys, are float32 at least under autocast.
-            dtype = x.dtype if narrow is None else torch.promote_types(x.dtype, torch.float32)
+        if call.tables is not None:
+            turned = blocks.of_sequences(table_rotation(call.tables, x.shape[1]), len(x))
+        elif call.positions is not None:
+            dtype = state.host.rope_dtype(x.dtype, narrow)
             width = x.shape[-1] // self.module.attn.num_heads
-            get = rotation if clip is None else clip.rotations.get
+            clip_at_hand = clip or state.threads.clip
+            get = rotation if clip_at_hand is None else clip_at_hand.rotations.get
             turned = blocks.flat_rotation(state.rope, call.positions, width, dtype, get)
         out = blocks.run_block(
             self.module,
@@ -504,14 +514,16 @@ class BlockForward(Forward):
             others,
             chunk_rows(x.shape[-1], x.device),
             attend,
+            call.tables is not None,
         )
         return out.view(x.shape)
 
     def fits(self, call: BlockCall) -> bool:
         """Whether the functions of `hosts.blocks` do what the block would do in this call."""
-        if self.kinds is None or not call.plain or self.previous is not None:
+        if self.kinds is None or self.previous is not None or not (call.plain or call.tables is not None):
             return False
-        rope, positions = self.module.attn.rope, call.positions
+        rope: Any = getattr(self.module.attn, "rope", None)
+        positions = call.positions
         if (rope is None) != (positions is None):
             return False
         if positions is not None:
@@ -528,7 +540,7 @@ class BlockForward(Forward):
     def changed_parameters(self, clip: Clip | None) -> dict[str, Tensor]:
         """What the block runs with in place of parameters of its own, by their names in the block."""
         deltas = None if clip is None or clip.weights is None else clip.weights.block_deltas
-        if clip is None or deltas is None or not clip.prunes or clip.whole:
+        if clip is None or deltas is None or not clip.prunes or clip.whole or self.kind == "early":
             return {}
         own = self.state.host.block_parameters(self.kind, self.index)
         prefix = self.state.host.block_name(self.kind, self.index) + "."
@@ -666,7 +678,7 @@ class JoinedCameraHeadForward(Forward):
             return self.own(*args, **kwargs)
         if exchange is None or state.ranks is None:
             raise PaceError(
-                f"{self.name} was called before {state.host.trunk_name} in this thread, so the frames of other "
+                f"{self.name} was called before {state.host.label} in this thread, so the frames of other "
                 "processes are not known: call aggregator and heads in turn"
             )
         with state.ranks.in_step(), state.timer.stage(self.name, exchange.total, exchange.total):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
@@ -311,7 +312,7 @@ def room(part: Any, frames: int, total: int, device: torch.device | None, head: 
         pin = part.is_cuda and where.type == "cpu"
         return torch.empty(shape, dtype=part.dtype, device=where, pin_memory=pin)
     if isinstance(part, dict):
-        return {key: room(value, frames, total, device, head) for key, value in part.items()}
+        return like(part, [room(value, frames, total, device, head) for value in part.values()])
     if isinstance(part, (tuple, list)):
         return like(part, [room(value, frames, total, device, head) for value in part])
     if part is None:
@@ -334,8 +335,13 @@ def write(outputs: Any, part: Any, start: int) -> None:
             write(outputs[key], part[key], start)
 
 
-def like(outputs: tuple | list, values: list) -> Any:
-    """`values` in a tuple, list or named tuple as `outputs` is one."""
+def like(outputs: dict | tuple | list, values: list) -> Any:
+    """`values` in a dictionary, tuple, list or named tuple of the kind of `outputs`."""
+    if isinstance(outputs, dict):
+        found = copy.copy(outputs)  # its items may be attributes, too
+        for key, value in zip(outputs, values, strict=True):
+            found[key] = value
+        return found
     return type(outputs)(*values) if hasattr(outputs, "_fields") else type(outputs)(values)
 
 
@@ -349,7 +355,7 @@ def changed(outputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(outputs, Tensor):
         return change(outputs)
     if isinstance(outputs, dict):
-        return {key: changed(value, change) for key, value in outputs.items()}
+        return like(outputs, [changed(value, change) for value in outputs.values()])
     if isinstance(outputs, (tuple, list)):
         return like(outputs, [changed(value, change) for value in outputs])
     return outputs

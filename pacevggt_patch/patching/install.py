@@ -60,7 +60,7 @@ def accelerate(
     output_device: torch.device | str | None = None,
     process_group: Any = None,
 ) -> Model:
-    """Accelerate a VGGT in place by token pruning. It is called as before and returns the same outputs, sooner.
+    """Accelerate a model in place by token pruning. It is called as before and returns the same outputs, sooner.
 
     By default only global attention is pruned. It sees `keep_ratio` of each frame's patch tokens; a few heads that look
     for matches see all. The model's own aggregator runs, with its own arguments and return values.
@@ -69,7 +69,7 @@ def accelerate(
     to the bit without `compile`.
 
     Args:
-        model: a VGGT, or a fork with the same parts.
+        model: a VGGT, a fork with the same parts, or a model of another family that is known (docs/hosts.md).
         keep_ratio: share of each frame's patch tokens that is kept, in (0, 1]. Or a `PaceConfig` with all settings, as
             `fit_budget` returns one.
         merge_budget: share of the clip's patch tokens that is merged into kept ones, in [0, 1 - keep_ratio]. A merge
@@ -113,6 +113,7 @@ def accelerate(
     def prepared() -> tuple[Host, PaceConfig, PaceWeights | None, bool]:
         config = config_from(keep_ratio, merge_budget, settings)
         host = find_host(model)
+        _check_settings(host, config)
         before = state_of(model) if is_accelerated(model) else None
         chosen, mode = resolve(weights, config, host)
         auto = isinstance(weights, str) and weights == "auto" and mode == GLOBAL
@@ -181,9 +182,17 @@ def _check_for_ranks(host: Host, config: PaceConfig, weights: PaceWeights | None
     missing = host.missing_stock_parts()
     if missing:
         raise UnsupportedModelError(
-            f"{type(host.model).__name__}.{host.trunk_name} lacks {', '.join(missing)}, by which a frame is told that "
+            f"{host.label} lacks {', '.join(missing)}, by which a frame is told that "
             "it is not the first: leave process_group out"
         )
+
+
+def _check_settings(host: Host, config: PaceConfig) -> None:
+    """Raise UnsupportedModelError for a setting that can't be followed on this model."""
+    for name, why in host.refusals().items():
+        value = getattr(config, name)
+        if value is not None and value is not False:
+            raise UnsupportedModelError(f"{why}, so {name}={value} can't be followed: leave it out")
 
 
 def _still_fits(weights: PaceWeights | None, host: Host) -> bool:
@@ -253,25 +262,25 @@ def place(state: State, *, trunk_alone: bool = False) -> None:
     """
     host, config = state.host, state.config
     state.rope = None if host.rope is None else static_rope(host.rope)
-    every = [module for _, _, module in host.blocks]
-    embedding_blocks = list(getattr(host.embedding, "blocks", ())) if config.compile else []
-    stock = blocks.stock_blocks([*every, *embedding_blocks], host.embed_dim, host.rope)
+    every = [(kind, index, module) for kind, index, module in host.blocks if kind != "special"]
+    side_blocks = host.side_blocks() if config.compile else {}
+    modules = [*(module for _, _, module in every), *side_blocks.values()]
+    stock = blocks.stock_blocks(modules, host.embed_dim, host.rope, host.position_argument, host.by_tables)
     trunk = PreAATrunkForward if config.mode == PRE_AA else TrunkForward
-    inside = f"{host.trunk_name}.{host.embedding_name}"
+    inside = host.part_name(host.embedding_name)
     parts: list[tuple[str, Any, Callable[..., Forward]]] = [(host.trunk_name, host.trunk, trunk)]
     parts.append((inside, host.embedding, EmbeddingForward))
     if hasattr(host.embedding, "forward_features"):
         parts.append((inside, host.embedding, FeaturesForward))
     if host.rope is not None and state.rope is not None:
-        parts.append((f"{host.trunk_name}.rope", host.rope, RopeForward))
-    for kind, index, module in host.blocks:
-        name = f"{host.trunk_name}.{host.block_name(kind, index)}"
+        parts.append((host.part_name(host.rope_name), host.rope, RopeForward))
+    for kind, index, module in every:
+        name = host.part_name(host.block_name(kind, index))
         run = partial(BlockForward, kind=kind, index=index, stock=id(module) in stock)
         parts.append((name, module, run))
-    for index, module in enumerate(embedding_blocks):
+    for index, (name, module) in enumerate(side_blocks.items()):
         if id(module) in stock:
-            run = partial(BlockForward, kind="embedding", index=index, stock=True)
-            parts.append((f"{inside}.blocks.{index}", module, run))
+            parts.append((name, module, partial(BlockForward, kind="side", index=index, stock=True)))
     for name, head in () if trunk_alone else host.dense_heads.items():
         fast = is_dense_head(head, 2 * host.embed_dim, host.depth)
         parts.append((name, head, partial(DenseHeadForward, fast=fast)))
@@ -387,7 +396,10 @@ def summary(model: nn.Module, images: Tensor | None = None) -> Summary:
     device = host.reference.device
     if images is not None:
         if not isinstance(images, Tensor):
-            raise PaceError(f"images must be a tensor [B, S, 3, H, W] in [0, 1], got {type(images).__name__}")
+            raise PaceError(
+                f"images must be a tensor [B, S, 3, H, W] in {host.image_values}, got {type(images).__name__}"
+            )
+        images = images[None] if images.ndim == 4 else images
         with torch.inference_mode(), current_device(device), state.timer.measuring():
             if state.config.compile or state.pending:
                 state.timer.timing = False

@@ -39,6 +39,7 @@ class Clip:
         images: of a model that is to be calibrated, or None.
         loose: whether it ends with the last block, since the trunk was not called.
         crossed: whether a global block ran.
+        frame_call: of the frame block before the first global one, of a model that is to be calibrated, or None.
         exchange: of a clip over several processes; `frames` are those here.
     """
 
@@ -52,6 +53,7 @@ class Clip:
         self.batch, self.frames, self.loose, self.exchange = batch, frames, loose, exchange
         self.prunes: bool | None = None
         self.images: Tensor | None = None
+        self.frame_call: BlockCall | None = None
         self.config, self.weights, self.whole, self.crossed = PaceConfig(), None, False, False
         self.parts: list[tuple[Tensor, Plan | None]] = []
         self.plan: Plan | None = None
@@ -61,7 +63,7 @@ class Clip:
     def finish(self) -> None:
         """Let go of all that only blocks needed."""
         self.parts, self.gathered, self.rotations = [], {}, Rotations()
-        self.plan = None
+        self.plan = self.frame_call = None
 
     def last_frames(self, count: int) -> list[tuple[Tensor, Plan | None]]:
         """The last parts that are `count` frames together; empty where there are none such."""
@@ -272,7 +274,7 @@ class State:
             kept,
             host.special_tokens,
             host.embed_dim,
-            host.depth,
+            len(host.of_kind("global")),
             config.mode == GLOBAL,
             [] if self.weights is None else self.weights.full_head_shares(),
         )
@@ -303,10 +305,11 @@ class State:
         if self.rope is not None and max(grid) >= ROPE_TABLE:
             raise UnsupportedModelError(f"images of {ROPE_TABLE} patches on a side or more are not supported")
         self.begin(clip, clip.frames or len(tokens), patches)
-        # Detached: a gradient checkpoint that runs the block once more does not come here, and what holds the tokens of
-        # a block would never go, see `Recomputed`.
-        features = tokens.detach()[:, self.host.special_tokens :]
         if clip.prunes or self.threads.observer is not None:
+            # Without gradients: a gradient checkpoint that runs the block once more does not come here, and what holds
+            # the tokens of a block would never go, see `Recomputed`.
+            with torch.no_grad():
+                features = self.host.scored(tokens.detach()[:, self.host.special_tokens :])
             clip.parts.append((features, self.plan(features) if clip.prunes else None))
 
     @torch.no_grad()
@@ -355,7 +358,7 @@ class State:
             wanted = self.host.special(1, len(x))[0].to(x.dtype)
             if not torch.equal(x[:, :count], wanted):
                 raise UnsupportedModelError(
-                    f"the special tokens that enter the blocks of {self.host.trunk_name} are not camera_token and "
+                    f"the special tokens that enter the blocks of {self.host.label} are not camera_token and "
                     "register_token, so which frame comes first can't be told to this model: leave process_group out"
                 )
             self.knows_special = True

@@ -48,7 +48,7 @@ def run(model: nn.Module, host: Host, config: PaceConfig, heads: Heads = ()) -> 
         missing = host.missing_stock_parts()
         if missing:
             raise UnsupportedModelError(
-                f"{kind}.{host.trunk_name} lacks {', '.join(missing)}, which pre-AA pruning needs: use global pruning, "
+                f"{host.label} lacks {', '.join(missing)}, which pre-AA pruning needs: use global pruning, "
                 'mode="global"'
             )
         theirs = host.trunk.__dict__.get("forward")
@@ -58,7 +58,10 @@ def run(model: nn.Module, host: Host, config: PaceConfig, heads: Heads = ()) -> 
                 f"{host.trunk_name}.forward is replaced on this instance by {theirs!r}, which pre-AA pruning would "
                 "leave aside: undo that patch first"
             )
-    with torch.no_grad(), outside_modes():
+    device = host.reference.device
+    # Some draw in their forward what they do not use.
+    random = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    with torch.no_grad(), outside_modes(), random:
         return Outcome(key(model, host, config.mode, heads), *_try(kind, bare_copy(model), config, heads))
 
 
@@ -69,7 +72,7 @@ def _try(kind: str, bare: Any, config: PaceConfig, heads: Heads) -> tuple[bool, 
     images, stock = _stock(kind, host)
     if images is None and config.mode == PRE_AA:
         raise UnsupportedModelError(
-            f"{kind}.{host.trunk_name} does not take images alone, as pre-AA pruning needs it: use global pruning, "
+            f"{host.label} does not take images alone, as pre-AA pruning needs it: use global pruning, "
             'mode="global"'
         )
     if images is None:
@@ -81,16 +84,16 @@ def _try(kind: str, bare: Any, config: PaceConfig, heads: Heads) -> tuple[bool, 
     place(state, trunk_alone=True)  # no head is called here
     advice = 'use mode="global"' if config.mode == PRE_AA else "it can't be accelerated as it is"
     try:
-        same = flat(host.trunk(images))
+        same = flat(host.run_trunk(images))
         if not alike(stock, same, host.reference.dtype):
             what = "pruned before alternating attention" if config.mode == PRE_AA else "run through the patch"
             raise UnsupportedModelError(
-                f"{kind} gives other outputs when {what} with all tokens kept, so its {host.trunk_name} is not the "
-                f"stock one: {advice}"
+                f"{kind} gives other outputs when {what} with all tokens kept, so {host.itself} is not the stock "
+                f"one: {advice}"
             )
         state.config, state.forced = replace(whole, keep_ratio=KEEP, min_frames=1), False
         state.kept = None
-        pruned = flat(host.trunk(images))
+        pruned = flat(host.run_trunk(images))
         if heads:
             problem = _problem_of_heads(state, heads, images)
     except UnsupportedModelError:
@@ -100,14 +103,14 @@ def _try(kind: str, bare: Any, config: PaceConfig, heads: Heads) -> tuple[bool, 
         if config.mode != PRE_AA:
             advice = "turn off what in it merges, masks or reshapes tokens of the whole grid"
         raise UnsupportedModelError(
-            f"{kind} fails when the blocks of its {host.trunk_name} are given some of the tokens{given} "
+            f"{kind} fails when the attention blocks of {host.itself} are given some of the tokens{given} "
             f"({type(error).__name__}: {first_line(error)}): {advice}"
         ) from error
     finally:
         remove(bare)
     if state.kept is None:
         raise UnsupportedModelError(
-            f"{kind}.{host.trunk_name} does not call its blocks where accelerate could prune: undo other patches of "
+            f"{host.label} does not call its blocks where accelerate could prune: undo other patches of "
             "their forwards first"
         )
     (leaves, form), (found, other) = stock, pruned
@@ -126,7 +129,7 @@ def _problem_of_heads(state: State, heads: Heads, images: Tensor) -> str | None:
     """Why these heads of a model that can be pruned can't see all tokens where others see few, or None."""
     state.weights = PaceWeights.of_heads(state.host, heads, {})
     try:
-        state.host.trunk(images)
+        state.host.run_trunk(images)
     except Exception as error:  # whatever attention of an unknown type trips over
         return first_line(error)
     finally:
@@ -149,13 +152,13 @@ def _stock(kind: str, host: Host) -> tuple[Tensor | None, Any]:
     for grid in grids:
         images = _images(host, grid)
         try:
-            return images, flat(host.trunk(images))
+            return images, flat(host.run_trunk(images))
         except (TypeError, NotImplementedError):
             return None, None
         except Exception as error:
             reason = f"{type(error).__name__}: {first_line(error)}"
     raise UnsupportedModelError(
-        f"{kind}.{host.trunk_name} fails by itself on a tiny clip ({reason}), so pruning can't be tried: turn off "
+        f"{host.label} fails by itself on a tiny clip ({reason}), so pruning can't be tried: turn off "
         "what ties it to one size of images or one grid of tokens"
     )
 
@@ -164,7 +167,7 @@ def _alike_on(device: torch.device, host: Host, images: Tensor, stock: Any) -> b
     """Whether the trunk gives the same with a device as torch's default device."""
     try:
         with device:
-            return alike(stock, flat(host.trunk(images)), host.reference.dtype)
+            return alike(stock, flat(host.run_trunk(images)), host.reference.dtype)
     except Exception:  # whatever it makes on the CPU on purpose
         return False
 

@@ -1,13 +1,15 @@
-"""The model that `pacevggt train` is asked for."""
+"""The model that `pacevggt train` or `compare` is asked for."""
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import PaceError, WeightsError, first_line
+from ..hosts.base import PACKAGES, Package
 from ..mini import build_mini
 from ..mini.model import FORMAT as MINI_FORMAT
 from ..mini.model import GET_VGGT, KIND
@@ -19,11 +21,13 @@ def load_backbone(name: str) -> Any:
 
     Args:
         name: "mini" for the bundled VGGT-mini, a checkpoint of a VGGT-mini or of VGGT-1B (.safetensors, .pt), or a Hub
-            id "user/repo".
+            id "user/repo". Of another family its name, and after a colon a checkpoint: see `load_sibling`.
 
     Raises:
         PaceError: it can't be loaded, with the reason.
     """
+    if (package := package_of(name)) is not None:
+        return load_sibling(name, package)
     path = Path(name).expanduser()
     if name == "mini" or (path.suffix == ".safetensors" and path.is_file() and is_mini(path)):
         return build_mini(True if name == "mini" else path)
@@ -44,6 +48,45 @@ def load_backbone(name: str) -> Any:
     except Exception as error:  # of the Hub client, of safetensors, of pickle, of state dictionaries
         reason = first_line(error)
         raise PaceError(f"backbone {name} can't be loaded: {reason}") from error
+
+
+def package_of(name: str) -> Package | None:
+    """Where the model of another family comes from, or None for a VGGT."""
+    return PACKAGES.get(name.partition(":")[0])
+
+
+def load_sibling(name: str, package: Package) -> Any:
+    """A model of another family by its own package, in evaluation mode, on the CPU.
+
+    Args:
+        name: that of the family, and after a colon a checkpoint file or a Hub id: "pi3", "pi3:yyfz233/Pi3".
+        package: where it comes from.
+
+    Raises:
+        PaceError: the package can't be imported, or the checkpoint not loaded, with the reason.
+    """
+    try:
+        kind: Any = getattr(importlib.import_module(package.module), package.kind)
+    except (ImportError, AttributeError) as error:
+        raise PaceError(
+            f"backbone {name} needs {package.kind} of {package.module} ({error}): install {package.source}, or put a "
+            "checkout of it on PYTHONPATH"
+        ) from error
+    checkpoint = name.partition(":")[2] or package.checkpoint
+    path = Path(checkpoint or "").expanduser()
+    if checkpoint is None or not (path.is_file() or hasattr(kind, "from_pretrained")):
+        raise PaceError(f"backbone {name} needs a checkpoint file: name it as {name.partition(':')[0]}:FILE")
+    try:
+        if path.is_file():
+            model = kind()
+            model.load_state_dict(read_state(path))
+        else:
+            model = kind.from_pretrained(checkpoint)
+    except Exception as error:  # of the Hub client, of safetensors, of pickle, of state dictionaries
+        raise PaceError(f"backbone {name} can't be loaded: {first_line(error)}") from error
+    if hasattr(model, "disable_multimodal"):  # as Pi3X asks for where images are all that is given
+        model.disable_multimodal()
+    return model.get_submodule(package.part).eval()
 
 
 def is_mini(path: Path) -> bool:

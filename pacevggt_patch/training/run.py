@@ -29,7 +29,7 @@ from ..runtime.files import environment, write_json
 from ..version import __version__
 from ..weights.hub import HUB_FILE
 from ..weights.pace import PaceWeights
-from .backbones import is_mini, load_backbone
+from .backbones import is_mini, load_backbone, package_of
 from .compiling import works
 from .curve import save_training_curve
 from .fit import Fit, Settings
@@ -147,6 +147,11 @@ def check_options(options: Options) -> None:
         PaceError: options do not go together, or `out` holds an earlier run.
     """
     settings = options.settings
+    if package_of(options.backbone) is not None:
+        raise PaceError(
+            f"training is for VGGT, and {options.backbone} is of another family: find its full-attention heads with "
+            "pacevggt_patch.calibrate"
+        )
     if options.images is None and options.rooms is None:
         raise PaceError("training needs images: pass --images DIR, or --rooms for rendered ones")
     if options.images is not None and options.rooms is not None:

@@ -220,12 +220,13 @@ class PaceWeights:
                 f"pace weights {self.source} change {other[0]} and {len(other) - 1} other parameters that this model's "
                 "attention blocks do not have in that shape"
             )
+        blocks = host.indices("global")
         for block, head in self.full_heads:
             # A block that does not tell its number of heads has 0.
-            if not (0 <= block < theirs.depth and 0 <= head < (theirs.num_heads or head + 1)):
+            if not (block in blocks and 0 <= head < (theirs.num_heads or head + 1)):
                 raise WeightsError(
                     f"pace weights {self.source} let head {head} of global block {block} see all tokens, which this "
-                    f"model, of {theirs.depth} blocks of {theirs.num_heads} heads, does not have"
+                    f"model, of {len(blocks)} blocks of {theirs.num_heads} heads, does not have"
                 )
         known = fingerprints(host)
         if not self.fingerprints.keys() & known.keys():
