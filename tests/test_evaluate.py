@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hosts_doubles import DOUBLES
 from scannet import mesh_points, write_scene
 from scipy.spatial.distance import cdist
 from scipy.spatial.transform import Rotation
@@ -201,6 +202,19 @@ def test_folders_need_cameras_but_neither_depth_nor_metres(backbone, tmp_path, c
     assert main(["evaluate", str(data), *arguments[:-1], str(tmp_path / "other")]) == 2
     said = capsys.readouterr().err
     assert "scene whole" in said and "no images" in said
+
+
+@pytest.mark.parametrize("subject", DOUBLES, ids=lambda subject: subject.name)
+def test_other_families_are_evaluated(subject, tmp_path):
+    save_clip(render_room(3, 4, 64, 80), tmp_path / "room")
+    width = 4 * subject.patch_size
+    summary = run(
+        tmp_path / "room", tmp_path / "out", subject.model(), "folder", width=width, keep_ratios=[0.5]
+    )
+    for side in summary["sides"]:
+        assert all(found["mean"] is not None for found in side["metrics"].values())
+    side = result_of(tmp_path / "out", "room")["sides"][1]
+    assert side["kept_tokens"] < side["patches"]
 
 
 # ---- going on
@@ -626,7 +640,7 @@ def test_the_published_protocol_counts_scenes_without_points(scans, backbone, tm
     assert summary["sides"][1]["metrics"]["ate"]["scenes"] == 3
     assert summary["sides"][1]["metrics"]["chamfer_clipped"]["mean"] is None
     assert result_of(out, NAMES[2])["frame_numbers"] == [0, 1, 2, 3, 4]
-    monkeypatch.setitem(protocols.CONFIDENCE, "published", 1.0)
+    monkeypatch.setattr(protocols, "PUBLISHED_CONFIDENCE", 1.0)
     summary = run(scans, tmp_path / "one", backbone, protocol="published", frames=5)
     assert summary["sides"][0]["without_points"] == []
     assert summary["sides"][1]["metrics"]["chamfer_clipped"]["scenes"] == 3
@@ -688,7 +702,7 @@ def result(scene, *sides, **given):
 
 SETTINGS = {
     "protocol": "corrected", "backbone": "a model", "dataset": "scannet", "precision": "float32", "device": "a machine",
-    "confidence": 1.0,
+    "confidence": None,
 }  # fmt: skip
 
 

@@ -19,10 +19,8 @@ from ..evaluation.geometry import camera_to_world, masked_points, thinned
 from ..runtime.plotting import load_extra
 
 PUBLISHED, CORRECTED = "published", "corrected"
-CONFIDENCE = {
-    PUBLISHED: 3.0,
-    CORRECTED: 1.0,
-}  # least confidence of a pixel whose point counts; VGGT's is above 1
+# Least confidence of a pixel whose point counts in "published". VGGT's begins at 1, other families have other scales.
+PUBLISHED_CONFIDENCE = 3.0
 PUBLISHED_POINTS = 100_000
 MOST_POINTS = 1_000_000  # of a cloud, before it is thinned to voxels
 ALIGNED_POINTS = 200_000  # that tell the Sim(3)
@@ -124,17 +122,17 @@ def points(prediction: Prediction, clip: Clip) -> Values:
     """Errors of points by depth unprojection at the pixels whose depth was measured, after one Sim(3)."""
     if clip.depth is None or clip.valid is None or clip.intrinsics is None or clip.world_to_camera is None:
         return {}
-    confident = clip.valid & (prediction.confidence >= CONFIDENCE[CORRECTED])
     of_clip = clip.depth.float(), clip.intrinsics.float(), clip.world_to_camera.float()
     of_model = prediction.depth, prediction.intrinsics, prediction.world_to_camera
     # Aligned by points that correspond, compared as clouds.
-    pairs = thinned(confident, ALIGNED_POINTS)
+    pairs = thinned(clip.valid, ALIGNED_POINTS)
     source, target = (masked_points(*cameras, pairs).double() for cameras in (of_model, of_clip))
     if len(source) < 4:
         return {}
     alignment = similarity_alignment(source, target)
-    predicted = moved(masked_points(*of_model, thinned(confident, MOST_POINTS)).double(), alignment)
-    truth = masked_points(*of_clip, thinned(clip.valid, MOST_POINTS)).double()
+    measured = thinned(clip.valid, MOST_POINTS)
+    predicted = moved(masked_points(*of_model, measured).double(), alignment)
+    truth = masked_points(*of_clip, measured).double()
     errors = cloud_errors(predicted.numpy(), truth.numpy())
     return {} if errors is None else errors._asdict()
 
@@ -142,7 +140,7 @@ def points(prediction: Prediction, clip: Clip) -> Values:
 def published_points(prediction: Prediction, clip: Clip, mesh: np.ndarray) -> Values:
     """The published chamfer distance: confident pixels against the mesh, fitted by the boxes around both."""
     assert clip.world_to_camera is not None
-    confident = prediction.confidence >= CONFIDENCE[PUBLISHED]  # [S, H, W]
+    confident = prediction.confidence >= PUBLISHED_CONFIDENCE  # [S, H, W]
     if not bool(confident.any()):
         return {}
     predicted = masked_points(

@@ -18,7 +18,7 @@ from ..runtime.files import environment, write_json
 from ..training.states import results_folder, writing
 from ..version import __version__
 from .plan import Job, Plan
-from .protocols import CONFIDENCE
+from .protocols import PUBLISHED, PUBLISHED_CONFIDENCE
 
 RUN, SUMMARY, TABLE, PICTURE = "run.json", "summary.json", "summary.md", "changes.png"
 CALIBRATION = "calibration.safetensors"
@@ -34,7 +34,7 @@ def settings_of(plan: Plan) -> dict[str, Any]:
         "pacevggt_patch": __version__,
         "dataset": options.dataset,
         "protocol": options.protocol,
-        "confidence": CONFIDENCE[options.protocol],
+        "confidence": PUBLISHED_CONFIDENCE if options.protocol == PUBLISHED else None,
         "frames": options.frames,
         "stride": options.stride,
         "pictures": f"{plan.frame.width} pixels wide, {plan.frame.mode}, patches of {plan.frame.patch}",
