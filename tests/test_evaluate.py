@@ -340,7 +340,11 @@ def test_processes_share_the_scenes_and_merge_exactly(evaluated, scans, backbone
         )
         for rank in (0, 1)
     ]
-    said = [process.communicate(timeout=120) for process in started]
+    try:
+        said = [process.communicate(timeout=300) for process in started]
+    finally:
+        for process in started:  # one that is left alone waits for days
+            process.kill()
     assert [process.returncode for process in started] == [0, 0], said
     assert "camera AUC@30" in said[0][0] and said[1][0] == ""
     summary = json.loads((out / "summary.json").read_text())
@@ -723,6 +727,9 @@ def test_means_are_of_the_same_scenes():
     assert other["did_not_fit"] == ["c"] and other["speedup"] == 2
     assert "side 1 did not fit into memory in 1 scene (c)" in format_table(summary)
     assert "; 2 of 3 scenes" in format_table(summary)
+    assert "too narrow" in format_table(summary)
+    many = [result(f"scene{i}", {"ate": 1.0 + i}, {"ate": 2.0 + i}) for i in range(10)]
+    assert "too narrow" not in format_table(summarise(SETTINGS, many))
 
 
 def test_a_table_of_one_side_that_never_fits_still_has_the_other():

@@ -10,6 +10,7 @@ from ..errors import PaceError
 from ..evaluation.intervals import RESAMPLES, change_of_mean
 from .protocols import METRICS, PUBLISHED
 
+FEW_SCENES = 10  # below which a bootstrap knows too little
 Result = dict[str, Any]  # of a scene
 
 
@@ -173,6 +174,8 @@ def notes(summary: dict[str, Any]) -> list[str]:
             "In brackets the change from stock, and its 95 % interval by "
             f"{summary['resamples']:,} bootstrap samples of scenes."
         )
+        if summary["scenes"] < FEW_SCENES:
+            found.append(f"Intervals of fewer than {FEW_SCENES} scenes are too narrow to rely on.")
     else:
         found.append("One scene has no confidence interval.")
     if summary["frames_left_out"]:
