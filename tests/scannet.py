@@ -47,7 +47,11 @@ def write_scene(
         depth, _ = seen(pose_of(index), DEPTH[0], DEPTH[1:], DEPTH_SIZE)
         stored = (depth * 1000).round().astype(np.uint16)
         stored[:3] = 0
-        Image.fromarray(stored).save(folder / names[1])
+        if flat:  # not every Pillow writes 16-bit PGM
+            header = f"P5\n{stored.shape[1]} {stored.shape[0]}\n65535\n"
+            (folder / names[1]).write_bytes(header.encode() + stored.astype(">u2").tobytes())
+        else:
+            Image.fromarray(stored).save(folder / names[1])
         pose = np.full((4, 4), -np.inf) if index in lost else pose_of(index)
         np.savetxt(folder / names[2], pose, fmt="%.6f")
     identity = " ".join(f"{value:g}" for value in np.eye(4).flatten())
