@@ -73,8 +73,8 @@ class Shape:
 
     @property
     def regressions(self) -> int:
-        """How many a pass solves: one for each block, and one more where only some of its heads see all tokens."""
-        return self.blocks + sum(0 < full < self.heads for full in self.full)
+        """How many a pass solves: one for each block but those in which all heads see all tokens."""
+        return sum(full < self.heads for full in self.full)
 
     def sent(self, frames: int, gpus: int) -> Sent:
         """What each of some GPUs hands to the others in a pass over a clip."""
@@ -96,16 +96,15 @@ class Shape:
         summed = []
         for full in self.full:
             others = self.heads - full
+            if not others:  # runs unpruned
+                gathered.append(max(counts) * (special + self.patches) * full * pair)
+                continue
             gathered += [whole * full * pair] if full else []
-            gathered += [keys * others * pair] if others else []
-            if full and others:
-                summed.append(self._sums(channels, others * self.width))
-            summed.append(self._sums(channels, channels))
+            gathered.append(keys * others * pair)
+            targets = others * self.width if full else channels
+            summed.append((channels * (channels + targets) + 1) * SUMS_BYTES)
         gathered.append(max(counts) * special * 2 * channels * self.number)  # of the camera head
         return Sent(gathered, summed)
-
-    def _sums(self, channels: int, targets: int) -> int:
-        return (channels * (channels + targets) + 1) * SUMS_BYTES
 
 
 def _length(part: slice) -> int:

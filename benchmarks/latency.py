@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -39,6 +40,8 @@ RESERVE_GIB = 1.0  # of a card, for the CUDA context and the allocator's fragmen
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise PaceError("this benchmark runs in one process: use scaling.py for several GPUs")
     start = time.monotonic()
     bench = Bench(args)
     report: dict[str, Any] = {

@@ -240,7 +240,8 @@ def plot(report: dict[str, Any], path: Path) -> None:
         values = report["summary"]["by_rank"][measure]
         axis.bar(range(1, len(values) + 1), values, color="#3182bd")
         axis.axvspan(0.4, 0.5 + KEEP_RATIO * GROUPS, color="#08306b", alpha=0.08)
-        axis.text(0.6, axis.get_ylim()[1] * 0.97, "kept", va="top", fontsize=9)
+        axis.set_ylim(0, 1.15 * max(values))
+        axis.text(0.6, 1.12 * max(values), f"kept at {KEEP_RATIO:g}", va="top", fontsize=9)
         axis.set(xlabel="sixteenth of the tokens left out, by score, best first", ylabel=label)
         axis.spines[["top", "right"]].set_visible(False)
     what = "rooms" if report["clips"] == "rooms" else f"windows of {report['clips']}"

@@ -7,13 +7,15 @@ Random weights: shapes alone decide the time. Rules run as `peers` has them, our
 that a rule leaves alone are the stock model's. Block-sparse attention is left out: `peers` gathers its blocks, where
 its authors have a kernel. Full-attention heads are as many and as deep as VGGT-mini's bundled weights have, whose
 quality frontier.py measures; `published` are those known of VGGT-1B. Merging, choosing keys and filling in are in the
-time. Needs a `vggt` on the path.
+time. The report is written after every row, and the same command goes on behind the last one. Needs a `vggt` on the
+path.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +23,7 @@ from typing import Any
 
 import torch
 from bench import Job, timed
-from frontier import OURS, UNPRUNED, settings
+from frontier import OURS, RATIOS, UNPRUNED, settings
 from models import PRECISIONS, PUBLISHED_HEADS, SEED, build, check_values, forward, random_clip
 from peers import BlockSparse
 from peers.runner import applied
@@ -60,20 +62,25 @@ def main(argv: list[str] | None = None) -> int:
         "seed": SEED,
         "rows": [],
     }
+    rows = report["rows"] = rows_so_far(args.json, report)
+    done = {(row["line"], row["value"], row["frames"]): row for row in rows}
     run = forward(model, args.precision)
     with torch.inference_mode():
         run(random_clip(2, args.size, args.precision, device))  # loads kernels
     for frames in args.frames:
-        images, unpruned = random_clip(frames, args.size, args.precision, device), None
+        images = random_clip(frames, args.size, args.precision, device)
+        unpruned = done.get((UNPRUNED, 1.0, frames), {}).get("seconds_median")
         for line, value, context in tqdm(
             variants(model, frames, whose, args.whole), desc=f"{frames} frames", disable=None
         ):
+            if (line, value, frames) in done:
+                continue
             job = Job(frames, (None,), args.repeats, warm_up=args.warm_up)
             with context(), torch.inference_mode():
                 timing = timed({None: lambda images=images: run(images)}, job, device).get(None)
             if line == UNPRUNED:
                 unpruned = timing and timing.median
-            report["rows"].append(
+            rows.append(
                 {
                     "line": line,
                     "value": value,
@@ -112,6 +119,25 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def rows_so_far(file: Path, report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a report of this script that is there already.
+
+    Raises:
+        PaceError: the file is something else, or was measured in another way.
+    """
+    if not file.exists():
+        return []
+    try:
+        old = json.loads(file.read_text(encoding="utf-8"))
+        differ = [key for key in report if key not in ("environment", "rows") and old[key] != report[key]]
+        rows = list(old["rows"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise PaceError(f"{file} is there and no report of this script: take another --json") from error
+    if differ:
+        raise PaceError(f"{file} has another {', '.join(differ)}: take another --json")
+    return rows
+
+
 def bundled_heads() -> tuple[Heads, BackboneSpec]:
     """The full-attention heads of VGGT-mini's bundled weights, and its dimensions."""
     model = accelerate(build_mini(), weights="auto")
@@ -145,10 +171,9 @@ def variants(
     for setting in settings(frames, not whole):
         if setting.rule is not None and not isinstance(setting.rule, BlockSparse):
             found.append((setting.line, setting.value, lambda rule=setting.rule: applied(model, rule)))
-    ratios = dict.fromkeys(setting.value for setting in settings(frames, True) if setting.rule is None)
     # Bundled weights add small changes to matrices and nothing to the time: calibrated stands for them.
     for line in [line for line in whose if line != "bundled weights"]:
-        for ratio in ratios:
+        for ratio in RATIOS:
             found.append((line, ratio, lambda ratio=ratio, line=line: ours(model, ratio, whose[line])))
     return found
 

@@ -134,8 +134,12 @@ def measured(args: argparse.Namespace, device: torch.device, rank: int, world: i
             sent = tensor.contiguous()
             dist.broadcast(sent, 0)
             tensor.copy_(sent)
-    check_values(model, args.size, args.precision, device)
     host = find_host(model)
+    if any(side < host.patch_size or side % host.patch_size for side in args.size):
+        raise PaceError(
+            f"--size must be of multiples of {host.patch_size}, got {args.size[0]}x{args.size[1]}"
+        )
+    check_values(model, args.size, args.precision, device)
     heads = heads_of(host.spec(), args.full_heads)
     settings: dict[str, Any] = {
         "weights": PaceWeights.of_heads(host, heads, {}, "the benchmark"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -214,12 +215,15 @@ def timings(*names: str) -> dict[tuple[str, int], dict[str, Any]]:
     return {(row["variant"], row["frames"]): row for row in rows}
 
 
-def seconds(row: dict[str, Any] | None, stock: dict[str, Any] | None = None) -> str:
-    """Median seconds, the speed-up over stock where both were measured, and memory."""
+def seconds(row: dict[str, Any] | None, stock: dict[str, Any] | None = None, digits: int = 1) -> str:
+    """Median seconds, the speed-up over stock where both were measured, to so many digits, and memory."""
     if row is None:
         return "not run"
     taken = row["seconds_median"]
-    faster = f" ({stock['seconds_median'] / taken:.1f}x)" if stock is not None else ""
+    if taken is None:
+        return "did not fit"
+    known = stock is not None and stock["seconds_median"] is not None
+    faster = f" ({stock['seconds_median'] / taken:.{digits}f}x)" if stock is not None and known else ""
     memory = "" if row["peak_gib"] is None else f", {row['peak_gib']:.1f} GiB"
     return f"{taken:.3g} s{faster}{memory}"
 
@@ -261,6 +265,39 @@ def readme_table() -> str:
     return table(head, lines)
 
 
+SCALING = "scaling-vggt-1b-h200"  # a file that `scaling.py` wrote
+
+
+def scaling_table() -> str:
+    """Seconds and memory of one clip over several GPUs, and what paper says of them and of more."""
+    file = RESULTS / f"{SCALING}.json"
+    if not file.is_file():
+        return "It has not been timed on GPUs yet."
+    found = json.loads(file.read_text())
+    rows = {(row["frames"], row["gpus"]): row for row in found["rows"]}
+    paper = {(row["frames"], row["gpus"]): row for row in found["model"]}
+    measured, said = (sorted({gpus for _, gpus in some}) for some in (rows, paper))
+    said = [gpus for gpus in said if gpus > 1]
+    lines = []
+    for frames in sorted({frames for frames, _ in rows}):
+        one = rows.get((frames, 1))
+        cells = [seconds(rows.get((frames, gpus)), one if gpus > 1 else None, 2) for gpus in measured]
+        lines.append([str(frames), *cells, *(on_paper(paper.get((frames, gpus))) for gpus in said)])
+    head = ["frames", *(in_gpus(gpus) for gpus in measured)]
+    head += [f"{in_gpus(gpus)}, on paper" for gpus in said]
+    what = f"{found['backbone']}, {found['size']}, {found['precision']}, {found['environment']['device']}"
+    return f"{what}; memory is that of the fullest GPU.\n\n{table(head, lines)}"
+
+
+def in_gpus(count: int) -> str:
+    return f"{count} GPU{'s' * (count > 1)}"
+
+
+def on_paper(row: dict[str, Any] | None) -> str:
+    """Seconds that paper says, and the speed-up over one GPU."""
+    return "" if row is None else f"{row['predicted_seconds']:.3g} s ({row['predicted_speedup']:.2f}x)"
+
+
 def robustness_table() -> str:
     """What robustness.py tried."""
     rows = json.loads((RESULTS / "robustness.json").read_text())["campaigns"]
@@ -290,68 +327,220 @@ UNTRAINED = ("training-free", "calibrated")  # lines of ours that, as the others
 
 # Files that `frontier.py` wrote, frames of the clips in them, and what these are called.
 PEERS = [
-    ("frontier-quick", 8, "rooms, 8 views"),
-    ("frontier-quick", 24, "rooms, 24 views"),
-    ("frontier-redkitchen", 8, "x 8 photographs"),
+    ("frontier", 24, "rooms, 24 views"),
+    ("frontier", 96, "rooms, 96 views"),
+    ("frontier", 300, "rooms, 300 views"),
 ]
+PHOTOGRAPHS = [
+    ("frontier-redkitchen", 8, "redkitchen"),
+    ("frontier-herzjesu", 8, "herzjesu"),
+    ("frontier-fox", 8, "fox"),
+]
+SHORT = [("frontier", 8, "rooms, 8 views")]
+TIMED = (96, 300)  # views
+
+
+def frontier_rows(name: str, frames: int) -> list[dict[str, Any]]:
+    """Rows of clips of one length in a file of frontier.py."""
+    found = json.loads((RESULTS / f"{name}.json").read_text())
+    return [row for row in found["rows"] if row["frames"] == frames]
+
+
+def shown_settings() -> list[tuple[str, float, str]]:
+    """Line, value and what is swept of the published setting of each rule and one more, and of ours."""
+    rows = [row for _, frames, _ in SHORT + PEERS for row in frontier_rows("frontier", frames)]
+    lines = dict.fromkeys(row["line"] for row in rows if row["line"] != "unpruned")
+    shown = []
+    for line in lines:
+        some = dict.fromkeys((row["value"], row["swept"]) for row in rows if row["line"] == line)
+        values = sorted(some, reverse=True) if is_ours(line) else list(some)[:2]
+        shown += [(line, value, swept) for value, swept in values]
+    return shown
+
+
+def setting_name(line: str, value: float, swept: str) -> str:
+    return f"{f'**pacevggt-patch, {line}**' if is_ours(line) else line}, {swept.replace('_', ' ')} {value:g}"
+
+
+def rules_table(clips: list[tuple[str, int, str]], key: str = "pairs") -> str:
+    """What rules of others and this package lose at which cost, and which of ours is ahead of a rule.
+
+    Args:
+        clips: file, frames and title of each pair of columns.
+        key: of the cost, "pairs" or "speedup".
+    """
+    head, columns = ["rule"], []
+    for name, frames, title in clips:
+        rows = [row for row in frontier_rows(name, frames) if row["line"] != "unpruned"]
+        columns.append(rows if key == "pairs" else with_seconds(rows))
+        head += [title_of(name, frames, title), "ahead of it"]
+    lines = []
+    for line, value, swept in shown_settings():
+        cells = [setting_name(line, value, swept)]
+        for column in columns:
+            some = [row for row in column if (row["line"], row["value"]) == (line, value)]
+            cells += [lost_at(row, key) for row in some] or [""]
+            cells += [ahead_of(row, column, key) for row in some if not is_ours(line)] or [""]
+        if any(cells[1:]):
+            lines.append(cells)
+    unpruned = ["unpruned"]
+    for name, frames, _ in clips:
+        (row,) = (row for row in frontier_rows(name, frames) if row["line"] == "unpruned")
+        figures = [number(row["auc30"], 1), number(row["absrel"], 4)]
+        unpruned += [" / ".join(figures), ""]
+    return table(head, [unpruned, *lines])
+
+
+def title_of(name: str, frames: int, title: str) -> str:
+    found = json.loads((RESULTS / f"{name}.json").read_text())
+    (count,) = (length["count"] for length in found["lengths"] if length["frames"] == frames)
+    return f"{count} {title}" if found["lengths"][0]["clips"] == "rooms" else f"{title}, {count} x {frames}"
+
+
+def with_seconds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of settings that peers_seconds.py timed, with what it found. Bundled weights take no more time."""
+    timed = json.loads((RESULTS / "peers-seconds.json").read_text())["rows"]
+    known = {(row["line"], row["value"], row["frames"]): row for row in timed}
+    found = []
+    for row in rows:
+        line = "calibrated" if row["line"] == "bundled weights" else row["line"]
+        seconds = known.get((line, row["value"], row["frames"]))
+        if seconds is not None and seconds["speedup"] is not None:
+            found.append(row | {"speedup": seconds["speedup"], "seconds": seconds["seconds_median"]})
+    return found
+
+
+def short_table() -> str:
+    return rules_table(SHORT)
 
 
 def peers_table() -> str:
-    """What rules of others and this package lose at which cost, and which of ours is ahead of a rule."""
-    head, columns = ["rule"], []
-    for name, frames, title in PEERS:
-        found = json.loads((RESULTS / f"{name}.json").read_text())
-        columns.append(
-            [row for row in found["rows"] if row["frames"] == frames and row["line"] != "unpruned"]
-        )
-        (count,) = (length["count"] for length in found["lengths"] if length["frames"] == frames)
-        head += [f"{count} {title}", "ahead of it"]
-    # Quick runs decide what is shown; settings of a line stand together, also where a length has others.
-    quick = [row for name, column in zip(PEERS, columns, strict=True) if "quick" in name[0] for row in column]
-    order = list(dict.fromkeys(row["line"] for row in quick))
-    shown = dict.fromkeys((row["line"], row["value"], row["swept"]) for row in quick)
+    return rules_table(PEERS)
+
+
+def photographs_table() -> str:
+    return rules_table(PHOTOGRAPHS)
+
+
+def seconds_table() -> str:
+    return rules_table([one for one in PEERS if one[1] in TIMED], "speedup")
+
+
+def own_code_table() -> str:
+    """Seconds and memory of other projects by their own code, and of this one, from one run."""
+    rows = json.loads((RESULTS / "latency-peers-h200.json").read_text())["rows"]
+    frames = sorted({row["frames"] for row in rows})
+    names = {"stock": "stock VGGT", "pace": "**pacevggt-patch, keep ratio 0.3, 8 full-attention heads**"}
     lines = []
-    for line, value, swept in sorted(shown, key=lambda one: order.index(one[0])):
-        cells = [
-            f"{f'**pacevggt-patch, {line}**' if is_ours(line) else line}, {swept.replace('_', ' ')} {value:g}"
-        ]
-        for column in columns:
-            some = [row for row in column if (row["line"], row["value"]) == (line, value)]
-            cells += [lost_at(row) for row in some] or [""]
-            cells += [ahead_of(row, column) for row in some if not is_ours(line)] or [""]
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        cells = [names.get(variant, f"{variant}, its own code")]
+        for count in frames:
+            some = [row for row in rows if (row["variant"], row["frames"]) == (variant, count)]
+            cells.append(own_code_cell(some[0]) if some else "not run")
         lines.append(cells)
-    return table(head, lines)
+    return table(["", *(f"{count} frames" for count in frames)], lines)
+
+
+def own_code_cell(row: dict[str, Any]) -> str:
+    if row.get("seconds_median") is None:
+        return row.get("error", "out of memory")
+    spread = f"{row['seconds_min']:.3g} to {row['seconds_max']:.3g}"
+    return f"{row['seconds_median']:.3g} s ({spread}), {row['peak_gib']:.1f} GiB"
 
 
 def is_ours(line: str) -> bool:
     return line in (*UNTRAINED, "bundled weights")
 
 
-def lost_at(row: dict[str, Any]) -> str:
-    """Pairs, and the changes of both metrics with their standard errors."""
+def lost_at(row: dict[str, Any], key: str = "pairs") -> str:
+    """The cost, and the changes of both metrics with their standard errors."""
     changes = (
-        f"{row[f'{key}_change']:+.1f} (± {row[f'{key}_change_error']:.1f})" for key in ("auc30", "absrel")
+        "-"
+        if row[f"{metric}_change"] is None
+        else f"{row[f'{metric}_change']:+.1f} (± {row[f'{metric}_change_error']:.1f})"
+        for metric in ("auc30", "absrel")
     )
-    return f"{100 * row['pairs']:.0f} %: {' / '.join(changes)}"
+    cost = (
+        f"{100 * row['pairs']:.0f} %" if key == "pairs" else f"{row['seconds']:.2f} s, {row['speedup']:.1f}x"
+    )
+    return f"{cost}: {' / '.join(changes)}"
 
 
-def ahead_of(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """The cheapest of our untrained settings that loses less of both metrics with no more pairs, or "none".
+def ahead_of(row: dict[str, Any], rows: list[dict[str, Any]], key: str = "pairs") -> str:
+    """The cheapest of our untrained settings that loses less of all metrics at no more cost, or "none".
 
     Args:
         row: of a rule.
         rows: of all settings on the same clips.
+        key: of the cost, "pairs" or "speedup".
     """
+    sign = 1 if key == "pairs" else -1
     better = [
         one
         for one in rows
         if one["line"] in UNTRAINED
-        and one["pairs"] <= row["pairs"]
+        and sign * one[key] <= sign * row[key]
         and one["auc30"] > row["auc30"]
-        and one["absrel"] < row["absrel"]
+        and (row["absrel"] is None or one["absrel"] < row["absrel"])
     ]
-    best = min(better, key=lambda one: one["pairs"], default=None)
+    best = min(better, key=lambda one: sign * one[key], default=None)
     return "none" if best is None else f"{best['line']} {best['value']:g}"
+
+
+def ablation_table(study: str, lengths: dict[str, str]) -> str:
+    """What each variant of a study of ablation.py changes.
+
+    Args:
+        study: as in the names of the files.
+        lengths: what is in the names of the files -> title of a column.
+    """
+    columns = [
+        {
+            row["variant"]: row
+            for row in json.loads((RESULTS / f"ablation-{study}-rooms-{n}.json").read_text())["rows"]
+        }
+        for n in lengths
+    ]
+    names = [
+        name for name in dict.fromkeys(name for column in columns for name in column) if name != "unpruned"
+    ]
+    lines = []
+    for name in names:
+        cells = [name]
+        for column in columns:
+            row = column.get(name)
+            changes = (
+                [
+                    f"{row[f'{key}_change']:+.1f} (± {row[f'{key}_change_error']:.1f})"
+                    for key in ("auc30", "absrel")
+                ]
+                if row
+                else []
+            )
+            pairs = f"{100 * row['pairs']:.0f} %: " if row and row["pairs"] is not None else ""
+            cells.append(pairs + " / ".join(changes))
+        lines.append(cells)
+    return table(["", *lengths.values()], lines)
+
+
+ROOMS = {"24": "12 rooms, 24 views", "96": "6 rooms, 96 views"}
+STUDIES = {
+    "selection": {"8": "24 rooms, 8 views"} | ROOMS,
+    "propagation": ROOMS,
+    "heads": ROOMS,
+    "weights": ROOMS,
+    "merging": ROOMS,
+}
+
+
+def occlusion_table() -> str:
+    """How the worth of cells of tokens goes with their scores."""
+    found = json.loads((RESULTS / "occlusion-rooms-8.json").read_text())["summary"]["correlations"]
+    lines = [
+        [name, *(f"{row[key]['mean']:+.2f} (± {row[key]['error']:.2f})" for key in ("depth", "camera"))]
+        for name, row in found.items()
+    ]
+    return table(["mean over a cell of", "depth of the frame", "camera of the frame"], lines)
 
 
 def filled(text: str, name: str, table: str) -> str:
@@ -373,10 +562,20 @@ TABLES = [
     (ROOT / "docs" / "quality.md", "lengths", lengths_table),
     (ROOT / "docs" / "quality.md", "keys", keys_table),
     (ROOT / "docs" / "quality.md", "stages", stages_table),
+    (ROOT / "docs" / "peers.md", "own code", own_code_table),
+    (ROOT / "docs" / "peers.md", "seconds", seconds_table),
     (ROOT / "docs" / "peers.md", "peers", peers_table),
+    (ROOT / "docs" / "peers.md", "short", short_table),
+    (ROOT / "docs" / "peers.md", "photographs", photographs_table),
+    *(
+        (ROOT / "docs" / "ablations.md", name, partial(ablation_table, name, n))
+        for name, n in STUDIES.items()
+    ),
+    (ROOT / "docs" / "ablations.md", "occlusion", occlusion_table),
     (ROOT / "docs" / "compare.md", "example", comparison),
     (ROOT / "docs" / "latency.md", "gpu", gpu_table),
     (ROOT / "docs" / "latency.md", "cpu", cpu_table),
+    (ROOT / "docs" / "several-gpus.md", "scaling", scaling_table),
     (ROOT / "README.md", "settings", readme_table),
     (ROOT / "weights" / "README.md", "unpruned", unpruned_table),
     (ROOT / "docs" / "robustness.md", "robustness", robustness_table),

@@ -1,4 +1,4 @@
-"""Accelerate VGGT models in place by token pruning: one call, the same inputs and outputs."""
+"""Accelerate VGGT and its siblings in place by token pruning: one call, the same inputs and outputs."""
 
 from .calibration.calibrate import calibrate
 from .config import PaceConfig

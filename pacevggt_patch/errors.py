@@ -6,7 +6,7 @@ class PaceError(ValueError):
 
 
 class UnsupportedModelError(PaceError):
-    """The model is not a VGGT that the patch knows how to accelerate."""
+    """The model is none that can be accelerated, or not in the way that was asked for."""
 
 
 class WeightsError(PaceError):

@@ -17,6 +17,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from test_no_waiting import Looks, no_lists
 from torch import Tensor, distributed, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
@@ -36,6 +37,7 @@ from pacevggt_patch import (
 )
 from pacevggt_patch.calibration import full_heads as by_call
 from pacevggt_patch.hosts import blocks
+from pacevggt_patch.hosts.base import Host
 from pacevggt_patch.method.full_heads import choose_full_heads
 from pacevggt_patch.patching import first_clip as by_blocks
 from pacevggt_patch.runtime import compiling
@@ -201,6 +203,24 @@ def removal_leaves_no_trace(subject: Subject) -> None:
     assert_equal(subject.run(model, images), stock)
 
 
+def acceleration_fills_no_cache(subject: Subject) -> None:
+    """What a trial on a tiny clip would leave behind may be of another device than that of the next clip."""
+    model = subject.model()
+    before = dictionaries(model)
+    remove(prune(model))
+    assert dictionaries(model) == before
+
+
+def dictionaries(model: nn.Module) -> dict[Any, int]:
+    """Lengths of the dictionaries that modules hold, and that objects in their attributes do."""
+    found = {}
+    for name, module in model.named_modules():
+        for key, value in module.__dict__.items():
+            held = {"": value} if isinstance(value, dict) else getattr(value, "__dict__", {})
+            found |= {(name, key, own): len(part) for own, part in held.items() if isinstance(part, dict)}
+    return found
+
+
 def a_pause_runs_the_stock_model(subject: Subject) -> None:
     model, images = subject.model(), subject.images()
     stock = subject.run(model, images)
@@ -244,6 +264,16 @@ def heads_that_all_see_everything_are_stock(subject: Subject) -> None:
 
     pairs = [(a, b) for a, b in zip(errors(many), errors(few), strict=True) if b > 0]
     assert pairs and sum(a < b for a, b in pairs) > len(pairs) / 2
+
+
+def nothing_is_read_back(subject: Subject, monkeypatch: Any) -> None:
+    """On a GPU each look at a value would make the host wait for the device."""
+    model, images = subject.model(), subject.images()
+    weights = replace(random_deltas(model), full_heads=some_heads(subject, model))
+    monkeypatch.setattr(Host, "check_images", lambda *_: None)  # a CPU gets a look, a GPU does not
+    prune(model, weights=weights)
+    with torch.no_grad(), no_lists(), Looks():
+        assert tensors(subject.call(model, images))
 
 
 def clips_of_a_batch_do_not_meet(subject: Subject) -> None:
@@ -511,9 +541,11 @@ def a_summary_tells_the_stages(subject: Subject) -> None:
 CHECKS = (
     keeping_everything_is_stock_to_the_bit,
     removal_leaves_no_trace,
+    acceleration_fills_no_cache,
     a_pause_runs_the_stock_model,
     fewer_tokens_attend,
     heads_that_all_see_everything_are_stock,
+    nothing_is_read_back,
     clips_of_a_batch_do_not_meet,
     grids_may_be_odd,
     autocast_is_followed,

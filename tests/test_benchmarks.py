@@ -457,3 +457,37 @@ def test_the_picture_of_the_readme(tmp_path, monkeypatch):
     assert 0.2 < (np.abs(kept - frame).max(-1) < 0.1).mean() < 0.7 and kept.mean() < 0.7 * frame.mean()
     assert 0 < np.abs(stock - pace).mean() < 0.1 < stock.std()
     assert (pixels[:, :5] == 1).all()  # white around it
+
+
+@pytest.mark.parametrize("family", ["pi3", "vggt-omega"])
+def test_siblings(family, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    siblings, file = script("siblings"), tmp_path / "siblings.json"
+    double = ("hosts_doubles", family.replace("-", "_"))
+    monkeypatch.setitem(siblings.FAMILIES, family, siblings.FAMILIES[family]._replace(tests=double))
+    arguments = ["--family", family, "--tiny", "--device", "cpu", "--frames", "2,3", "--size", "70x100"]
+    assert siblings.main([*arguments, "--repeats", "2", "--full-heads", "1", "--json", str(file)]) == 0
+    report = json.loads(file.read_text())
+    patch = 14 if family == "pi3" else 16
+    pixels = f"{70 // patch * patch}x{100 // patch * patch}"
+    assert [(r["variant"], r["frames"], r["pixels"], r["keep_ratio"]) for r in report["rows"]] == [
+        (variant, frames, pixels, keep)
+        for frames in (2, 3)
+        for variant, keep in (("stock", 1.0), ("pace", 0.3))
+    ]
+    for stock, ours in zip(report["rows"][::2], report["rows"][1::2], strict=True):
+        assert ours["speedup"] == stock["seconds_median"] / ours["seconds_median"]
+        assert (
+            len(ours["seconds"]) == 2 and ours["seconds_min"] <= ours["seconds_median"] <= ours["seconds_max"]
+        )
+    assert report["family"] == family and report["environment"]["torch"] == torch.__version__
+    assert len(report["full_heads"]) == 1 and {"global blocks"} <= {s["stage"] for s in report["stages"]["3"]}
+    assert "speed-up" in capsys.readouterr().out
+
+
+def test_siblings_without_their_package(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    siblings = script("siblings")
+    monkeypatch.setitem(siblings.FAMILIES, "pi3", siblings.FAMILIES["pi3"]._replace(module="no_such_package"))
+    with pytest.raises(PaceError, match="no_such_package.*PYTHONPATH"):
+        siblings.main(["--family", "pi3", "--device", "cpu"])

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from hosts import random_images, run, tiny_vggt
+from hosts_doubles import DOUBLES
 
 from pacevggt_patch import PaceWeights, WeightsError, accelerate, summary
 from pacevggt_patch.cli.main import main
@@ -260,3 +261,9 @@ def test_without_a_hub(hub, one, monkeypatch):
     hub.stop()
     with pytest.raises(WeightsError, match=r"mine\.safetensors .* me/pace"):
         push(one, "me/pace")
+
+
+def test_the_card_names_the_family():
+    weights = PaceWeights.new(DOUBLES[0].model())
+    card = model_card(weights, "me/pace")
+    assert "- pi3\n" in card and "model of the family pi3" in card and "VGGT" not in card

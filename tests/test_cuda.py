@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conformance import assert_close, assert_equal, assert_pruned, prune
+from depth_anything_double import DOUBLES as VIEWS
 from hosts import random_deltas, random_images, tiny_vggt, with_heads
+from hosts_doubles import DOUBLES
 
 from pacevggt_patch import (
     PaceError,
@@ -469,3 +472,16 @@ def test_recorded_and_compiled_steps_train_as_others_do(mode, compile, monkeypat
             assert any(ran) is (recorded and compile)
         losses.append(torch.tensor(rows))
     torch.testing.assert_close(losses[0][:, 0], losses[1][:, 0], rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("subject", [*DOUBLES, *VIEWS], ids=lambda subject: subject.name)
+def test_other_families_on_the_device(subject):
+    """The stock model to the bit where all tokens are kept; compiled the same but for rounding; half precision runs."""
+    model, images = subject.model().cuda(), subject.images().cuda()
+    stock = subject.run(model, images)
+    assert_equal(subject.run(prune(model, 1.0), images), stock)
+    found = subject.run(prune(model), images)
+    assert_pruned(found, stock)
+    assert_close(subject.run(prune(model, compile=True), images), found, 1e-2)
+    with torch.autocast("cuda", torch.bfloat16):
+        assert all(bool(t.isfinite().all()) for t in subject.run(model, images) if t.is_floating_point())

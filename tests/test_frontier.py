@@ -34,6 +34,10 @@ def test_each_rule_is_measured_as_published_and_on_from_there():
     assert all(
         sum(one.line == line for one in quick) == 2 for line in {one.line for one in quick if one.rule}
     )
+    (more,) = (
+        one for one in frontier.settings(24, True) if one.rule is None and one.value not in frontier.RATIOS
+    )
+    assert more == frontier.Setting("training-free", frontier.MATCHED[24])
     assert len(frontier.settings(8, False)) < len(whole)  # 25 and 12 key frames are the same there
 
 

@@ -63,5 +63,20 @@ def test_every_setting_is_timed_once_and_the_model_is_left_as_it_was(tmp_path, m
     assert len(rows) == 1 + len(expected) and rows[0]["speedup"] == 1
     assert all(row["seconds_min"] <= row["seconds_median"] <= row["seconds_max"] for row in rows)
     assert len(ran) == 1 + 2 * len(rows)
+    file.write_text(json.dumps(report | {"rows": rows[:-1]}))  # it goes on behind what is there
+    assert (
+        peers_seconds.main(
+            [*arguments, "--frames", "3", "--repeats", "2", "--no-warm-up", "--json", str(file)]
+        )
+        == 0
+    )
+    again = json.loads(file.read_text())["rows"]
+    assert again[:-1] == rows[:-1] and again[-1]["line"] == rows[-1]["line"]
+    assert len(ran) == 2 + 2 * (len(rows) + 1)
+    for content in ("[]", json.dumps(report | {"seed": 5})):
+        file.write_text(content)
+        with pytest.raises(PaceError, match="seconds.json"):
+            peers_seconds.main([*arguments, "--frames", "3", "--repeats", "2", "--json", str(file)])
+    del ran[1 + 2 * len(rows) :]
     assert sum(accelerated for _, accelerated, _ in ran) == 2 * 2 * len(frontier.RATIOS)  # two lines of ours
     assert not is_accelerated(model) and "forward" not in model.aggregator.__dict__

@@ -36,6 +36,7 @@ from pacevggt_patch import (
     split_frames,
     summary,
 )
+from pacevggt_patch.hosts.base import find_host
 from pacevggt_patch.hosts.vggt import VGGT
 from pacevggt_patch.method import few_keys as module
 from pacevggt_patch.method.few_keys import all_keys, few_keys, full_keys
@@ -66,6 +67,7 @@ CASES = {
 COUNTS = {2: (3, 4), 3: (4, 1, 2)}  # frames of each rank
 FRAMES = 7
 # Cases of three processes; those of two are all.
+TRAVELLED = (7, 61)  # frames of clips whose bytes are counted
 OF_THREE = ("no weights", "deltas, full heads, sampled keys", "global blocks first")
 BOTH = [(2, name) for name in CASES] + [(3, name) for name in OF_THREE]
 
@@ -145,6 +147,7 @@ def work(rank, folder):
     if rank:
         here = Group(pair, rank - 1, folder)
         compute(here)
+        travel(here)
         refuse(here)
         fail(here, short)
 
@@ -167,6 +170,28 @@ def compute(here):
         stock = model(here.images)["depth"]
     stock = torch.equal(stock, run(remove(model), here.images)["depth"])
     here.save("gathered", {"joined": joined, "copy": same, "stock": stock})
+
+
+def travel(here):
+    """Bytes that a rank of two hands to the other, of clips that are not even."""
+    found, gather = {}, dist.all_gather
+    for frames in TRAVELLED:
+        images = random_images(frames)[:, split_frames(frames, here.rank, here.world)]
+        for heads in ((), ((1, 0),)):
+            handed = []
+
+            def noted(parts, tensor, group, handed=handed):
+                handed.append(tensor.numel() * tensor.element_size())
+                return gather(parts, tensor, group=group)
+
+            model = tiny_vggt()
+            weights = with_heads(model, *heads) if heads else None
+            accelerate(model, weights=weights, process_group=here.group)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(dist, "all_gather", noted)
+                run(model, images)
+            found[frames, heads] = handed
+    here.save("travelled", found)
 
 
 def scale(rank, folder):
@@ -397,14 +422,26 @@ def test_a_rank_that_fails_ends_the_others(processes):
     assert second[0] == (OSError, "the disk is full")
     assert second[1][0] is PaceError and "the disk is full" in second[1][1]
     kind, message = first[0]
-    assert kind is PaceError and "rank 0 can't reach the others" in message and "timeout" in message
+    assert issubclass(kind, PaceError) and "rank 0 can't reach the others" in message
+    assert "rank 1 failed" in message and "the disk is full" in message
 
 
 def test_a_rank_that_is_killed_ends_the_others(processes):
     folder, codes = processes
     kind, message = torch.load(folder / "killed-2-0.pt", weights_only=False)
-    assert kind is PaceError and "rank 0 can't reach the others" in message
+    assert issubclass(kind, PaceError) and "rank 0 can't reach the others" in message
+    assert "rank 1 was killed" in message and "rank 0 was" not in message
     assert codes == [0, 0, -signal.SIGKILL]
+
+
+def test_the_paper_model_counts_what_travels(processes, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+    shapes = importlib.import_module("exchange_model").Shape
+    for rank, found in enumerate(load(processes, 2, "travelled")):
+        assert len(found) == 4, rank
+        for (frames, heads), handed in found.items():
+            shape = shapes.of(find_host(tiny_vggt()), heads, (56, 70), 0.3, 4)
+            assert handed == shape.sent(frames, 2).gathered
 
 
 def test_the_benchmark_of_scaling_writes_its_rows(processes):
@@ -486,6 +523,50 @@ def test_a_group_must_be_one(one_process):
     for group in ("gloo", 2, dist.GroupMember.NON_GROUP_MEMBER):
         with pytest.raises(PaceError, match="process_group"):
             Ranks(group)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_group_that_is_no_more_is_refused(again):
+    """Also where there is another one since."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    model = accelerate(tiny_vggt(), weights=None, process_group=True)
+    predictions, ranks = run(model, random_images(3)), Ranks(True)
+    dist.destroy_process_group()
+    if again:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    with pytest.raises(PaceError, match="accelerate again"):
+        run(model, random_images(3))
+    with pytest.raises(PaceError, match="is no more"):
+        ranks.agree(lambda: (None, {}))
+    if not again:
+        with pytest.raises(PaceError, match="init_process_group"):
+            gather_outputs(predictions)
+        return
+    accelerate(model, weights=None, process_group=True)
+    assert run(model, random_images(3))["depth"].equal(predictions["depth"])
+    dist.destroy_process_group()
+
+
+def test_models_on_cuda_need_nccl(one_process):
+    with pytest.raises(PaceError, match="nccl"):
+        Ranks(True).check_device(torch.device("cuda", 0))
+
+
+def test_ranks_that_failed_are_named(one_process, monkeypatch):
+    """By what they left in the store; else those are that do not wait, too."""
+    monkeypatch.setattr("pacevggt_patch.runtime.ranks.GRACE", 0)
+    ranks, others = Ranks(True), [Ranks(True) for _ in range(3)]
+    ranks.world = 4
+    for rank, other in enumerate(others, 1):
+        other.rank = rank
+    others[0].note("pacevggt waits", "")
+    assert "rank 2 was killed" in ranks.lost() and "rank 3 was killed" in ranks.lost()
+    assert "rank 0" not in ranks.lost() and "rank 1" not in ranks.lost()
+    with pytest.raises(OSError, match="full"), others[2].in_step():
+        raise OSError("the disk is full")
+    assert ranks.lost() == "rank 3 failed (the disk is full)"
+    ranks.store = None
+    assert "its own message says why" in ranks.lost()
 
 
 def test_special_tokens_must_be_those_of_the_model(one_process):

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 from ..config import DEFAULT_KEEP_RATIO, GLOBAL, MODES
@@ -17,10 +18,12 @@ from ..version import __version__
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     arguments = make_parser().parse_args(argv)
+    # Of several processes each says what went wrong in it.
+    who = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
     try:
         return arguments.run(arguments)
     except PaceError as error:
-        print(f"pacevggt: {error}", file=sys.stderr)
+        print(f"pacevggt{who}: {error}", file=sys.stderr)
         return 2
     except ImportError as error:
         print(f"pacevggt: {error}: pip install 'pacevggt-patch[{arguments.extra}]'", file=sys.stderr)
@@ -32,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="pacevggt", description="Accelerate VGGT by pruning patch tokens.")
+    parser = argparse.ArgumentParser(
+        prog="pacevggt", description="Accelerate VGGT and its siblings by pruning patch tokens."
+    )
     parser.add_argument("--version", action="version", version=f"pacevggt-patch {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -64,10 +69,11 @@ def make_parser() -> argparse.ArgumentParser:
 def add_compare(commands) -> None:
     compare = commands.add_parser(
         "compare",
-        help="run a VGGT stock and accelerated on your own clips: how much faster, how far apart",
-        description="Run a VGGT stock and accelerated, in turn, on your own clips. Tells how much faster it is, how "
+        help="run a model stock and accelerated on your own clips: how much faster, how far apart",
+        description="Run a model stock and accelerated, in turn, on your own clips. Tells how much faster it is, how "
         "much memory it takes, how far cameras, depth and points are from stock, and from the truth where a clip has "
-        "it. Prints a table and writes report.json and report.html, a page to look at in a browser.",
+        "it. Prints a table and writes report.json and report.html, a page to look at in a browser. Several GPUs: "
+        "torchrun --nproc-per-node N --no-python pacevggt compare ...",
     )
     add_backbone(compare)
     compare.add_argument(
@@ -223,7 +229,7 @@ def add_view(commands) -> None:
     view = commands.add_parser(
         "view",
         help="look at the points of both in a browser",
-        description="Run a VGGT once stock and once accelerated, and serve both point clouds and their cameras to a "
+        description="Run a model once stock and once accelerated, and serve both point clouds and their cameras to a "
         "browser, with a switch between them. Ctrl-C ends it.",
     )
     add_backbone(view)
@@ -356,17 +362,24 @@ def add_push(commands) -> None:
 def compare_command(arguments: argparse.Namespace) -> int:
     from ..compare import compare
     from ..compare.report import format_table
+    from ..runtime.device import usable_device
+    from ..runtime.ranks import processes_of_torchrun
 
     names = (
         "out", "keep_ratios", "modes", "merge_budget", "frames", "device", "precision", "repeats", "compile", "colmap",
         "ply",
     )  # fmt: skip
-    report = compare(
-        arguments.backbone,
-        arguments.clip,
-        weights=weights_of(arguments),
-        **{name: getattr(arguments, name) for name in names},
-    )
+    # The others wait while stock runs.
+    with processes_of_torchrun(usable_device(arguments.device), timedelta(hours=4)) as ranks:
+        report = compare(
+            arguments.backbone,
+            arguments.clip,
+            weights=weights_of(arguments),
+            process_group=None if ranks is None else True,
+            **{name: getattr(arguments, name) for name in names},
+        )
+    if ranks is not None and ranks.rank:
+        return 0
     print(format_table(report))
     print(f"wrote {arguments.out}/: {', '.join(report['files'])}")
     if arguments.colmap is not None:

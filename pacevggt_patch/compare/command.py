@@ -14,6 +14,7 @@ from ..arguments import file_path, several
 from ..config import DEFAULT_KEEP_RATIO
 from ..patching.install import remove
 from ..runtime.files import write_json
+from ..runtime.ranks import Ranks
 from ..training.states import result_file, results_folder, writing
 from .clouds import make_cloud
 from .differences import Difference, difference
@@ -22,6 +23,7 @@ from .page import Page, as_bytes
 from .plan import Options, Plan, Source, make_plan
 from .report import clip_report, new_report
 from .runs import STOCK, Runner, Side, quiet, to_device
+from .shared_runs import SharedRunner
 
 REPORT, PAGE = "report.json", "report.html"
 PLY_POINTS = 1_000_000
@@ -44,8 +46,9 @@ def compare(
     compile: bool = False,
     colmap: str | PathLike[str] | None = None,
     ply: bool = False,
+    process_group: Any = None,
 ) -> dict[str, Any]:
-    """Run a VGGT stock and accelerated on clips, and write how much faster it is and how far apart the outputs are.
+    """Run a model stock and accelerated on clips, and write how much faster it is and how far apart the outputs are.
 
     Writes `report.json` and `report.html` to `out`, each whole or not at all, anew after every clip. Progress goes to
     standard error. Where one side runs out of GPU memory the report says so.
@@ -64,9 +67,11 @@ def compare(
         repeats: timed runs of each side, in turn.
         colmap: folder for a COLMAP model of each side; needs the extra `colmap`.
         ply: write the cloud of each side as PLY.
+        process_group: as in `accelerate`: each process of the group makes this call, accelerated runs share the frames
+            of a clip, and stock runs in the first process alone, which writes.
 
     Returns:
-        The content of report.json.
+        The content of report.json; in other processes of a group it has no clips.
 
     Raises:
         PaceError: a library is missing, or a setting, clip, model or file does not fit; before long work starts.
@@ -87,17 +92,18 @@ def compare(
         colmap=colmap,
         ply=ply,
     )
-    return run_plan(make_plan(options))
+    ranks = None if process_group is None else Ranks(process_group)
+    return run_plan(make_plan(options), None if ranks is None or ranks.world == 1 else ranks)
 
 
-def run_plan(plan: Plan) -> dict[str, Any]:
-    """Run what was planned; see `compare`."""
+def run_plan(plan: Plan, ranks: Ranks | None = None) -> dict[str, Any]:
+    """Run what was planned, here or in the processes of a group; see `compare`."""
     given = plan.options.backbone
     training = isinstance(given, nn.Module) and given.training
     model = to_device(given, plan)
     try:
         with quiet():
-            return Comparison(plan, model).run()
+            return Comparison(plan, model, ranks).run()
     finally:
         remove(model).train(training)
 
@@ -105,17 +111,22 @@ def run_plan(plan: Plan) -> dict[str, Any]:
 class Comparison:
     """A plan that is being run."""
 
-    def __init__(self, plan: Plan, model: nn.Module):
+    def __init__(self, plan: Plan, model: nn.Module, ranks: Ranks | None = None):
         self.plan, self.options = plan, plan.options
-        self.runner = Runner(model, plan)
+        self.runner = Runner(model, plan) if ranks is None else SharedRunner(model, plan, ranks)
+        self.writes = ranks is None or ranks.rank == 0
         self.out = file_path("out", self.options.out)
-        self.page, self.report = Page(), new_report(plan)
+        self.page, self.report = Page(), new_report(plan, 1 if ranks is None else ranks.world)
         self.exported: list[str] = []
 
     def run(self) -> dict[str, Any]:
         """Run all clips, and write after each of them."""
         from tqdm import tqdm
 
+        if not self.writes:
+            for source in self.plan.sources:
+                self.runner.run(source.clip, lambda: None)
+            return self.report
         results_folder(self.out, REPORT_FILES)
         if self.options.colmap is not None:
             results_folder(file_path("colmap", self.options.colmap))

@@ -13,7 +13,7 @@ from ..runtime.plotting import load_extra
 from . import clouds, pictures
 from .clouds import CAMERA_COLOURS, Cloud
 from .differences import Difference
-from .report import DID_NOT_FIT, agreement_cell, run_range, significant, speedup, truth_cell
+from .report import DID_NOT_FIT, agreement_cell, of_processes, run_range, significant, speedup, truth_cell
 from .runs import Side
 
 STILL = (460, 600)  # height and width of the still picture of a cloud
@@ -225,7 +225,8 @@ def subtitle(report: dict[str, Any]) -> str:
         what += f", on {clip['name']}: {clip['frames']} frames of {clip['width']}×{clip['height']}, {name}"
         if several:
             what += f"; {several} more below"
-    return f"{what}. {report['environment']['device']}, {report['precision_in_words']}."
+    where = f"{report['environment']['device']}{of_processes(report)}"
+    return f"{what}. {where}, {report['precision_in_words']}."
 
 
 def heading(entry: dict[str, Any], setting: dict[str, Any]) -> str:

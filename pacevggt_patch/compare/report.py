@@ -15,12 +15,16 @@ from .runs import Runner, Side
 DID_NOT_FIT = "did not fit"
 
 
-def new_report(plan: Plan) -> dict[str, Any]:
-    """A report without clips."""
+def new_report(plan: Plan, processes: int = 1) -> dict[str, Any]:
+    """A report without clips; `processes` share the accelerated runs."""
     options = plan.options
+    command = options.command
+    if command is not None and processes > 1:
+        command = f"torchrun --nproc-per-node {processes} --no-python {command}"
     return {
         "pacevggt_patch": __version__,
-        "command": options.command,
+        "command": command,
+        "processes": processes,
         "backbone": backbone_name(options),
         "device": str(plan.device),
         "precision": plan.precision,
@@ -236,9 +240,15 @@ def format_table(report: dict[str, Any]) -> str:
     return "\n".join(lines).rstrip()
 
 
+def of_processes(report: dict[str, Any]) -> str:
+    """Who ran what, where several processes did; empty where one did all."""
+    count = report.get("processes", 1)
+    return "" if count == 1 else f", stock in one process, accelerated in {count} that share the frames"
+
+
 def title(report: dict[str, Any], clip: dict[str, Any]) -> str:
     """What ran on what, in a line."""
-    where = report["environment"]["device"]
+    where = f"{report['environment']['device']}{of_processes(report)}"
     return (
         f"{report['backbone']} on {clip['name']}, {clip['frames']} frames of {clip['width']}x{clip['height']}, "
         f"{report['precision']}, {where}"

@@ -146,24 +146,11 @@ class Runner:
 
     def forward(self, images: Tensor) -> dict[str, Any]:
         """One full prediction, as a user has it."""
-        autocast = torch.autocast(images.device.type, torch.bfloat16)
-        if self.plan.precision != "bfloat16":
-            with autocast if self.plan.precision == "autocast" else contextlib.nullcontext():
-                return self.model(self.host.model_images(images))
-        # VGGT's own forward switches autocast off for the heads, whose position embedding is float32.
-        model: Any = self.model
-        tokens, start = model.aggregator(images[None])
-        outputs: dict[str, Any] = {}
-        with autocast:
-            outputs["pose_enc"] = model.camera_head(tokens)[-1]
-            outputs["depth"], outputs["depth_conf"] = model.depth_head(
-                tokens, images=images[None], patch_start_idx=start
-            )
-            if getattr(model, "point_head", None) is not None:
-                outputs["world_points"], _ = model.point_head(
-                    tokens, images=images[None], patch_start_idx=start
-                )
-        return outputs
+        given = self.host.model_images(images)
+        if self.plan.precision == "bfloat16":
+            return self.host.run_narrow(given)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.plan.precision == "autocast"):
+            return self.model(given)
 
     def run(self, clip: Clip, update: Callable[[], Any]) -> list[Side]:
         """Run a clip: each side once for what it gives, then all in turn for their times.
@@ -221,19 +208,18 @@ class Runner:
         with paused(self.model) if side.config is None else contextlib.nullcontext():
             return self.forward(images)
 
-    def predict(self, side: Side, images: Tensor, clip: Clip) -> Prediction:
+    def predict(self, side: Side, images: Tensor, clip: Clip) -> Prediction | None:
         """What a side gives for a clip; a first run, which also compiles and calibrates."""
-        return self.prediction(self.outputs(side, images), side, clip)
+        return prediction_of(self.named(side, self.outputs(side, images)), clip, side.name)
 
-    def prediction(self, outputs: Any, side: Side, clip: Clip) -> Prediction:
-        """What the model returned for a clip, by names that are those of all families."""
+    def named(self, side: Side, outputs: dict[str, Any]) -> Mapping[str, Any]:
+        """Cameras and depth in what a side gave, as `Host.predictions` names them."""
         try:
-            named = self.host.predictions(outputs)
+            return self.host.predictions(outputs)
         except (KeyError, TypeError) as error:
             raise PaceError(
                 f"{side.name} returned outputs without cameras and depth ({error}), so they can't be compared"
             ) from error
-        return prediction_of(named, clip, side.name)
 
     def describe(self, side: Side) -> None:
         """Take down what ran, right after a run of the setting."""

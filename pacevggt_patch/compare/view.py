@@ -154,7 +154,7 @@ def view(
     host: str = "127.0.0.1",
     port: int = 8080,
 ) -> None:
-    """Run a VGGT stock and accelerated on a clip, and serve both clouds to a browser until Ctrl-C.
+    """Run a model stock and accelerated on a clip, and serve both clouds to a browser until Ctrl-C.
 
     The arguments are those of `compare`, with one clip and one setting. Accelerated points are aligned with stock's.
 

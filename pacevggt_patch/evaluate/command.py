@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from os import PathLike
 from typing import Any
 
@@ -13,7 +15,7 @@ from ..arguments import several
 from ..compare.runs import quiet, to_device
 from ..config import DEFAULT_KEEP_RATIO
 from ..patching.install import remove
-from ..runtime.ranks import Launched, launched
+from ..runtime.ranks import Ranks, processes_of_torchrun
 from ..training.states import result_file, writing
 from .picture import save_changes
 from .plan import Job, Options, Plan, make_plan, naming
@@ -21,6 +23,8 @@ from .protocols import CORRECTED
 from .results import PICTURE, SUMMARY, TABLE, Results
 from .runs import SceneRunner
 from .summary import markdown, summarise
+
+PATIENCE = timedelta(days=7)  # of processes whose share of the scenes is done before that of others
 
 
 def evaluate(
@@ -103,36 +107,42 @@ def run_plan(plan: Plan) -> dict[str, Any]:
     """Run what was planned; see `evaluate`."""
     given = plan.options.backbone
     training = isinstance(given, nn.Module) and given.training
-    with launched() as processes:
+    with processes_of_torchrun(plan.runs.device, PATIENCE) as ranks:
         model = to_device(given, plan.runs)
         try:
             with quiet():
-                return Evaluation(plan, model, processes).run()
+                return Evaluation(plan, model, ranks).run()
         finally:
             remove(model).train(training)
 
 
 class Evaluation:
-    """A plan that is being run, by one of several processes or by one alone."""
+    """A plan that is being run, by one of several processes or, without `ranks`, by one alone."""
 
-    def __init__(self, plan: Plan, model: nn.Module, processes: Launched):
-        self.plan, self.processes = plan, processes
+    def __init__(self, plan: Plan, model: nn.Module, ranks: Ranks | None):
+        self.plan, self.ranks = plan, ranks
+        self.rank, self.world = (0, 1) if ranks is None else (ranks.rank, ranks.world)
         self.runner = SceneRunner(model, plan)
         self.results = Results(plan)
 
+    def meet(self, work: Callable[[], Any] = lambda: None) -> None:
+        """Do some work in the first process, for which the others wait; where it fails all fail."""
+
+        def describe() -> tuple[None, dict[str, str]]:
+            if self.rank == 0:
+                work()
+            return None, {"settings": json.dumps(self.results.settings)}
+
+        describe() if self.ranks is None else self.ranks.agree(describe)
+
     def run(self) -> dict[str, Any]:
         """Run the scenes of this process, and sum up those of all."""
-        first = self.processes.rank == 0
-        if first:
-            self.results.open()
-        self.processes.wait()
+        self.meet(self.results.open)
         left = [job for job in self.plan.jobs if not self.results.has(job)]
-        own = [job for job in self.plan.jobs[self.processes.rank :: self.processes.world] if job in left]
+        own = [job for job in self.plan.jobs[self.rank :: self.world] if job in left]
         if left:
-            if first:
-                self.runner.calibrate(self.results.calibration)
-            self.processes.wait()  # from here on scenes are done
-            if not first:
+            self.meet(lambda: self.runner.calibrate(self.results.calibration))  # from here on scenes are done
+            if self.rank:
                 self.runner.calibrate(self.results.calibration)
         if own:
             try:
@@ -143,10 +153,10 @@ class Evaluation:
                     f"interrupted after {done} of {total} scenes: the same command goes on from here",
                 )
                 raise
-        self.processes.wait()
+        self.meet()
         results = [self.results.read(job) for job in self.plan.jobs]
         summary = summarise(self.results.settings, results)
-        if first:
+        if self.rank == 0:
             self.results.write(self.results.folder / SUMMARY, summary)
             with result_file(self.results.folder / TABLE) as temporary:
                 temporary.write_text(markdown(summary), encoding="utf-8")
@@ -160,7 +170,7 @@ class Evaluation:
 
         clip = self.plan.load(jobs[0])
         passes = (1 + len(jobs)) * self.runner.sides
-        first = self.processes.rank == 0
+        first = self.rank == 0
         with naming(jobs[0].name):
             seconds = self.runner.estimate(clip, 1 + len(jobs))
         if first and seconds is not None:

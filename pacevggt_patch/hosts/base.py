@@ -329,6 +329,10 @@ class Host:
         """What the model is called with for a clip [S, 3, H, W] in [0, 1]."""
         return images[None]
 
+    def run_narrow(self, images: Tensor) -> Any:
+        """What a model with weights in half precision gives of such images; of hosts with `narrow_weights`."""
+        raise NotImplementedError
+
     def predictions(self, outputs: Mapping[str, Any]) -> Mapping[str, Any]:
         """Cameras and depth in what the model gives for a clip, under VGGT's names.
 

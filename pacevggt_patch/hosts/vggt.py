@@ -78,6 +78,19 @@ class VGGT(Host):
     def features(self, output: Any) -> Tensor | None:
         return super().features(output.get("x_norm_patchtokens") if isinstance(output, dict) else output)
 
+    def run_narrow(self, images: Tensor) -> dict[str, Any]:
+        # VGGT's own forward switches autocast off for the heads, whose position embedding is float32.
+        model: Any = self.model
+        tokens, start = model.aggregator(images)
+        outputs: dict[str, Any] = {}
+        with torch.autocast(images.device.type, torch.bfloat16):
+            outputs["pose_enc"] = model.camera_head(tokens)[-1]
+            dense = {"images": images, "patch_start_idx": start}
+            outputs["depth"], outputs["depth_conf"] = model.depth_head(tokens, **dense)
+            if getattr(model, "point_head", None) is not None:
+                outputs["world_points"], _ = model.point_head(tokens, **dense)
+        return outputs
+
     # For a forward of our own in place of the aggregator's.
 
     def missing_stock_parts(self) -> list[str]:

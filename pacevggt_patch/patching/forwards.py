@@ -386,7 +386,8 @@ class BlockForward(Forward):
         state, x = self.state, call.x
         tokens = x.shape[0] * x.shape[1]
         if state.pending and self.kind == "frame" and not clip.crossed:
-            clip.frame_call = call
+            # Without its tokens, whose memory is needed.
+            clip.frame_call = call.on(call.x.new_empty(len(call.x), 0, 0), call.positions)
         clip.crossed = clip.crossed or self.kind == "global"
         if self.kind == "global" and state.threads.observer is not None:
             return state.threads.observer(self.index, call, self.own, clip)

@@ -39,7 +39,7 @@ class Clip:
         images: of a model that is to be calibrated, or None.
         loose: whether it ends with the last block, since the trunk was not called.
         crossed: whether a global block ran.
-        frame_call: of the frame block before the first global one, of a model that is to be calibrated, or None.
+        frame_call: of the frame block before the first global one, without tokens, of a model that is to be calibrated.
         exchange: of a clip over several processes; `frames` are those here.
     """
 

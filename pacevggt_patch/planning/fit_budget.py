@@ -153,7 +153,7 @@ def fit_budget(
     Apply the plan with `accelerate(model, plan, weights=weights)`, with the weights that were planned with.
 
     Args:
-        model: a VGGT on its device. If it is accelerated, its weights and settings are planned with.
+        model: on its device. If it is accelerated, its weights and settings are planned with.
         frames: N, frames of the clip to come.
         size: its height and width in pixels.
         seconds: wall time that one forward may take.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import types
 from collections import OrderedDict
 from collections.abc import Callable
@@ -19,7 +20,7 @@ def bare_copy(
     """The module and all in it once more, without hooks, uncompiled, in evaluation mode; the module is left alone.
 
     In evaluation mode batch norms do not write, and dropout draws nothing from the user's random state. Lists and
-    dictionaries of its attributes are copied, one level deep.
+    dictionaries of its attributes are copied, one level deep, and so are objects that hold dictionaries alone: caches.
 
     Args:
         module: any module.
@@ -35,7 +36,14 @@ def bare_copy(
     def again(value: Any) -> Any:
         if isinstance(value, types.MethodType) and id(value.__self__) in known:
             return types.MethodType(value.__func__, known[id(value.__self__)])
-        return type(value)(value) if type(value) in (dict, list) else value
+        if type(value) in (dict, list):
+            return type(value)(value)
+        held = getattr(value, "__dict__", {})
+        if isinstance(value, type) or not held or any(type(part) is not dict for part in held.values()):
+            return value
+        another = copy.copy(value)
+        another.__dict__ = {name: dict(part) for name, part in held.items()}
+        return another
 
     own = {k: v for k, v in module.__dict__.items() if not getattr(v, "pacevggt", False)}
     bare.__dict__ = {k: again(v) for k, v in own.items()} | {"training": False}

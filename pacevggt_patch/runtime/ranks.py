@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import os
+import time
+import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import timedelta
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -19,6 +20,11 @@ from ..arguments import shown, whole
 from ..errors import PaceError, first_line
 
 Value = TypeVar("Value")
+# Names in the store of a group: of the error of a rank that failed, and of ranks that wait for others in vain.
+FAILED, WAITS = "pacevggt failed", "pacevggt waits"
+# By which processes that torchrun started tell each other their type of device, and how long they wait for each other.
+DEVICE, MEETING = "pacevggt device", datetime.timedelta(minutes=10)
+GRACE = 2.0  # seconds by which ranks that wait for the same notice it apart
 
 
 def split_frames(total: int, rank: int, world: int) -> slice:
@@ -38,6 +44,59 @@ def split_frames(total: int, rank: int, world: int) -> slice:
     if total < world:
         raise PaceError(f"{total} frames are too few for {world} processes: each needs one at least")
     return slice(rank * total // world, (rank + 1) * total // world)
+
+
+@contextmanager
+def processes_of_torchrun(
+    device: torch.device, timeout: datetime.timedelta | None = None
+) -> Generator[Ranks | None]:
+    """The processes that torchrun started, as one group inside the `with` block; None where there is but one.
+
+    A group that was there before is taken, and left.
+
+    Args:
+        device: of this process; made the current one where it is a GPU.
+        timeout: how long a process waits for others; None is torch's own. torchrun itself ends all where one ends.
+
+    Raises:
+        PaceError: the group can't be made, or processes are on devices of different types.
+    """
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        yield None
+        return
+    if not dist.is_available():
+        raise PaceError(f"torch was built without torch.distributed, and {world} processes were started")
+    makes = not dist.is_initialized()
+    if makes:
+        try:
+            store, rank, world = next(dist.rendezvous("env://", timeout=MEETING))
+            store.set(f"{DEVICE} {rank}", device.type)
+            kinds = [store.get(f"{DEVICE} {other}").decode() for other in range(world)]
+        except (RuntimeError, ValueError) as error:
+            raise PaceError(
+                f"the {world} processes can't form a group ({first_line(error)}): start them by torchrun"
+            ) from error
+        other = next((rank for rank, kind in enumerate(kinds) if kind != kinds[0]), None)
+        if other is not None:  # they would wait for each other in different groups
+            raise PaceError(
+                f"rank 0 runs on {kinds[0]} and rank {other} on {kinds[other]}: give all the same --device"
+            )
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        store.set_timeout(timeout or MEETING)  # NCCL connects by it at the first call
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    ranks = Ranks(True)
+    try:
+        yield ranks
+    except Exception:
+        # With NCCL others that wait in a call would keep this process from ending.
+        makes = makes and device.type != "cuda"
+        raise
+    finally:
+        if makes:
+            dist.destroy_process_group()
 
 
 def gather_outputs(outputs: Any, group: Any = True, dst: int = 0) -> Any:
@@ -81,51 +140,8 @@ def gather_outputs(outputs: Any, group: Any = True, dst: int = 0) -> Any:
     return tree_unflatten([next(found) if isinstance(leaf, Tensor) else leaf for leaf in leaves], form)
 
 
-@dataclass(frozen=True)
-class Launched:
-    """The processes that torchrun started together, of which each does a share of the work for itself.
-
-    Attributes:
-        rank: of this process.
-        world: how many there are; 1 without torchrun.
-        group: by which they wait for each other.
-    """
-
-    rank: int = 0
-    world: int = 1
-    group: Any = None
-
-    def wait(self) -> None:
-        """Return when all have come here."""
-        if self.world > 1:
-            dist.barrier(self.group)
-
-
-@contextmanager
-def launched() -> Generator[Launched]:
-    """The processes that torchrun started this one with, inside the `with` block; one without torchrun.
-
-    Raises:
-        PaceError: they can't find each other.
-    """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
-        yield Launched()
-        return
-    begun = dist.is_initialized()
-    if not begun:
-        try:
-            dist.init_process_group("gloo")
-        except (ValueError, RuntimeError) as error:
-            raise PaceError(
-                f"{world} processes can't find each other: start them by torchrun ({first_line(error)})"
-            ) from error
-    try:
-        # On the CPU, and with patience: shares of the work are done hours apart.
-        yield Launched(rank, world, dist.new_group(backend="gloo", timeout=timedelta(days=7)))
-    finally:
-        if not begun:
-            dist.destroy_process_group()
+class LostError(PaceError):
+    """Other ranks could not be reached."""
 
 
 class Ranks:
@@ -137,6 +153,7 @@ class Ranks:
     Attributes:
         rank: of this process in the group.
         world: how many there are.
+        store: what they meet by, or None where torch does not tell.
         broken: what went wrong in the middle of a call, after which the ranks are out of step; or None.
 
     Raises:
@@ -154,9 +171,13 @@ class Ranks:
                 "process_group must be a torch.distributed.ProcessGroup, or True for the default one, got "
                 f"{shown(group)}: this process may not be in it"
             )
-        self.group: Any = dist.group.WORLD if group is True else group
+        # Not held: threads of a group that is alive at the end of the interpreter may abort it.
+        self.reference = weakref.ref(dist.group.WORLD if group is True else group)
         self.rank, self.world = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.broken: str | None = None
+        self.store: Any = None
+        with suppress(AttributeError, KeyError):
+            self.store = dist.distributed_c10d._world.pg_map[self.group][1]
         if self.rank < 0:
             raise PaceError("this process is not in process_group: pass the group that it belongs to")
 
@@ -172,6 +193,25 @@ class Ranks:
     def backends(self) -> dict[str, str]:
         """Who moves the tensors of each type of device."""
         return dict(pair.split(":") for pair in dist.get_backend_config(self.group).split(","))
+
+    @property
+    def group(self) -> Any:
+        """The group.
+
+        Raises:
+            PaceError: it was ended since.
+        """
+        group = self.reference()
+        try:
+            dist.get_backend_config(group)
+        except Exception:  # of a kind that torch changes
+            group = None
+        if group is None:
+            raise PaceError(
+                "the process group that this model was accelerated for is no more: call pacevggt_patch.accelerate "
+                "again, with the process_group that there is now"
+            )
+        return group
 
     def check_device(self, device: torch.device) -> None:
         """Raise PaceError where the backend of the group can't move tensors of a device."""
@@ -234,11 +274,13 @@ class Ranks:
 
     @contextmanager
     def in_step(self) -> Generator[None]:
-        """A call that breaks off inside leaves the ranks out of step."""
+        """A call that breaks off inside leaves the ranks out of step, and others are told why."""
         try:
             yield
         except BaseException as error:
             self.broken = first_line(error)
+            if not isinstance(error, LostError):
+                self.note(FAILED, self.broken)
             raise
 
     @contextmanager
@@ -246,7 +288,7 @@ class Ranks:
         """Inside, this rank talks to the others.
 
         Raises:
-            PaceError: one of them is gone, or did not come within the timeout of the group.
+            PaceError: one of them is gone, or did not come within the timeout of the group; names it where it can.
         """
         try:
             yield
@@ -254,10 +296,31 @@ class Ranks:
             raise
         except RuntimeError as error:
             reason = first_line(error).split(". ")[0]
-            raise PaceError(
-                f"rank {self.rank} can't reach the others ({reason}): one failed, was killed, or took longer than the "
-                "timeout of the group, and its own message says why"
+            raise LostError(
+                f"rank {self.rank} can't reach the others ({reason}): {self.lost()}; end all processes and start again"
             ) from error
+
+    def note(self, name: str, text: str) -> None:
+        """Leave a text of this rank for the others, if their store can still be reached."""
+        with suppress(Exception):
+            self.store.set(f"{name} {self.rank}", text)
+
+    def lost(self) -> str:
+        """Which ranks failed, and why, in words; for ranks that waited in vain."""
+        self.note(WAITS, "")
+        time.sleep(GRACE)
+        failed, silent = [], []
+        try:
+            for rank in range(self.world):
+                if self.store.check([f"{FAILED} {rank}"]):
+                    failed.append(f"rank {rank} failed ({self.store.get(f'{FAILED} {rank}').decode()})")
+                elif not self.store.check([f"{WAITS} {rank}"]):
+                    silent.append(f"rank {rank} was killed, or took longer than the timeout of the group")
+        except Exception:  # whatever the store raises where the process that kept it is gone
+            failed, silent = [], []
+        return "; ".join(failed or silent) or (
+            "one failed, was killed, or took longer than the timeout of the group, and its own message says why"
+        )
 
     def gather(self, tensor: Tensor, sizes: Sequence[int], dim: int, dst: int | None = None) -> list[Tensor]:
         """The tensors of all ranks, alike but for their `sizes` in dimension `dim`.

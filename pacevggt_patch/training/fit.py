@@ -133,7 +133,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What one step of stage 2 does, the same in all processes but for the frames."""
+    """What one step of stage 2 does, the same in all processes."""
 
     views: int
     keep_ratio: float
@@ -180,7 +180,7 @@ class Fit:
         settings: what to do.
         checkpointing: compute attention blocks and heads once more for the backward pass instead of keeping them.
         rank: number of this process.
-        world: number of processes; gradients are averaged over them.
+        world: number of processes; gradients and losses are averaged over them.
     """
 
     def __init__(
@@ -323,6 +323,8 @@ class Fit:
         if self.world > 1:
             dist.all_reduce(self.gradient)
             self.gradient /= self.world
+            losses = losses / self.world
+            dist.all_reduce(losses)
         norm = self.gradient.norm()
         self.gradient *= LARGEST_NORM / norm.clamp(min=LARGEST_NORM)
         self.set_rates()
@@ -360,21 +362,31 @@ class Fit:
     def check(self, what: str = "comparing", watch: Watch = unwatched) -> dict[str, dict[str, float]]:
         """How far the pruned model is from the unpruned one on clips that no step draws, by keep ratio.
 
+        Processes share the clips, and all get the figures of one process.
+
         Of each a mean over clips: `rotation_deg` and `direction_deg`, medians over frame pairs of the difference in
         relative rotation and translation direction; `depth`, mean relative difference after one scale for the clip;
         `tokens`, see `token_losses`.
         """
-        rows: dict[str, list[dict[str, float]]] = {f"{ratio:g}": [] for ratio in KEEP_RATIOS}
+        found: dict[int, dict[str, dict[str, float]]] = {}  # number of the clip -> ratio -> row
         count = self.settings.checks
-        for sample in watch(self.reserved(CHECK, count), what, count):
+        for index, sample in enumerate(watch(self.reserved(CHECK, count), what, count)):
+            if index % self.world != self.rank:
+                continue
+            row = found[index] = {}
             frames = torch.arange(min(self.settings.supervised, sample.images.shape[1]), device=self.device)
             teacher = run(self.model, sample.images, frames, 1.0)
             for ratio in KEEP_RATIOS:
                 student = run(self.model, sample.images, frames, ratio)
-                rows[f"{ratio:g}"].append(difference(student, teacher, self.weights.backbone.cached_layers))
+                row[f"{ratio:g}"] = difference(student, teacher, self.weights.backbone.cached_layers)
+        if self.world > 1:
+            every: list[Any] = [None] * self.world
+            dist.all_gather_object(every, found)
+            found = {index: row for part in every for index, row in part.items()}
+        rows = [found[index] for index in range(count)]  # in one order, whatever the number of processes
         return {
-            ratio: {name: sum(row[name] for row in found) / len(found) for name in found[0]}
-            for ratio, found in rows.items()
+            ratio: {name: sum(row[ratio][name] for row in rows) / count for name in of_first}
+            for ratio, of_first in rows[0].items()
         }
 
     # To go on

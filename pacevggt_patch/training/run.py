@@ -11,11 +11,11 @@ from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from ..arguments import shown
@@ -26,6 +26,7 @@ from ..hosts.base import find_host
 from ..patching.guest import guest
 from ..runtime.device import usable_device
 from ..runtime.files import environment, write_json
+from ..runtime.ranks import Ranks, processes_of_torchrun
 from ..version import __version__
 from ..weights.hub import HUB_FILE
 from ..weights.pace import PaceWeights
@@ -114,11 +115,9 @@ def run_training(options: Options) -> dict[str, Any]:
             "training for a model of this size takes weeks on the CPU, and there is no CUDA device: use a machine with "
             "a GPU, pass --calibrate, which takes minutes, or --device cpu to insist"
         )
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
+    with processes_of_torchrun(device) as ranks:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         model.to(device)
         weights = PaceWeights.new(model, mode=settings.mode)
         if begun is not None:
@@ -134,10 +133,7 @@ def run_training(options: Options) -> dict[str, Any]:
             )
         with guest(model, weights, compile), Signals(world) as signals:
             fit = Fit(model, weights, source, settings, checkpointing=large, rank=rank, world=world)
-            return Run(fit, options, signals).go()
-    finally:
-        if world > 1 and dist.is_initialized():
-            dist.destroy_process_group()
+            return Run(fit, options, signals, ranks).go()
 
 
 def check_options(options: Options) -> None:
@@ -225,9 +221,9 @@ def make_source(options: Options, mini: bool, device: torch.device) -> ClipSourc
 class Run:
     """A run of `Fit` with its files, its bar and its records."""
 
-    def __init__(self, fit: Fit, options: Options, signals: Signals):
+    def __init__(self, fit: Fit, options: Options, signals: Signals, ranks: Ranks | None = None):
         self.fit, self.options, self.out, self.signals = fit, options, options.out, signals
-        self.writes = fit.rank == 0
+        self.writes, self.ranks = fit.rank == 0, ranks
         self.losses: list[dict[str, float]] = []
         self.checks: list[dict[str, Any]] = []
         self.seconds_before = 0.0
@@ -237,12 +233,13 @@ class Run:
         """Train to the end; returns the report."""
         fit, settings = self.fit, self.fit.settings
         try:
-            if self.options.resume and (self.out / STATE_FILE).is_file():
-                self.load()
-            elif self.options.start is not None:
+            resumes = self.options.resume and (self.out / STATE_FILE).is_file()
+            begin = partial(self.begin, resumes)
+            begin() if self.ranks is None else self.ranks.agree(begin)
+            if not resumes and self.options.start is not None:
                 self.check("start")
                 self.save_state()
-            else:
+            elif not resumes:
                 self.check("training-free")
                 fit.calibrate(self.watch)
                 self.save_weights(CALIBRATED)
@@ -262,6 +259,20 @@ class Run:
         except Stopped as stopped:
             stopped.tell(fit.step_number, self.out / STATE_FILE)
             raise
+
+    def begin(self, resumes: bool) -> tuple[None, dict[str, str]]:
+        """Take over a state where there is one; tells what must be the same in all processes."""
+        if resumes:
+            self.load()
+        fit = self.fit
+        return None, {
+            "settings": str(fit.settings),
+            "images": fit.source.description,
+            "type of device": fit.device.type,
+            "model": " ".join(value[:12] for value in fit.weights.fingerprints.values()),
+            "weights": fit.weights.digest()[:12],
+            "steps done": str(fit.step_number) if resumes else "none",
+        }
 
     def train(self, end: int) -> None:
         """Steps up to number `end`, and the state after the last one, also where a signal makes it an earlier one."""

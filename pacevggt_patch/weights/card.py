@@ -74,7 +74,7 @@ def model_card(weights: PaceWeights, repo: str, revision: str | None = None) -> 
         "---",
         "library_name: pacevggt-patch",
         "tags:",
-        "- vggt",
+        f"- {weights.backbone.family}",
         "- token-pruning",
         "- 3d-reconstruction",
     ]
@@ -87,6 +87,7 @@ def model_card(weights: PaceWeights, repo: str, revision: str | None = None) -> 
     ]
     if weights.keep_ratios:
         facts.append(f"- made for keep ratios {', '.join(f'{ratio:g}' for ratio in weights.keep_ratios)}")
+    name = "VGGT" if weights.backbone.family == "vggt" else f"model of the family {weights.backbone.family}"
     source = repo if revision is None else f"{repo}@{revision}"
     table = figures(training.get("checks"))
     notes = {name: value for name, value in training.items() if name != "checks" or not table}
@@ -98,10 +99,10 @@ def model_card(weights: PaceWeights, repo: str, revision: str | None = None) -> 
             f"# {repo}",
             "",
             f"Pace weights for {weights.mode} pruning: {contents(weights)}.",
-            "They make a VGGT faster with pacevggt-patch. The model itself is not in here, and stays as it is.",
+            f"They make a {name} faster with pacevggt-patch. The model itself is not in here, and stays as it is.",
             "",
             "```python",
-            *snippet(backbone, source),
+            *snippet(backbone, source, name),
             "```",
             "",
             "## Model",
@@ -121,19 +122,20 @@ def model_card(weights: PaceWeights, repo: str, revision: str | None = None) -> 
     )
 
 
-def snippet(backbone: str, source: str) -> list[str]:
+def snippet(backbone: str, source: str, name: str = "VGGT") -> list[str]:
     """Lines of Python that accelerate a model with weights; they run as they are where the model has a name.
 
     Args:
         backbone: what `load_backbone` was asked for, or "".
         source: of the weights, as `accelerate` takes it.
+        name: what a model of the family is called.
     """
     if backbone == "mini":
         load = ["from pacevggt_patch.mini import build_mini", "", "model = build_mini()"]
     elif is_hub_id(backbone):
         load = ["from vggt.models.vggt import VGGT", "", f'model = VGGT.from_pretrained("{backbone}").eval()']
     else:
-        load = ["", "# model: your VGGT with the checkpoint below"]
+        load = ["", f"# model: your {name} with the checkpoint below"]
     return [
         "import pacevggt_patch",
         *load,
