@@ -43,8 +43,13 @@ def seen(
     """Depth `[H, W]` and world points `[H, W, 3]` of what a camera sees first at each pixel centre."""
     rows, columns = np.mgrid[: size[1], : size[0]]
     rays = np.stack([(columns - centre[0]) / focal, (rows - centre[1]) / focal, np.ones_like(rows)], -1)
+    return along(pose, rays)
+
+
+def along(pose: np.ndarray, rays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Depth `[H, W]` and world points `[H, W, 3]` of what lies first on rays `[H, W, 3]` of a camera, whose z is 1."""
     ways, start = rays @ pose[:3, :3].T, pose[:3, 3]
-    depth = np.full(rows.shape, np.inf)
+    depth = np.full(rays.shape[:2], np.inf)
     for normal, distance in PLANES:
         along = ways @ normal
         with np.errstate(divide="ignore"):

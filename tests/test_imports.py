@@ -17,10 +17,10 @@ ALLOWED = {
     "runtime": {"arguments", "errors", "version"},
 }
 FORBIDDEN = {name: {"patching", "hosts", "method", "mini"} for name in ("evaluation", "clips")}
-LOADED_ON_DEMAND = {"av", "plotly", "plyfile", "pycolmap", "viser"}
+LOADED_ON_DEMAND = {"av", "evo", "plotly", "plyfile", "pycolmap", "scipy", "viser"}
 # Commands load VGGT-mini by its name, and `pacevggt train` offers its scenes.
 IMPORT_MINI = {"training/backbones.py", "training/run.py"}
-# Of training, `compare` needs what loads models and what writes results: no more.
+# Of training, `compare` and `evaluate` need what loads models and what writes results: no more.
 COMPARE_FROM_TRAINING = {"training/backbones", "training/states"}
 
 
@@ -95,9 +95,11 @@ def test_mini_is_imported_where_it_is_offered_alone():
     assert breaks(lambda file, own, other: other != "mini" or file in IMPORT_MINI) == []
 
 
-def test_compare_is_on_top_and_takes_little_of_training():
-    assert breaks(lambda file, own, other: other != "compare" or own == "cli") == []
-    taken = {module for file, modules in INNER.items() if part(file) == "compare" for module in modules}
+def test_compare_and_evaluate_are_on_top_and_take_little_of_training():
+    assert breaks(lambda file, own, other: other != "compare" or own in ("cli", "evaluate")) == []
+    assert breaks(lambda file, own, other: other != "evaluate" or own == "cli") == []
+    on_top = ("compare", "evaluate")
+    taken = {module for file, modules in INNER.items() if part(file) in on_top for module in modules}
     assert {module for module in taken if part(module) in ("training", "cli")} == COMPARE_FROM_TRAINING
 
 

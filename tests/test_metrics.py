@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 
 import numpy as np
 import pytest
@@ -23,8 +22,10 @@ from pacevggt_patch.evaluation import (
     point_error,
     pose_auc,
     similarity_alignment,
+    trajectory_errors,
     unproject,
 )
+from pacevggt_patch.evaluation.geometry import camera_to_world, masked_points
 from pacevggt_patch.evaluation.metrics import median
 from pacevggt_patch.mini.scenes.rooms import render_room
 
@@ -199,11 +200,53 @@ def test_trajectory_error_where_alignment_is_not_determined():
     assert absolute_trajectory_error(collapsed, truth) == pytest.approx(expected)
 
 
-def test_trajectory_error_without_evo_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "evo.core.metrics", None)
-    with pytest.raises(ImportError) as caught:
-        absolute_trajectory_error(random_poses(4), random_poses(4))
-    assert str(caught.value) == "the absolute trajectory error needs evo: pip install evo"
+def evo_errors(predicted: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
+    """ATE, ARE and RPE of trajectories `[S, 4, 4]`, as evo's command line computes them."""
+    from evo.core.metrics import APE, RPE, PoseRelation, Unit
+    from evo.core.trajectory import PosePath3D
+
+    reference, estimate = (PosePath3D(poses_se3=list(poses.numpy())) for poses in (truth, predicted))
+    estimate.align(reference, correct_scale=True)
+    found = {}
+    for name, metric in {
+        "ate": APE(PoseRelation.translation_part),
+        "are_deg": APE(PoseRelation.rotation_angle_deg),
+        "rpe_translation": RPE(PoseRelation.translation_part, 1, Unit.frames, all_pairs=True),
+        "rpe_rotation_deg": RPE(PoseRelation.rotation_angle_deg, 1, Unit.frames, all_pairs=True),
+    }.items():
+        metric.process_data((reference, estimate))
+        found[name] = float(np.sqrt(np.mean(np.square(metric.error))))
+    return found
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_trajectory_errors_agree_with_evo(seed):
+    truth = camera_to_world(random_poses(9, seed))
+    predicted = camera_to_world(in_other_world(nudge(random_poses(9, seed), 6, 0.2, seed), 0.4))
+    errors = trajectory_errors(predicted, truth)
+    assert errors is not None
+    expected = evo_errors(predicted, truth)
+    assert errors._asdict() == pytest.approx(expected, rel=1e-6)
+    assert min(expected.values()) > 0.01
+    # Matrices from world to camera, too, if somebody compares them as they are.
+    swapped = trajectory_errors(torch.linalg.inv(predicted), torch.linalg.inv(truth))
+    assert swapped._asdict() == pytest.approx(
+        evo_errors(torch.linalg.inv(predicted), torch.linalg.inv(truth)), rel=1e-6
+    )
+    assert abs(swapped.ate - errors.ate) > 0.01
+
+
+def test_a_trajectory_in_another_world_has_no_error():
+    truth = random_poses(7)
+    errors = trajectory_errors(camera_to_world(in_other_world(truth, 5.0)), camera_to_world(truth))
+    assert errors == pytest.approx((0, 0, 0, 0), abs=1e-6)
+
+
+def test_orientation_error_is_not_told_by_positions_on_a_line():
+    truth, predicted = camera_to_world(random_poses(6)), camera_to_world(random_poses(6))
+    predicted[:, :3, 3] = torch.arange(6.0)[:, None] * torch.tensor([1.0, 2.0, 0.0])
+    errors = trajectory_errors(predicted, truth)
+    assert errors is not None and errors.are_deg is None and errors.ate > 0
 
 
 # Depth
@@ -245,6 +288,15 @@ def test_unprojected_points_project_back_to_the_pixel_centres():
         seen = clip.intrinsics[frame] @ (pose[:, :3] @ points[frame, row, column] + pose[:, 3])
         expected = torch.tensor([column + 0.5, row + 0.5, 1]) * clip.depth[frame, row, column]
         torch.testing.assert_close(seen, expected, atol=1e-3, rtol=1e-4)
+
+
+def test_masked_points_are_those_of_the_mask_in_its_order():
+    clip = render_room(2, 3, 28, 42)
+    mask = torch.rand(3, 28, 42, generator=torch.Generator().manual_seed(0)) < 0.3
+    mask[1] = False
+    points = unproject(clip.depth, clip.intrinsics, clip.world_to_camera)
+    found = masked_points(clip.depth, clip.intrinsics, clip.world_to_camera, mask)
+    torch.testing.assert_close(found, points[mask])
 
 
 def test_similarity_agrees_with_evo():

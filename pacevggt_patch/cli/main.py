@@ -43,6 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     add_compare(commands)
     add_demo(commands)
+    add_evaluate(commands)
     add_view(commands)
     add_train(commands)
     add_push(commands)
@@ -110,6 +111,24 @@ def add_backbone(parser: argparse.ArgumentParser) -> None:
 
 def add_comparison(parser: argparse.ArgumentParser, out: str) -> None:
     """The options of `compare` that `demo` has, too."""
+    add_settings(parser)
+    add_run_options(
+        parser,
+        "frames of a clip, evenly spaced (all, up to 24 on the CPU, which takes minutes for more, and up to 100 on a "
+        "GPU)",
+    )
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="timed runs of each, in turn (3)")
+    add_compile(parser)
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", default=Path(out), help=f"folder for the report ({out})"
+    )
+    parser.add_argument("--colmap", type=Path, metavar="DIR", help="write a COLMAP model of each side there")
+    parser.add_argument("--ply", action="store_true", help="write the point cloud of each side as PLY")
+    parser.set_defaults(extra="compare")
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """The settings that are run beside stock."""
     parser.add_argument(
         "--keep-ratios",
         type=numbers,
@@ -130,39 +149,80 @@ def add_comparison(parser: argparse.ArgumentParser, out: str) -> None:
         metavar="M",
         help="of pre-aa: share of patch tokens merged into kept ones (all others)",
     )
-    add_run_options(parser)
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="timed runs of each, in turn (3)")
-    parser.add_argument(
-        "--compile",
-        action="store_true",
-        help="compile the accelerated model, which takes a minute or so; made for GPUs",
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", default=Path(out), help=f"folder for the report ({out})"
-    )
-    parser.add_argument("--colmap", type=Path, metavar="DIR", help="write a COLMAP model of each side there")
-    parser.add_argument("--ply", action="store_true", help="write the point cloud of each side as PLY")
-    parser.set_defaults(extra="compare")
 
 
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """What `compare` and `view` run, and on what."""
+def add_run_options(parser: argparse.ArgumentParser, frames: str) -> None:
+    """What commands that run a model run, and on what; `frames` is the help of that option."""
     parser.add_argument(
         "--weights", default="auto", help='"auto" (default), "none" (training-free), a file, a Hub id'
     )
-    parser.add_argument(
-        "--frames",
-        type=int,
-        metavar="N",
-        help="frames of a clip, evenly spaced (all, up to 24 on the CPU, which takes minutes for more, and up to 100 "
-        "on a GPU)",
-    )
+    parser.add_argument("--frames", type=int, metavar="N", help=frames)
     parser.add_argument("--device", help="cpu or cuda (cuda where there is one if not given)")
     parser.add_argument(
         "--precision",
         metavar="PRECISION",
         help="float32 (default on the CPU), autocast to bfloat16 (default on a GPU), or bfloat16 weights",
     )
+
+
+def add_compile(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the accelerated model, which takes a minute or so; made for GPUs",
+    )
+
+
+def add_evaluate(commands) -> None:
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="run a VGGT stock and accelerated on every scene of ScanNet, 7-Scenes or a folder, against the truth",
+        description="Run a VGGT stock and accelerated on every scene of a data set, and compare the cameras, depth and "
+        "points of both with its ground truth. Writes a JSON for each scene when it ends, and summary.json, summary.md "
+        "and changes.png. The same command goes on after an interruption. Several GPUs: torchrun --nproc-per-node N "
+        "--no-python pacevggt evaluate ...",
+    )
+    evaluate.add_argument("data", type=Path, metavar="DATA", help="folder of scenes, or of one scene")
+    evaluate.add_argument(
+        "--dataset",
+        required=True,
+        metavar="NAME",
+        help="scannet (exported frames), 7scenes, or folder (of folders with a clip.json that has cameras)",
+    )
+    add_backbone(evaluate)
+    add_settings(evaluate)
+    add_run_options(evaluate, "frames of a scene (every K-th one with --stride K, else it must be given)")
+    evaluate.add_argument(
+        "--stride", type=int, default=1, metavar="K", help="take every K-th frame alone (1)"
+    )
+    evaluate.add_argument(
+        "--protocol",
+        default="corrected",
+        metavar="NAME",
+        help="corrected (default), or published: the one of ScanNet that papers share, with its faults",
+    )
+    evaluate.add_argument("--scenes", type=Path, metavar="FILE", help="names of the scenes, one a line (all)")
+    evaluate.add_argument(
+        "--most-scenes", type=int, metavar="N", help="at most so many scenes, evenly spaced by name (all)"
+    )
+    evaluate.add_argument(
+        "--meshes",
+        type=Path,
+        metavar="DIR",
+        help="of published: folder with SCENE/SCENE_vh_clean_2.ply (the folder of each scene)",
+    )
+    evaluate.add_argument(
+        "--width", type=int, metavar="PIXELS", help="of the frames (224 for VGGT-mini, else 518)"
+    )
+    add_compile(evaluate)
+    evaluate.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        default=Path("runs/evaluate"),
+        help="folder for the results (runs/evaluate)",
+    )
+    evaluate.set_defaults(run=evaluate_command, extra="eval")
 
 
 def add_view(commands) -> None:
@@ -180,7 +240,11 @@ def add_view(commands) -> None:
     )
     view.add_argument("--keep-ratio", type=float, default=DEFAULT_KEEP_RATIO, metavar="R", help="(0.3)")
     view.add_argument("--mode", metavar="MODE", help=f"{' or '.join(MODES)} (that of the weights)")
-    add_run_options(view)
+    add_run_options(
+        view,
+        "frames of a clip, evenly spaced (all, up to 24 on the CPU, which takes minutes for more, and up to 100 on a "
+        "GPU)",
+    )
     view.add_argument(
         "--host", default="127.0.0.1", help="address to listen at (127.0.0.1, this machine alone)"
     )
@@ -320,6 +384,26 @@ def compare_command(arguments: argparse.Namespace) -> int:
     print(f"wrote {arguments.out}/: {', '.join(report['files'])}")
     if arguments.colmap is not None:
         print(f"wrote {arguments.colmap}/: a COLMAP model of each side")
+    return 0
+
+
+def evaluate_command(arguments: argparse.Namespace) -> int:
+    from ..evaluate import evaluate
+    from ..evaluate.summary import format_table
+
+    names = (
+        "out", "backbone", "keep_ratios", "modes", "merge_budget", "frames", "stride", "protocol", "scenes",
+        "most_scenes", "meshes", "width", "device", "precision", "compile",
+    )  # fmt: skip
+    summary = evaluate(
+        arguments.data,
+        arguments.dataset,
+        weights=weights_of(arguments),
+        **{name: getattr(arguments, name) for name in names},
+    )
+    if os.environ.get("RANK", "0") == "0":
+        print(format_table(summary))
+        print(f"wrote {arguments.out}/: summary.md, summary.json, changes.png, scenes/")
     return 0
 
 

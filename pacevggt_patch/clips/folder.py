@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -145,14 +146,24 @@ class ClipFolder:
             )
         return framing_of(self.folder / name, size, width, mode, patch)
 
-    def check(self, width: int, mode: str) -> tuple[int, int]:
-        """Width and height of the first picture; `ClipError` if the header of any picture or depth map does not fit."""
-        check_arguments(None, 0, 1, width, mode)
+    def check(
+        self,
+        width: int,
+        mode: str,
+        patch: int = PATCH_SIZE,
+        entries: Sequence[dict[str, Any]] | None = None,
+    ) -> tuple[int, int]:
+        """Width and height of the first picture; `ClipError` if the header of any picture or depth map does not fit.
+
+        Args:
+            entries: those that are looked at; None takes all.
+        """
+        check_arguments(None, 0, 1, width, mode, patch)
         first: Source | None = None
-        for entry in self.entries:
+        for entry in self.entries if entries is None else entries:
             size, _ = read_header(self.folder / entry["file"])
             first = first or (entry["file"], size)
-            self.framing(entry["file"], size, first, width, mode)
+            self.framing(entry["file"], size, first, width, mode, patch)
             if entry.get("depth") is not None:
                 check_depth(self.folder / entry["depth"], *read_header(self.folder / entry["depth"]), size)
         assert first is not None  # there is a frame
@@ -163,7 +174,12 @@ class ClipFolder:
     ) -> Clip:
         """The clip of some of the frames; see `load_clip` for arguments and errors."""
         check_arguments(frames, start, stride, width, mode, patch)
-        entries = choose(self.entries, self.folder, frames, start, stride)
+        return self.load_entries(choose(self.entries, self.folder, frames, start, stride), width, mode, patch)
+
+    def load_entries(
+        self, entries: Sequence[dict[str, Any]], width: int, mode: str, patch: int = PATCH_SIZE
+    ) -> Clip:
+        """The clip of these entries; see `load_clip` for the other arguments and errors."""
         has_depth = any(entry.get("depth") is not None for entry in entries)
         pictures, maps = [], []
         first: Source | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,23 +18,15 @@ import numpy as np
 import torch
 
 from ..arguments import shown, whole
-from ..errors import ClipError, first_line
+from ..errors import ClipError
+from . import rgbd
 from .clip import Clip
-from .folder import (
-    MILLIMETRES_PER_METRE,
-    PIXEL_CENTRE,
-    check_arguments,
-    check_depth,
-    choose,
-    existing_folder,
-    is_rigid,
-)
-from .framing import FRAMINGS
-from .images import check_file, listed, read_header, read_image, read_rgb
+from .folder import check_depth, existing_folder
+from .framing import FRAMINGS, PATCH_SIZE, PIXEL_CENTRE, check_arguments, choose, images_of
+from .images import listed, read_header, read_rgb
+from .rgbd import read_metres, read_text
 
 SPLITS = {"train": "TrainSplit.txt", "test": "TestSplit.txt"}
-NOT_MEASURED = (0, 65535)  # values of a depth map
-MOST_TEXT = 2**20  # bytes of a pose or of a split file
 FRAME = re.compile(r"frame-([0-9]{6})\.(color\.png|depth\.png|pose\.txt)")
 
 
@@ -81,6 +74,40 @@ class Frame:
     pose: Path
 
 
+class SevenScenesSequence:
+    """One sequence of a scene, as a scene to evaluate on: its files are listed, none of them is read.
+
+    Args:
+        folder: of the scene.
+        sequence: its number.
+        calibration: of the two cameras; None is `Calibration()`.
+
+    Raises:
+        ClipError: the sequence is missing or has no frames.
+    """
+
+    left_out = 0  # frames without a pose: there are none
+    metres = True
+
+    def __init__(self, folder: Path, sequence: int, calibration: Calibration | None = None):
+        self.name = f"{folder.resolve().name}/seq-{sequence:02d}"
+        self.frames = sequence_frames(folder, sequence)
+        self.calibration = calibration or Calibration()
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def check(self, numbers: Sequence[int], width: int, mode: str, patch: int = PATCH_SIZE) -> None:
+        """Raise `ClipError` for a frame of which a pose or the header of a picture does not fit."""
+        check_frames([self.frames[number] for number in numbers], self.calibration)
+
+    def load(self, numbers: Sequence[int], width: int, mode: str, patch: int = PATCH_SIZE) -> Clip:
+        """The clip of the frames with these numbers, depth and poses moved to the colour camera."""
+        return load_frames(
+            [self.frames[number] for number in numbers], self.name, width, mode, patch, self.calibration
+        )
+
+
 def load_seven_scenes(
     path: str | Path,
     *,
@@ -93,6 +120,7 @@ def load_seven_scenes(
     mode: Literal["crop", "square"] = "crop",
     aligned: bool = True,
     calibration: Calibration | None = None,
+    patch: int = PATCH_SIZE,
 ) -> Clip:
     """Load a clip of one scene of 7-Scenes.
 
@@ -103,11 +131,12 @@ def load_seven_scenes(
         frames: How many frames to take; None takes all there are.
         start: First frame taken.
         stride: Step between the frames taken.
-        width: Width of the loaded frames in pixels, a multiple of 14.
+        width: Width of the loaded frames in pixels, a multiple of `patch`.
         mode: "crop" or "square", as in `load_clip`.
         aligned: Whether depth is warped into the colour camera, the nearest point at each pixel, and poses are moved to
             it. False takes both as they are, with the intrinsics of the depth camera, as if it had made the pictures.
         calibration: Of the two cameras; None is `Calibration()`.
+        patch: Pixels a side of a patch of the model.
 
     Returns:
         A `Clip` on the CPU with all fields, in metres, as `load_clip` returns it. Rotations are exact.
@@ -116,14 +145,29 @@ def load_seven_scenes(
         ClipError: An argument is out of range, the scene has no split file or not the sequence, or one of the frames is
             missing, can't be read, has another size than the calibration, or has no pose. The message names the file.
     """
-    check_arguments(frames, start, stride, width, mode)
+    check_arguments(frames, start, stride, width, mode, patch)
     calibration = calibration or Calibration()
     chosen = choose_frames(path, split, sequence, frames, start, stride, calibration)
+    name = Path(path).resolve().name
+    name = name if sequence is None else f"{name} seq-{sequence:02d}"
+    return load_frames(chosen, name, width, mode, patch, calibration, aligned)
+
+
+def load_frames(
+    chosen: Sequence[Frame],
+    name: str,
+    width: int,
+    mode: str,
+    patch: int,
+    calibration: Calibration,
+    aligned: bool = True,
+) -> Clip:
+    """A clip of these frames; see `load_seven_scenes` for arguments and errors."""
     poses = [read_pose(frame.pose) for frame in chosen]
-    framing = FRAMINGS[mode](*calibration.size, width)
+    framing = FRAMINGS[mode](*calibration.size, width, patch)
     pictures, maps = [], []
     for frame in chosen:
-        pictures.append(torch.from_numpy(framing.image(read_rgb(frame.colour)).copy()))
+        pictures.append(framing.image(read_rgb(frame.colour)))
         depth = read_metres(frame.depth)
         maps.append(framing.depth(warp_depth(depth, calibration) if aligned else depth))
     if aligned:
@@ -133,10 +177,9 @@ def load_seven_scenes(
     else:
         focal, centre = calibration.depth_focal, calibration.depth_centre
     intrinsics = framing.intrinsics(focal, focal, centre[0] + PIXEL_CENTRE, centre[1] + PIXEL_CENTRE)
-    name = Path(path).resolve().name
     return Clip(
-        name if sequence is None else f"{name} seq-{sequence:02d}",
-        torch.stack(pictures).permute(0, 3, 1, 2).float().div_(255).contiguous(),  # [S, 3, H, W]
+        name,
+        images_of(pictures),  # [S, 3, H, W]
         intrinsics.expand(len(chosen), 3, 3).clone(),
         torch.from_numpy(np.linalg.inv(np.stack(poses))[:, :3]).float(),  # [S, 3, 4]
         torch.from_numpy(np.stack(maps)),  # [S, H, W]
@@ -165,11 +208,16 @@ def choose_frames(
         numbers = [sequence]
     found = [frame for number in numbers for frame in sequence_frames(folder, number)]
     chosen = list(choose(found, folder, frames, start, stride))
+    check_frames(chosen, calibration)
+    return chosen
+
+
+def check_frames(chosen: Sequence[Frame], calibration: Calibration) -> None:
+    """Raise `ClipError` for a frame of which a pose or the header of a picture does not fit."""
     for frame in chosen:
         read_pose(frame.pose)
         check_size(frame.colour, read_header(frame.colour)[0], calibration)
         check_depth(frame.depth, *read_header(frame.depth), calibration.size)
-    return chosen
 
 
 def split_sequences(path: str | Path, split: str) -> list[int]:
@@ -216,40 +264,12 @@ def check_size(file: Path, size: tuple[int, int], calibration: Calibration) -> N
         raise ClipError(f"{file} is {size[0]}x{size[1]}, but the calibration is for {expected}")
 
 
-def read_text(file: Path) -> str:
-    """A small text file."""
-    check_file(file, MOST_TEXT)
-    try:
-        return file.read_text(encoding="ascii")
-    except (OSError, ValueError) as error:
-        raise ClipError(f"{file} can't be read as text: {first_line(error)}") from error
-
-
 def read_pose(file: Path) -> np.ndarray:
-    """`[4, 4]` float64 camera-to-world. The published rotations are off by some 1e-4; here they are exact."""
-    try:
-        rows = [
-            [float(number) for number in line.split()]
-            for line in read_text(file).splitlines()
-            if line.strip()
-        ]
-    except ValueError as error:
-        if isinstance(error, ClipError):
-            raise
-        raise ClipError(f"{file} must hold 4 x 4 numbers: {first_line(error)}") from error
-    if not is_rigid(rows):  # NaN where tracking was lost
+    """`[4, 4]` float64 camera-to-world, with an exact rotation."""
+    pose = rgbd.read_pose(file)
+    if pose is None:  # never in what is published
         raise ClipError(f"{file} is not a 4x4 rotation and translation: leave this frame out")
-    pose = np.array(rows)
-    left, _, right = np.linalg.svd(pose[:3, :3])
-    pose[:3, :3] = left @ right
     return pose
-
-
-def read_metres(file: Path) -> np.ndarray:
-    """`[H, W]` float32 depth in metres, 0 where not measured."""
-    image = read_image(file)
-    stored = np.asarray(image)
-    return np.where(np.isin(stored, NOT_MEASURED), 0, stored / MILLIMETRES_PER_METRE).astype(np.float32)
 
 
 def warp_depth(depth: np.ndarray, calibration: Calibration) -> np.ndarray:

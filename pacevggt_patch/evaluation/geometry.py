@@ -129,6 +129,23 @@ def unproject(depth: Tensor, intrinsics: Tensor, world_to_camera: Tensor) -> Ten
     return (camera - world_to_camera[:, None, None, :, 3]) @ world_to_camera[:, None, :, :3]
 
 
+def masked_points(depth: Tensor, intrinsics: Tensor, world_to_camera: Tensor, mask: Tensor) -> Tensor:
+    """`[N, 3]` world points of the pixels in a mask `[S, H, W]`, frame after frame, as `unproject` gives them.
+
+    One frame is unprojected at a time: a thousand would take a hundred bytes for each of their pixels.
+    """
+    one_each = (value.split(1) for value in (depth, intrinsics, world_to_camera, mask))
+    return torch.cat([unproject(d, k, pose)[chosen] for d, k, pose, chosen in zip(*one_each, strict=True)])
+
+
+def thinned(mask: Tensor, most: int) -> Tensor:
+    """A mask of evenly spaced ones among those of a mask of any shape, at most so many; on its device."""
+    chosen = mask.flatten().nonzero()[:, 0]
+    kept = torch.zeros(mask.numel(), dtype=torch.bool, device=mask.device)
+    kept[chosen[:: max(1, -(-len(chosen) // most))]] = True
+    return kept.view(mask.shape)
+
+
 def similarity_alignment(source: Tensor, target: Tensor) -> Similarity:
     """The similarity that takes `source` to `target`, both `[N, 3]`, with the least squared error.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..clips.clip import Clip
 from ..errors import PaceError
-from .geometry import camera_centres, camera_to_world, decode_pose_encoding, similarity_alignment, unproject
+from .geometry import decode_pose_encoding, masked_points, similarity_alignment, thinned
 
 AUC_THRESHOLDS = (5, 15, 30)
 MAX_POINTS = 200_000
@@ -142,51 +142,6 @@ def depth_errors(predicted: Tensor, truth: Tensor, valid: Tensor) -> DepthErrors
     return DepthErrors((ratio - 1).abs().mean().item(), within.double().mean().item() * 100)
 
 
-def absolute_trajectory_error(predicted: Tensor, truth: Tensor) -> float | None:
-    """Root mean square distance between camera centres after Sim(3) alignment, with `evo`.
-
-    Args:
-        predicted: World-to-camera `[S, 3, 4]`.
-        truth: World-to-camera `[S, 3, 4]`.
-
-    Returns:
-        The error in the unit of `truth`; None for fewer than three frames or true centres on one line, to
-        which anything aligns too well. Predicted centres that lie on one line, or all in one place, cannot be
-        aligned: they get the error of a prediction that puts every camera in the middle of the true ones.
-
-    Raises:
-        ValueError: The shapes are not both `[S, 3, 4]`.
-        ImportError: `evo` is not installed.
-    """
-    try:
-        from evo.core.geometry import GeometryException
-        from evo.core.metrics import APE, PoseRelation
-        from evo.core.trajectory import PosePath3D
-    except ImportError as error:
-        raise ImportError("the absolute trajectory error needs evo: pip install evo") from error
-    check_poses(predicted, truth)
-    centres = camera_centres(truth.cpu().double())
-    centred = centres - centres.mean(dim=0)
-    if len(truth) < 3 or not spans_plane(centred):
-        return None
-    reference, estimate = (
-        PosePath3D(poses_se3=list(camera_to_world(poses).numpy())) for poses in (truth, predicted)
-    )
-    try:
-        estimate.align(reference, correct_scale=True)
-    except GeometryException:
-        return centred.square().sum(dim=1).mean().sqrt().item()
-    error = APE(PoseRelation.translation_part)
-    error.process_data((reference, estimate))
-    return float(np.sqrt(np.mean(np.square(error.error))))
-
-
-def spans_plane(centred: Tensor) -> bool:
-    """Whether points `[N, 3]` about their mean lie on more than one line."""
-    extent = torch.linalg.svdvals(centred)
-    return bool(extent[1] > 1e-6 * extent[0])
-
-
 def point_error(predicted: Tensor, truth: Tensor) -> float | None:
     """Mean distance between corresponding points after one Sim(3) alignment in the least-squares sense.
 
@@ -270,8 +225,9 @@ def clip_point_error(depth: Tensor, intrinsics: Tensor, world_to_camera: Tensor,
     """`point_error` of unprojected depth `[S, H, W]` with the given cameras; None if the clip cannot tell."""
     if clip.depth is None or clip.valid is None or clip.intrinsics is None or clip.world_to_camera is None:
         return None
-    chosen = clip.valid.flatten().nonzero()[:, 0]
-    chosen = chosen[:: max(1, -(-len(chosen) // MAX_POINTS))].cpu()  # [N]
-    predicted = unproject(depth.float(), intrinsics.float(), world_to_camera.float())
-    truth = unproject(clip.depth.float(), clip.intrinsics.float(), clip.world_to_camera.float())
-    return point_error(predicted.view(-1, 3).cpu()[chosen], truth.view(-1, 3).cpu()[chosen])
+    chosen = thinned(clip.valid, MAX_POINTS)
+    predicted = masked_points(
+        depth.float(), intrinsics.float(), world_to_camera.float(), chosen.to(depth.device)
+    )
+    truth = masked_points(clip.depth.float(), clip.intrinsics.float(), clip.world_to_camera.float(), chosen)
+    return point_error(predicted, truth)
