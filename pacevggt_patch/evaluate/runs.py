@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..clips import Clip
 from ..compare.plan import in_words
-from ..compare.runs import STOCK, Runner, Side, memory_kept, prediction_of
+from ..compare.runs import STOCK, Runner, Side, memory_kept
 from ..config import GLOBAL
 from ..errors import PaceError
 from ..evaluation.timing import time_interleaved
@@ -104,7 +104,7 @@ class SceneRunner:
             warm_up=False,
             prepare=lambda _: self.runner.prepare(side),
         )[side.name]
-        side.prediction = prediction_of(self.runner.named(side, timing.result), clip, side.name)
+        side.prediction = self.runner.prediction(timing.result, side, clip)
         timing.result = None
         side.timing = timing
         if side.config is not None:
