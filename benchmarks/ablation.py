@@ -321,7 +321,9 @@ def heads_study(subject: Subject) -> list[Variant]:
             "least_error": least,
             "chosen": bool(shipped),
         }
-        found.append(Variant(f"{count} heads{shipped}", more={"weights": weights}, says=says))
+        found.append(
+            Variant(f"{count} head{'s' * (count != 1)}{shipped}", more={"weights": weights}, says=says)
+        )
     if not any(variant.says["chosen"] for variant in found):
         says = {"pairs": subject.pairs(len(chosen)), "least_error": LEAST_ERROR, "chosen": True}
         weights = PaceWeights.of_heads(host, choose_full_heads(errors), {})

@@ -396,7 +396,7 @@ OUR_STYLE = {
 }
 COLORS = ("#d62728", "#ff7f0e", "#2ca02c", "#9467bd", "#8c564b", "#7f7f7f")
 MARKERS = ("v", "^", "<", ">", "P", "X")
-LEAST_SHOWN = -0.5  # nobody gains more than chance gives
+LEAST_SHOWN = -0.5  # bars of chance may go on below
 TICKS = (-20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
@@ -439,7 +439,8 @@ def draw(report: dict[str, Any], key: str, cost: Cost, path: Path) -> None:
         axis.set_yscale("symlog", linthresh=1)
         axis.axhline(0, color="black", linewidth=0.8)
         low, high = axis.get_ylim()
-        low = max(low, LEAST_SHOWN)
+        lowest = min(sign * row[f"{key}_change"] for row in rows if row["frames"] == frames)
+        low = max(low, min(LEAST_SHOWN, 1.4 * lowest))
         axis.set_ylim(low, high)
         axis.set_yticks([tick for tick in TICKS if low <= tick <= high])
         axis.yaxis.set_major_formatter("{x:g}")

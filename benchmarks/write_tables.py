@@ -448,6 +448,27 @@ def own_code_cell(row: dict[str, Any]) -> str:
     return f"{row['seconds_median']:.3g} s ({spread}), {row['peak_gib']:.1f} GiB"
 
 
+SIBLINGS = {"pi3": "Pi3", "vggt-omega": "VGGT-Omega", "depth-anything-3-giant": "Depth Anything 3 giant"}
+
+
+def siblings_table() -> str:
+    """Seconds and memory of models of other families, stock and accelerated."""
+    lines = []
+    for family, name in SIBLINGS.items():
+        found = json.loads((RESULTS / f"siblings-{family}-h200.json").read_text())
+        for frames in sorted({row["frames"] for row in found["rows"]}):
+            stock, ours = (
+                next(row for row in found["rows"] if (row["variant"], row["frames"]) == (variant, frames))
+                for variant in ("stock", "pace")
+            )
+            cells = [
+                f"{row['seconds_median']:.3g} s ({row['seconds_min']:.3g} to {row['seconds_max']:.3g}), {row['peak_gib']:.1f} GiB"
+                for row in (stock, ours)
+            ]
+            lines.append([name, ours["pixels"], str(frames), *cells, f"{ours['speedup']:.1f}x"])
+    return table(["model", "pixels", "frames", "stock", "accelerated", "speed-up"], lines)
+
+
 def is_ours(line: str) -> bool:
     return line in (*UNTRAINED, "bundled weights")
 
@@ -572,6 +593,7 @@ TABLES = [
         for name, n in STUDIES.items()
     ),
     (ROOT / "docs" / "ablations.md", "occlusion", occlusion_table),
+    (ROOT / "docs" / "hosts.md", "siblings", siblings_table),
     (ROOT / "docs" / "compare.md", "example", comparison),
     (ROOT / "docs" / "latency.md", "gpu", gpu_table),
     (ROOT / "docs" / "latency.md", "cpu", cpu_table),
