@@ -424,6 +424,7 @@ def draw(report: dict[str, Any], key: str, cost: Cost, path: Path) -> None:
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     lines = list(dict.fromkeys(row["line"] for row in rows))
+    lowest = min(sign * row[f"{key}_change"] for row in rows)
     for axis, frames in zip(axes.flat, panels, strict=False):
         for line in lines:
             points = [row for row in rows if (row["line"], row["frames"]) == (line, frames)]
@@ -439,7 +440,6 @@ def draw(report: dict[str, Any], key: str, cost: Cost, path: Path) -> None:
         axis.set_yscale("symlog", linthresh=1)
         axis.axhline(0, color="black", linewidth=0.8)
         low, high = axis.get_ylim()
-        lowest = min(sign * row[f"{key}_change"] for row in rows if row["frames"] == frames)
         low = max(low, min(LEAST_SHOWN, 1.4 * lowest))
         axis.set_ylim(low, high)
         axis.set_yticks([tick for tick in TICKS if low <= tick <= high])

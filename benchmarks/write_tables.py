@@ -461,10 +461,7 @@ def siblings_table() -> str:
                 next(row for row in found["rows"] if (row["variant"], row["frames"]) == (variant, frames))
                 for variant in ("stock", "pace")
             )
-            cells = [
-                f"{row['seconds_median']:.3g} s ({row['seconds_min']:.3g} to {row['seconds_max']:.3g}), {row['peak_gib']:.1f} GiB"
-                for row in (stock, ours)
-            ]
+            cells = [own_code_cell(row) for row in (stock, ours)]
             lines.append([name, ours["pixels"], str(frames), *cells, f"{ours['speedup']:.1f}x"])
     return table(["model", "pixels", "frames", "stock", "accelerated", "speed-up"], lines)
 
