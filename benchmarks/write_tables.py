@@ -535,8 +535,10 @@ def ablation_table(study: str, lengths: dict[str, str]) -> str:
                 if row
                 else []
             )
-            pairs = f"{100 * row['pairs']:.0f} %: " if row and row["pairs"] is not None else ""
-            cells.append(pairs + " / ".join(changes))
+            pairs = f"{100 * row['pairs']:.0f} %" if row and row["pairs"] is not None else ""
+            least = row.get("least_error") if row else None
+            pairs += "" if least is None else f", from {100 * least:.2f} %"
+            cells.append(pairs + ": " * bool(pairs) + " / ".join(changes))
         lines.append(cells)
     return table(["", *lengths.values()], lines)
 
@@ -549,6 +551,25 @@ STUDIES = {
     "weights": ROOMS,
     "merging": ROOMS,
 }
+
+
+def distilled_table() -> str:
+    """What pre-AA pruning loses after each stage of training, over three trainings."""
+    found = json.loads((RESULTS / "pace-mini-rooms-8.json").read_text())["rows"]
+    lines = []
+    for stage in ("unpruned", "training-free", "calibrated", "distilled", "refined"):
+        cells = [stage]
+        for ratio in RATIOS:
+            (row,) = (r for r in found if r["stage"] == stage and r["keep_ratio"] in (ratio, 1.0))
+            cells.append(f"{spread_of(row, 'auc30', 1)} / {spread_of(row, 'absrel', 4)}")
+        lines.append(cells)
+    return table(["", *(f"keep ratio {ratio:g}" for ratio in RATIOS)], lines)
+
+
+def spread_of(row: dict[str, Any], key: str, digits: int) -> str:
+    """A mean, and its standard deviation over trainings where there is more than one."""
+    spread = row[f"{key}_std"]
+    return number(row[key], digits) + ("" if spread is None else f" ± {spread:.{digits}f}")
 
 
 def occlusion_table() -> str:
@@ -589,6 +610,7 @@ TABLES = [
         (ROOT / "docs" / "ablations.md", name, partial(ablation_table, name, n))
         for name, n in STUDIES.items()
     ),
+    (ROOT / "docs" / "ablations.md", "distilled", distilled_table),
     (ROOT / "docs" / "ablations.md", "occlusion", occlusion_table),
     (ROOT / "docs" / "hosts.md", "siblings", siblings_table),
     (ROOT / "docs" / "compare.md", "example", comparison),
