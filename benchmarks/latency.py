@@ -7,8 +7,9 @@
 
 Beside seconds and memory: the time of every stage and what part of it arithmetic alone would take (arithmetic.py),
 the longest GPU kernels, host syncs, the largest clip for usual cards, the smallest clip for which acceleration pays,
-how well `fit_budget` predicts, and with --compare another VGGT's own code. vggt-1b without --checkpoint is the full
-shape with random weights: shapes alone decide the time, not the values. Needs a `vggt` on the path.
+how well `fit_budget` predicts, and with --compare another VGGT's own code. Under torchrun it is scaling.py, and takes
+the arguments of that. vggt-1b without --checkpoint is the full shape with random weights: shapes alone decide the time,
+not the values. Needs a `vggt` on the path.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import scaling
 from bench import Bench, Job, free, measure, with_speedup
 from models import PRECISIONS, SEED, add_mode_arguments, other_rows
 from plots import save_plots
@@ -39,9 +41,9 @@ RESERVE_GIB = 1.0  # of a card, for the CUDA context and the allocator's fragmen
 
 
 def main(argv: list[str] | None = None) -> int:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # started by torchrun
+        return scaling.main(argv)
     args = parse_arguments(argv)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise PaceError("this benchmark runs in one process: use scaling.py for several GPUs")
     start = time.monotonic()
     bench = Bench(args)
     report: dict[str, Any] = {
