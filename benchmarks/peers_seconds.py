@@ -130,6 +130,8 @@ def rows_so_far(file: Path, report: dict[str, Any]) -> list[dict[str, Any]]:
     try:
         old = json.loads(file.read_text(encoding="utf-8"))
         differ = [key for key in report if key not in ("environment", "rows") and old[key] != report[key]]
+        machines = [one["environment"] for one in (old, report)]
+        differ += [key for key in ("device", "torch") if machines[0][key] != machines[1][key]]
         rows = list(old["rows"])
     except (ValueError, KeyError, TypeError) as error:
         raise PaceError(f"{file} is there and no report of this script: take another --json") from error

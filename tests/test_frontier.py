@@ -162,18 +162,22 @@ def test_a_panel_for_each_length_and_a_line_for_each_rule(tmp_path, monkeypatch,
         {"line": line, "value": 1.0, "frames": 8, "speedup": speedup}
         for line, speedup in (("unpruned", 1.0), ("AVGGT", 2.5), ("calibrated", None))
     ]
-    seconds.write_text(json.dumps({"rows": timed}))
+    seconds.write_text(json.dumps({"rows": timed, "attention": "flash-attention 3 (fa3_fwd_interface)"}))
     fast = frontier.with_speedups(report, seconds)
     assert [(row["line"], row["speedup"]) for row in fast["rows"]] == [("unpruned", 1.0), ("AVGGT", 2.5)]
-    frontier.draw(fast, "auc30", frontier.SPEEDUP, tmp_path / "speedup.png")
+    frontier.draw(fast, "auc30", frontier.speedup_of(fast), tmp_path / "speedup.png")
     (axis,) = figures[1].axes  # nothing of 24 views was timed
+    assert axis.get_xlabel().endswith("(ours with FlashAttention-3)")
+    assert frontier.speedup_of(fast | {"attention": "torch SDPA"}) == frontier.SPEEDUP
     assert axis.containers[0].lines[0].get_xydata().tolist() == [[2.5, 90]]
 
 
 def test_bundled_weights_take_the_time_of_calibrated_ones(tmp_path):
     seconds = tmp_path / "seconds.json"
     seconds.write_text(
-        json.dumps({"rows": [{"line": "calibrated", "value": 1.0, "frames": 8, "speedup": 4.0}]})
+        json.dumps(
+            {"rows": [{"line": "calibrated", "value": 1.0, "frames": 8, "speedup": 4.0}], "attention": ""}
+        )
     )
     rows = [a_row(line, 8, 0.2, -1.0) for line in ("training-free", "bundled weights", "calibrated")]
     found = frontier.with_speedups({"rows": rows}, seconds)["rows"]
