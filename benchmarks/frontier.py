@@ -391,7 +391,7 @@ SPEEDUP = Cost(
 
 def speedup_of(report: dict[str, Any]) -> Cost:
     """Speed-up as a cost, which says where attention of ours ran on another kernel than that of all others."""
-    more = " (ours with FlashAttention-3)" if "flash-attention 3" in report["attention"] else ""
+    more = "\n(ours with FlashAttention-3)" if "flash-attention 3" in report["attention"] else ""
     return replace(SPEEDUP, label=SPEEDUP.label + more)
 
 
