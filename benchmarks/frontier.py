@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from pacevggt_patch import PaceError, PaceWeights, accelerate, calibrate, remove
 from pacevggt_patch.clips import Clip
+from pacevggt_patch.config import DEFAULT_KEEP_RATIO
 from pacevggt_patch.hosts.base import find_host
 from pacevggt_patch.mini import build_mini
 from pacevggt_patch.patching.install import state_of
@@ -399,6 +400,7 @@ LOST = {
     "auc30": ("AUC@30 lost, percent", -1),
     "absrel": ("AbsRel worse by, percent", 1),
 }
+DEFAULT_LINES = ("calibrated", "bundled weights")
 OUR_STYLE = {
     "training-free": ("#9ecae1", "s"),
     "calibrated": ("#3182bd", "o"),
@@ -449,7 +451,23 @@ def draw(report: dict[str, Any], key: str, cost: Cost, path: Path) -> None:
         axis.set(xscale="log", xlabel=cost.label)
         axis.set_yscale("symlog", linthresh=1)
         axis.axhline(0, color="black", linewidth=0.8)
+        default = [
+            row
+            for row in rows
+            if row["frames"] == frames and row["line"] in DEFAULT_LINES and row["value"] == DEFAULT_KEEP_RATIO
+        ]
+        if default:
+            axis.plot(
+                [cost.times * row[cost.key] for row in default],
+                [sign * row[f"{key}_change"] for row in default],
+                "o",
+                markersize=14,
+                markerfacecolor="none",
+                markeredgecolor="black",
+                label=f"keep ratio {DEFAULT_KEEP_RATIO:g}, the default",
+            )
         low, high = axis.get_ylim()
+        high *= 1.3
         low = max(low, min(LEAST_SHOWN, 1.4 * lowest))
         axis.set_ylim(low, high)
         axis.set_yticks([tick for tick in TICKS if low <= tick <= high])
