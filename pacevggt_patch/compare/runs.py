@@ -63,7 +63,9 @@ class Side:
         config: the setting; None for stock.
         weights: which weights ran, in words; "" for stock.
         full_heads: number of full-attention heads.
-        kept: [S, K] numbers of the patch tokens that were kept, or None where all were.
+        kept_count: K, patch tokens of a frame that were kept, or None where all were.
+        kept: [S, K] their numbers in each frame of the clip. None where all were kept, and of a model that puts the
+            frames into an order of its own: which row is of which frame is not known then.
         prediction: None where it did not fit into memory.
         timing: its runs; without seconds where it did not fit.
     """
@@ -72,6 +74,7 @@ class Side:
     config: PaceConfig | None = None
     weights: str = ""
     full_heads: int = 0
+    kept_count: int | None = None
     kept: Tensor | None = None
     prediction: Prediction | None = None
     timing: Timing = field(default_factory=Timing)
@@ -228,7 +231,9 @@ class Runner:
         found, state = summary(self.model), state_of(self.model)
         side.weights = "none (this clip could not be calibrated on)" if state.pending else found.weights
         side.weights = without_paths(side.weights)
-        side.kept = None if found.kept is None else found.kept[0].cpu()
+        if found.kept is not None:
+            side.kept_count = found.kept.shape[-1]
+            side.kept = None if self.host.reorders_frames else found.kept[0].cpu()
         if state.weights is not None:
             side.full_heads = len(state.weights.full_heads)
             self.weights[side.config] = state.weights  # once calibrated, a setting stays so
