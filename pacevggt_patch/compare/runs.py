@@ -239,14 +239,19 @@ class Runner:
             self.weights[side.config] = state.weights  # once calibrated, a setting stays so
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that the device ran out of memory; cuBLAS and cuDNN have errors of their own."""
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
+
+
 @contextmanager
 def memory_kept(device: torch.device) -> Generator[list[bool]]:
     """Ends the block where the device runs out of memory, and frees what was taken; yields [True] until then."""
     fits = [True]
     try:
         yield fits
-    except RuntimeError as error:  # cuBLAS and cuDNN have errors of their own
-        if not isinstance(error, torch.cuda.OutOfMemoryError) and "ALLOC_FAILED" not in str(error):
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
             raise
         fits.clear()
     if not fits and device.type == "cuda":  # the error itself, which holds the tensors, is gone by now
