@@ -187,8 +187,12 @@ class Pi3Double(nn.Module):
         turned = turned * torch.linalg.det(turned)[..., None, None].sign()
         poses = F.pad(torch.cat([turned, cameras[..., 3:]], -1), (0, 0, 0, 1))
         poses[..., 3, 3] = 1
+        local = torch.cat([dense[..., :2] * depth, depth], -1)
+        # Poses are camera-to-world.
+        turned, moved = poses[..., None, None, :3, :3], poses[..., None, None, :3, 3]
         return {
-            "local_points": torch.cat([dense[..., :2] * depth, depth], -1),
+            "points": (turned @ local[..., None])[..., 0] + moved,
+            "local_points": local,
             "conf": dense[..., 3:],
             "camera_poses": poses,
         }
