@@ -198,6 +198,20 @@ class Pi3Double(nn.Module):
         }
 
 
+class Pi3XDouble(Pi3Double):
+    """A Pi3 that takes more than images, until it is told not to."""
+
+    use_multimodal = True
+
+    def disable_multimodal(self) -> None:
+        self.use_multimodal = False
+
+    def forward(self, imgs: Tensor) -> dict[str, Tensor]:
+        if self.use_multimodal:
+            raise ValueError("depth, rays and poses are missing")
+        return super().forward(imgs)
+
+
 # ---- VGGT-Omega
 
 
@@ -324,6 +338,10 @@ class OmegaDouble(nn.Module):
 
 def pi3(seed: int) -> Any:
     return made(Pi3Double, seed)
+
+
+def pi3x(seed: int) -> Any:
+    return made(Pi3XDouble, seed)
 
 
 def vggt_omega(seed: int) -> Any:

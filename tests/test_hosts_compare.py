@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from types import ModuleType
 
 import depth_anything_double
@@ -40,9 +41,11 @@ def whole(model, part):
 def package(monkeypatch):
     """Puts a double in the place of a family's package."""
 
-    def put(name: str, subject: Subject):
+    def put(name: str, subject: Subject, from_pretrained: bool = False):
         module = ModuleType("a_package_of_models")
-        module.Model = lambda: whole(subject.build(5), PACKAGES[name].part)
+        module.Model = lambda _=None: whole(subject.build(5), PACKAGES[name].part)
+        if from_pretrained:
+            module.Model.from_pretrained = module.Model
         monkeypatch.setitem(sys.modules, module.__name__, module)
         monkeypatch.setitem(PACKAGES, name, PACKAGES[name]._replace(module=module.__name__, kind="Model"))
 
@@ -127,10 +130,8 @@ def by_hand(encoding, height, width):
         matrix[:3, :3] += 2 * w * across + 2 * across @ across  # Rodrigues
         matrix[:3, 3] = row[:3]
         matrices.append(matrix)
-        focal_y, focal_x = (
-            side / 2 / float((field / 2).tan()) for side, field in zip((height, width), row[7:], strict=True)
-        )
-        intrinsics.append([[focal_x, 0, width / 2], [0, focal_y, height / 2], [0, 0, 1]])
+        tall, wide = (2 * float((field / 2).tan()) for field in row[7:])
+        intrinsics.append([[width / wide, 0, width / 2], [0, height / tall, height / 2], [0, 0, 1]])
     lead = encoding.shape[:-1]
     return torch.stack(matrices).view(*lead, 4, 4), torch.tensor(intrinsics).view(*lead, 3, 3)
 
@@ -174,6 +175,12 @@ def test_cameras_of_vggt_omega_are_those_that_it_decodes(subject):
     else:
         poses, intrinsics = load("vggt_omega.utils.pose_enc").encoding_to_camera(encoding, size)
     close(cameras(subject, found), (poses[..., :3, :], intrinsics))
+
+
+def test_pi3x_takes_images_alone(package):
+    """As its authors ask for where nothing else is given."""
+    package("pi3x", replace(DOUBLES[0], build=hosts_doubles.pi3x), from_pretrained=True)
+    assert not load_backbone("pi3x").use_multimodal
 
 
 def test_intrinsics_fit_the_points_of_a_known_camera():

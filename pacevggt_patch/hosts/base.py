@@ -449,6 +449,7 @@ class Package(NamedTuple):
         source: where its package is to be had.
         checkpoint: Hub id that is loaded where none is given, or None.
         part: name of the part of it that is called with images alone; empty where it is all of it.
+        prepare: what is done to a new model so that it takes images alone.
     """
 
     module: str
@@ -457,6 +458,7 @@ class Package(NamedTuple):
     source: str
     checkpoint: str | None = None
     part: str = ""
+    prepare: Callable[[Any], Any] = lambda model: None
 
 
 # By the names that commands take; those of VGGT need none.
