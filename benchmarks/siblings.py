@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from bench import Job, timed, with_speedup
 from models import SEED, heads_of
+from random_weights import with_random_weights
 from tqdm import tqdm
 
 from pacevggt_patch import PaceError, PaceWeights, accelerate, paused, summary
@@ -171,23 +172,7 @@ def build(family: str, device: torch.device, tiny: bool = False) -> Any:
     with device:  # on the CPU this takes long
         model = make(source)
     PACKAGES[package].prepare(model)
-    return with_values(model.to(device).eval())
-
-
-@torch.no_grad()
-def with_values(model: Any) -> Any:
-    """Fill what a model leaves empty until a checkpoint comes."""
-    for module in model.modules():
-        mask = getattr(module, "bias_mask", None)
-        if mask is not None:  # of keys, whose bias DINOv3 leaves out
-            mask.fill_(1)
-            mask[len(mask) // 3 : 2 * len(mask) // 3] = 0
-    for name, parameter in model.named_parameters():
-        if name.endswith("gamma"):
-            parameter.fill_(0.01)
-        elif not parameter.isfinite().all() or parameter.abs().max() > 1e3:
-            parameter.normal_(0, 0.02)
-    return model
+    return with_random_weights(model.to(device), SEED, 0.02)
 
 
 def clip(host: Host, frames: int, size: list[int], device: torch.device) -> torch.Tensor:
