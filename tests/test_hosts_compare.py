@@ -21,7 +21,7 @@ from torch import nn
 from pacevggt_patch import PaceError
 from pacevggt_patch.clips import Clip
 from pacevggt_patch.compare import compare, plan
-from pacevggt_patch.compare.runs import prediction_of
+from pacevggt_patch.compare.runs import prediction_of, to_device
 from pacevggt_patch.evaluation.geometry import decode_pose_encoding, encode_cameras
 from pacevggt_patch.hosts.base import PACKAGES, find_host
 from pacevggt_patch.hosts.pi3 import fitted_intrinsics
@@ -215,6 +215,38 @@ def test_what_is_missing_is_said(package, tmp_path):
 def test_training_refuses_other_families(tmp_path):
     with pytest.raises(PaceError, match=r"training is for VGGT.*calibrate"):
         check_options(Options(out=tmp_path, backbone="pi3", rooms="all"))
+
+
+@pytest.mark.parametrize("device,precision,refused", [
+    ("cuda", "float32", True), ("cuda", "autocast", False), ("cpu", "float32", False),
+])  # fmt: skip
+@pytest.mark.parametrize("subject", DOUBLES, ids=lambda subject: subject.name)
+def test_float32_is_refused_where_a_model_switches_autocast_on(
+    subject, device, precision, refused, monkeypatch
+):
+    """On a GPU, which nothing is moved to here."""
+    model = subject.model()
+    monkeypatch.setattr(type(model), "to", lambda model, *_: model)
+    wanted = plan.Plan(plan.Options(), (), (), torch.device(device), precision)
+    if refused and subject.family == "vggt-omega":
+        with pytest.raises(PaceError, match="OmegaDouble.*autocast"):
+            to_device(model, wanted)
+    else:
+        assert to_device(model, wanted) is model
+
+
+@pytest.mark.parametrize("subject", [*REAL, *real_depth_anything.REAL], ids=lambda subject: subject.name)
+@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'", "ignore:CUDA is not available")
+def test_which_models_switch_autocast_on(subject, monkeypatch):
+    model, own, switched = subject.model(), torch.autocast.__init__, []
+
+    def init(self, device_type, *args, **kwargs):
+        own(self, device_type, *args, **kwargs)
+        switched.append(device_type == "cuda" and kwargs.get("enabled", True))
+
+    monkeypatch.setattr(torch.autocast, "__init__", init)
+    read(model, subject)
+    assert any(switched) == find_host(model).own_autocast
 
 
 def test_narrow_weights_are_refused_where_heads_are_float32(tmp_path):

@@ -263,7 +263,8 @@ def to_device(backbone: str | nn.Module, plan: Plan) -> nn.Module:
     """The model in evaluation mode on the device, in the dtype that the precision wants.
 
     Raises:
-        PaceError: it can't be loaded, is accelerated already, or does not fit into the device's memory.
+        PaceError: it can't be loaded, is accelerated already, can't run in that precision, or does not fit into the
+            device's memory.
     """
     if isinstance(backbone, str):
         if not runs_mini(backbone):
@@ -273,9 +274,15 @@ def to_device(backbone: str | nn.Module, plan: Plan) -> nn.Module:
         raise PaceError("this model is accelerated already: call pacevggt_patch.remove(model) first")
     else:
         model = backbone.eval()
-    if plan.precision == "bfloat16" and not find_host(model).narrow_weights:
+    host = find_host(model)
+    if plan.precision == "bfloat16" and not host.narrow_weights:
         raise PaceError(
             f"heads of {type(model).__name__} run in float32, so its weights can't be bfloat16: use "
+            "--precision autocast"
+        )
+    if plan.precision == "float32" and plan.device.type == "cuda" and host.own_autocast:
+        raise PaceError(
+            f"{type(model).__name__} switches autocast on by itself on a GPU, so it can't run in float32 there: use "
             "--precision autocast"
         )
     try:

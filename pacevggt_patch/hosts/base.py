@@ -147,11 +147,12 @@ class Host:
         dense_heads: by module name.
         cached_layers: layers whose output the trunk returns.
         narrow_weights: whether the whole model runs with weights in half precision.
+        own_autocast: whether the model's forward switches autocast on by itself on CUDA, and is never in float32 there.
         reorders_frames: whether its blocks may be given the frames of a clip in another order than the caller gave.
     """
 
     family: str
-    narrow_weights, reorders_frames = False, False
+    narrow_weights, own_autocast, reorders_frames = False, False, False
     image_argument = "images"
     image_values = "[0, 1]"
     image_limits = (-0.5, 1.5)
