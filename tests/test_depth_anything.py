@@ -253,6 +253,18 @@ def test_another_wrapper_is_told_what_to_pass():
         prune(nn.Sequential(nn.Identity(), double.Wrapper(PLAIN.model())))
 
 
+@pytest.mark.parametrize(
+    "subject,blocks", [(PLAIN, "3+3"), (GIANT, "2+3"), (real.REAL[0], "3+3"), (real.REAL[1], "2+3")]
+)
+def test_a_summary_counts_the_blocks_that_alternate(subject, blocks):
+    """A giant begins with a global block, which has no frame block before it."""
+    model = prune(subject.model())
+    vit = model.backbone.pretrained
+    numbers = range(vit.alt_start, len(vit.blocks))
+    assert blocks == f"{sum(i % 2 == 0 for i in numbers)}+{sum(i % 2 for i in numbers)}"
+    assert f" {blocks} blocks, " in summary(model).backbone
+
+
 # ---- refusals
 
 

@@ -46,11 +46,15 @@ class BackboneSpec:
         return asdict(self) | {"cached_layers": list(self.cached_layers)}
 
     def __str__(self) -> str:
+        return self.in_words(f"{self.depth}+{self.depth}")
+
+    def in_words(self, blocks: str) -> str:
+        """All of them, given the numbers of frame blocks and of blocks between frames."""
         family = "" if self.family == "vggt" else f"{self.family}, "
         layers = "/".join(map(str, self.cached_layers))
         return (
-            f"{family}C={self.embed_dim}, {self.depth}+{self.depth} blocks, {self.num_heads} heads, patch "
-            f"{self.patch_size}, {self.special_tokens} special tokens"
+            f"{family}C={self.embed_dim}, {blocks} blocks, {self.num_heads} heads, patch {self.patch_size}, "
+            f"{self.special_tokens} special tokens"
         ) + (f", cached layers {layers}" if layers else "")
 
 
@@ -389,6 +393,11 @@ class Host:
             cached_layers=tuple(sorted(read)) or self.cached_layers,
             family=self.family,
         )
+
+    def __str__(self) -> str:
+        within = len(self.of_kind("frame"))
+        between = len(self.of_kind("global")) + len(self.of_kind("special"))
+        return self.spec().in_words(f"{within}+{between}")
 
     def fingerprint_tensors(self) -> list[Tensor]:
         """A few tensors that tell two checkpoints apart."""
