@@ -7,7 +7,7 @@ import inspect
 import depth_anything_double
 import pytest
 import real_depth_anything
-from conformance import CHECKS, CHECKS_OF_SHAPE, Subject
+from conformance import CHECKS, CHECKS_OF_SHAPE, Subject, compiled_blocks_give_the_same
 from hosts import tiny_vggt
 from hosts_doubles import DOUBLES
 from real_hosts import REAL
@@ -28,6 +28,7 @@ PAIRS = [
     pytest.param(subject, check, id=f"{subject.name}-{check.__name__}")
     for subject in SUBJECTS
     for check in (CHECKS_OF_SHAPE if subject.variant else CHECKS)
+    if (subject, check) != (VGGT, compiled_blocks_give_the_same)  # test_blocks.py does that
 ]
 
 
