@@ -23,11 +23,12 @@ from typing import Any, NamedTuple
 import torch
 from bench import Job, timed, with_speedup
 from models import SEED, heads_of
+from random_weights import with_random_weights
 from tqdm import tqdm
 
 from pacevggt_patch import PaceError, PaceWeights, accelerate, paused, summary
 from pacevggt_patch.evaluation.timing import Timing
-from pacevggt_patch.hosts.base import Host, find_host
+from pacevggt_patch.hosts.base import PACKAGES, Host, find_host
 from pacevggt_patch.patching.summary import device_time
 from pacevggt_patch.runtime.device import usable_device
 from pacevggt_patch.runtime.files import environment, write_json
@@ -48,24 +49,27 @@ class Family(NamedTuple):
     """How a model is made.
 
     Attributes:
-        module: of its package.
+        package: as `PACKAGES` names it.
+        module: of it.
         make: makes it, given that module.
         tests: module and function of the tests that make a small one.
     """
 
+    package: str
     module: str
     make: Callable[[Any], Any]
     tests: tuple[str, str]
 
 
 FAMILIES = {
-    "pi3": Family("pi3.models.pi3", lambda source: source.Pi3(), ("real_hosts", "pi3")),
-    "pi3x": Family("pi3.models.pi3x", lambda source: source.Pi3X(), ("real_hosts", "pi3x")),
+    "pi3": Family("pi3", "pi3.models.pi3", lambda source: source.Pi3(), ("real_hosts", "pi3")),
+    "pi3x": Family("pi3x", "pi3.models.pi3x", lambda source: source.Pi3X(), ("real_hosts", "pi3x")),
     "vggt-omega": Family(
-        "vggt_omega.models", lambda source: source.VGGTOmega(), ("real_hosts", "vggt_omega")
+        "vggt-omega", "vggt_omega.models", lambda source: source.VGGTOmega(), ("real_hosts", "vggt_omega")
     ),
     **{
         f"depth-anything-3-{size}": Family(
+            "depth-anything-3",
             "depth_anything_3.cfg",
             partial(depth_anything_3, name=f"da3-{size}"),
             ("real_depth_anything", "small_giant" if size == "giant" else "small"),
@@ -154,7 +158,7 @@ def build(family: str, device: torch.device, tiny: bool = False) -> Any:
     Raises:
         PaceError: its package can't be imported.
     """
-    module, make, (tests, small) = FAMILIES[family]
+    package, module, make, (tests, small) = FAMILIES[family]
     torch.manual_seed(SEED)
     if tiny:
         sys.path += [str(TESTS)] * (str(TESTS) not in sys.path)
@@ -167,25 +171,8 @@ def build(family: str, device: torch.device, tiny: bool = False) -> Any:
         ) from error
     with device:  # on the CPU this takes long
         model = make(source)
-    if hasattr(model, "disable_multimodal"):  # as Pi3X asks for where images are all that is given
-        model.disable_multimodal()
-    return with_values(model.to(device).eval())
-
-
-@torch.no_grad()
-def with_values(model: Any) -> Any:
-    """Fill what a model leaves empty until a checkpoint comes."""
-    for module in model.modules():
-        mask = getattr(module, "bias_mask", None)
-        if mask is not None:  # of keys, whose bias DINOv3 leaves out
-            mask.fill_(1)
-            mask[len(mask) // 3 : 2 * len(mask) // 3] = 0
-    for name, parameter in model.named_parameters():
-        if name.endswith("gamma"):
-            parameter.fill_(0.01)
-        elif not parameter.isfinite().all() or parameter.abs().max() > 1e3:
-            parameter.normal_(0, 0.02)
-    return model
+    PACKAGES[package].prepare(model)
+    return with_random_weights(model.to(device), SEED, 0.02)
 
 
 def clip(host: Host, frames: int, size: list[int], device: torch.device) -> torch.Tensor:

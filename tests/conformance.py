@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -63,6 +64,7 @@ class Subject:
         gradients: whether its own forward can be run with gradients in evaluation mode.
         special_blocks: numbers of the blocks between frames that special tokens alone enter.
         refused: settings that `accelerate` must refuse.
+        variant: whether it has another shape than a subject of its family before it: it runs `CHECKS_OF_SHAPE` alone.
         missing: why the model is not here, or None.
     """
 
@@ -78,12 +80,13 @@ class Subject:
     gradients: bool = True
     special_blocks: tuple[int, ...] = ()
     refused: tuple[str, ...] = ()
+    variant: bool = False
     missing: str | None = None
 
     def model(self, seed: int = 0) -> nn.Module:
         if self.missing is not None:
             pytest.skip(self.missing)
-        return self.build(seed)
+        return copy.deepcopy(_built(self.build, seed))
 
     def images(
         self, frames: int = FRAMES, *, batch: int = 1, grid: tuple[int, int] = (ROWS, COLUMNS), seed: int = 0
@@ -97,6 +100,12 @@ class Subject:
         """All tensors that a call gives, in order."""
         with torch.inference_mode():
             return tensors(self.call(model, images))
+
+
+@cache
+def _built(build: Callable[[int], nn.Module], seed: int) -> nn.Module:
+    """A model that nobody runs: copies of it take a tenth of the time that making it does."""
+    return build(seed)
 
 
 def tensors(output: Any) -> list[Tensor]:
@@ -301,7 +310,8 @@ def autocast_is_followed(subject: Subject, monkeypatch: Any) -> None:
         assert_equal(inner.run(prune(model, 1.0), images), stock)
         found = inner.run(prune(model), images)
         assert_pruned(found, stock)
-        assert_close(inner.run(prune(model, compile=subject.compiles > 0), images), found, 0.05)
+        if subject.compiles and not subject.variant:
+            assert_close(inner.run(prune(model, compile=True), images), found, 0.05)
 
 
 def gradients_are_those_of_what_runs(subject: Subject) -> None:
@@ -568,4 +578,21 @@ CHECKS = (
     a_budget_is_planned_for,
     images_that_do_not_fit_are_refused,
     a_summary_tells_the_stages,
+)
+
+# Those that may fail on another shape of a family alone: other blocks, and another order of them.
+CHECKS_OF_SHAPE = (
+    keeping_everything_is_stock_to_the_bit,
+    removal_leaves_no_trace,
+    fewer_tokens_attend,
+    heads_that_all_see_everything_are_stock,
+    nothing_is_read_back,
+    clips_of_a_batch_do_not_meet,
+    grids_may_be_odd,
+    autocast_is_followed,
+    gradients_are_those_of_what_runs,
+    calibrations_by_both_ways_agree,
+    weights_go_to_a_file_and_back,
+    compiled_blocks_give_the_same,
+    blocks_run_by_their_own_code_give_the_same,
 )

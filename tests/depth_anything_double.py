@@ -167,6 +167,12 @@ class Transformer(nn.Module):
         return torch.where(numbers == reference[:, None], -1, numbers).argsort(1)
 
 
+def inverted(poses: Tensor) -> Tensor:
+    """The other way between camera and world, for rotations and translations [..., 3, 4]."""
+    back = poses[..., :3].mT
+    return torch.cat([back, -back @ poses[..., 3:]], -1)
+
+
 def taken(x: Tensor, order: Tensor) -> Tensor:
     """Views of `x` [B, S, ...] in the order [B, S]."""
     return x[torch.arange(len(x), device=x.device)[:, None], order]
@@ -243,7 +249,8 @@ class Net(nn.Module):
             output = self.head(feats, *x.shape[-2:], patch_start_idx=0)
             if self.cam_dec is not None:
                 encoding = self.cam_dec(feats[-1][1]).sigmoid()  # fields of view of less than 1
-                output.extrinsics, output.intrinsics = decode_pose_encoding(encoding, *x.shape[-2:])
+                poses, output.intrinsics = decode_pose_encoding(encoding, *x.shape[-2:])  # camera-to-world
+                output.extrinsics = inverted(poses)
         output.aux = Outputs(
             {f"feat_layer_{i}": f for i, f in zip(export_feat_layers, features, strict=True)}
         )
@@ -297,5 +304,5 @@ def subject(name: str, build: Callable[[], nn.Module], **settings: Any) -> Subje
 DOUBLES = [
     subject("depth-anything-3", lambda: Net(4, 10), compiles=10),
     # As the giant: global block first, network with a gate.
-    subject("depth-anything-3 giant", lambda: Net(3, 8, gated=True), compiles=8),
+    subject("depth-anything-3 giant", lambda: Net(3, 8, gated=True), compiles=8, variant=True),
 ]

@@ -187,11 +187,29 @@ class Pi3Double(nn.Module):
         turned = turned * torch.linalg.det(turned)[..., None, None].sign()
         poses = F.pad(torch.cat([turned, cameras[..., 3:]], -1), (0, 0, 0, 1))
         poses[..., 3, 3] = 1
+        local = torch.cat([dense[..., :2] * depth, depth], -1)
+        # Poses are camera-to-world.
+        turned, moved = poses[..., None, None, :3, :3], poses[..., None, None, :3, 3]
         return {
-            "local_points": torch.cat([dense[..., :2] * depth, depth], -1),
+            "points": (turned @ local[..., None])[..., 0] + moved,
+            "local_points": local,
             "conf": dense[..., 3:],
             "camera_poses": poses,
         }
+
+
+class Pi3XDouble(Pi3Double):
+    """A Pi3 that takes more than images, until it is told not to."""
+
+    use_multimodal = True
+
+    def disable_multimodal(self) -> None:
+        self.use_multimodal = False
+
+    def forward(self, imgs: Tensor) -> dict[str, Tensor]:
+        if self.use_multimodal:
+            raise ValueError("depth, rays and poses are missing")
+        return super().forward(imgs)
 
 
 # ---- VGGT-Omega
@@ -320,6 +338,10 @@ class OmegaDouble(nn.Module):
 
 def pi3(seed: int) -> Any:
     return made(Pi3Double, seed)
+
+
+def pi3x(seed: int) -> Any:
+    return made(Pi3XDouble, seed)
 
 
 def vggt_omega(seed: int) -> Any:

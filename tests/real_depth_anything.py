@@ -64,11 +64,11 @@ def small_giant(seed: int) -> Any:
     return net(3, 8, seed, gated=True)
 
 
-def subject(name: str, build: Callable[[int], Any], blocks: int) -> Subject:
+def subject(name: str, build: Callable[[int], Any], blocks: int, variant: bool = False) -> Subject:
     return Subject(
         f"{name} (its own classes)", FAMILY, build, 14, 1, outputs, outputs, compiles=blocks,
-        refused=("output_device",), missing=missing("depth_anything_3.model.da3"),
+        refused=("output_device",), variant=variant, missing=missing("depth_anything_3.model.da3"),
     )  # fmt: skip
 
 
-REAL = [subject("depth-anything-3", small, 10), subject("depth-anything-3 giant", small_giant, 8)]
+REAL = [subject("depth-anything-3", small, 10), subject("depth-anything-3 giant", small_giant, 8, True)]

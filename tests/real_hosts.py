@@ -10,11 +10,15 @@ import os
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from conformance import Subject
 from torch import nn
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+with_random_weights = importlib.import_module("random_weights").with_random_weights
 
 CHANNELS = 32
 WHERE = "put its checkout into PACEVGGT_HOSTS"
@@ -34,22 +38,6 @@ def missing(name: str) -> str | None:
     except ImportError as error:
         return f"{name} can't be imported ({error}): {WHERE}"
     return None
-
-
-def with_random_weights(model: nn.Module, seed: int, size: float = 0.05) -> Any:
-    """The model in evaluation mode; values that a checkpoint would bring are made up."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for module in model.modules():
-            mask = getattr(module, "bias_mask", None)
-            if mask is not None:  # of keys, whose bias DINOv3 leaves out
-                mask.fill_(1)
-                mask[len(mask) // 3 : 2 * len(mask) // 3] = 0
-        for name, parameter in model.named_parameters():
-            if name.endswith("gamma"):
-                parameter.fill_(0.5)  # some are left empty
-            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
 
 
 def bare(kind: type) -> Any:

@@ -4,7 +4,9 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 
+import hosts_doubles
 import numpy as np
 import pytest
 import torch
@@ -483,6 +485,36 @@ def test_siblings(family, tmp_path, monkeypatch, capsys):
     assert report["family"] == family and report["environment"]["torch"] == torch.__version__
     assert len(report["full_heads"]) == 1 and {"global blocks"} <= {s["stage"] for s in report["stages"]["3"]}
     assert "speed-up" in capsys.readouterr().out
+
+
+def test_a_sibling_by_its_package_takes_images_alone(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    siblings, package = script("siblings"), ModuleType("a_package_of_models")
+    package.Pi3X = hosts_doubles.Pi3XDouble
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    monkeypatch.setitem(
+        siblings.FAMILIES, "pi3x", siblings.FAMILIES["pi3x"]._replace(module=package.__name__)
+    )
+    model = siblings.build("pi3x", torch.device("cpu"))
+    with torch.inference_mode():
+        found = model(torch.rand(1, 2, 3, 28, 28))
+    assert all(bool(t.isfinite().all()) for t in found.values())
+
+
+def test_random_weights_are_finite_wherever_a_model_is_empty(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    model = hosts_doubles.OmegaDouble()
+    assert any(bool(buffer.isnan().any()) for buffer in model.buffers())
+    with torch.no_grad():
+        model.camera_head.weight.fill_(torch.nan)
+        model.camera_head.bias.fill_(1e30)
+        model.aggregator.frame_blocks[0].ls1.gamma.fill_(torch.inf)
+    assert script("random_weights").with_random_weights(model, 3) is model and not model.training
+    values = [*model.parameters(), *model.buffers()]
+    assert all(bool(t.isfinite().all()) and t.abs().max() < 10 for t in values)
+    assert all(len(parameter.unique()) > 1 for parameter in model.parameters())
+    mask = model.aggregator.frame_blocks[0].attn.qkv.bias_mask
+    assert mask.tolist() == [1] * 32 + [0] * 32 + [1] * 32
 
 
 def test_siblings_without_their_package(monkeypatch):

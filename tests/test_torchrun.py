@@ -18,9 +18,10 @@ from test_compare import SMALL
 from test_training_steps import fitting, stirred
 
 from pacevggt_patch import PaceError
-from pacevggt_patch.compare import compare
+from pacevggt_patch.compare import compare, shared_runs
 from pacevggt_patch.mini import build_mini, save_mini
 from pacevggt_patch.patching.guest import guest
+from pacevggt_patch.patching.install import state_of
 from pacevggt_patch.runtime.ranks import processes_of_torchrun
 from pacevggt_patch.training.fit import Fit
 from pacevggt_patch.training.run import run_training
@@ -80,7 +81,40 @@ def work(rank, folder):
         settings = replace(training.SETTINGS, seed=rank)
         options = training.options(folder / "clip", folder / f"train{rank}", settings=settings)
         found["seeds"] = caught(lambda: run_training(options))
+    found["joined"] = caught(lambda: joined_without_memory(rank, compares))
+    # The last one: the other process waits for what this one should have sent, until it is gone.
+    found["forward"] = caught(lambda: forward_without_memory(rank, compares))
     torch.save(found, folder / f"{rank}.pt")
+
+
+def joined_without_memory(rank, compares):
+    """Rank 0 holds the outputs of all frames."""
+    own = shared_runs.gather_outputs
+
+    def gather(*given):
+        joined = own(*given)
+        if rank == 0:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return joined
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared_runs, "gather_outputs", gather)
+        compares("no", weights=None)
+
+
+def forward_without_memory(rank, compares):
+    """By an error of cuBLAS, at the end of the forward that all share."""
+    own = shared_runs.SharedRunner.forward
+
+    def forward(self, images):
+        outputs = own(self, images)
+        if rank == 0 and len(images) < COMPARED["frames"] and state_of(self.model).ranks is not None:
+            raise RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")
+        return outputs
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared_runs.SharedRunner, "forward", forward)
+        compares("no", weights=None)
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +184,14 @@ REFUSED = {"pre-aa": ('mode="pre-aa"',), "missing": ("missing.safetensors",), "s
 def test_what_does_not_fit_is_refused_in_both(found, name):
     for one in found:
         assert one[name] is not None and all(part in one[name] for part in REFUSED[name]), one[name]
+
+
+def test_a_rank_without_memory_ends_all(found):
+    """It does not go on with the next part of the comparison, for which it would be out of step with the others."""
+    first, other = (one["joined"] for one in found)
+    assert "memory of rank 0" in first and "memory of rank 0" in other and "rank 0 can't go on" in other
+    first, other = (one["forward"] for one in found)
+    assert "memory of rank 0" in first and "can't reach the others" in other
 
 
 def test_a_group_that_is_there_is_taken_and_left(found):

@@ -350,6 +350,8 @@ def frame_grid(
             else "are merged into them, or pruned"
         )
         what = f'<p class="quiet">Bright patch tokens are kept; dark ones {dark}.</p>'
+    elif setting["kept_tokens"] < setting["patches"]:
+        what = '<p class="quiet">Kept patch tokens are not shown: inside the model the frames have another order.</p>'
     return (
         f"<h3>Frames, kept tokens and depth</h3>{what}"
         f'<div class="grid" style="grid-template-columns:repeat({len(titles)},1fr)">{"".join(cells)}</div>'

@@ -63,7 +63,7 @@ def clip_report(
             "weights": side.weights or None,
             "full_heads": side.full_heads,
             "heads": runner.heads,
-            "kept_tokens": patches if side.kept is None else side.kept.shape[1],
+            "kept_tokens": patches if side.kept_count is None else side.kept_count,
             "patches": patches,
             **found,
             "speedup": faster,

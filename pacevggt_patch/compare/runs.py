@@ -63,7 +63,9 @@ class Side:
         config: the setting; None for stock.
         weights: which weights ran, in words; "" for stock.
         full_heads: number of full-attention heads.
-        kept: [S, K] numbers of the patch tokens that were kept, or None where all were.
+        kept_count: K, patch tokens of a frame that were kept, or None where all were.
+        kept: [S, K] their numbers in each frame of the clip. None where all were kept, and of a model that puts the
+            frames into an order of its own: which row is of which frame is not known then.
         prediction: None where it did not fit into memory.
         timing: its runs; without seconds where it did not fit.
     """
@@ -72,6 +74,7 @@ class Side:
     config: PaceConfig | None = None
     weights: str = ""
     full_heads: int = 0
+    kept_count: int | None = None
     kept: Tensor | None = None
     prediction: Prediction | None = None
     timing: Timing = field(default_factory=Timing)
@@ -228,10 +231,17 @@ class Runner:
         found, state = summary(self.model), state_of(self.model)
         side.weights = "none (this clip could not be calibrated on)" if state.pending else found.weights
         side.weights = without_paths(side.weights)
-        side.kept = None if found.kept is None else found.kept[0].cpu()
+        if found.kept is not None:
+            side.kept_count = found.kept.shape[-1]
+            side.kept = None if self.host.reorders_frames else found.kept[0].cpu()
         if state.weights is not None:
             side.full_heads = len(state.weights.full_heads)
             self.weights[side.config] = state.weights  # once calibrated, a setting stays so
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that the device ran out of memory; cuBLAS and cuDNN have errors of their own."""
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
 
 
 @contextmanager
@@ -240,8 +250,8 @@ def memory_kept(device: torch.device) -> Generator[list[bool]]:
     fits = [True]
     try:
         yield fits
-    except RuntimeError as error:  # cuBLAS and cuDNN have errors of their own
-        if not isinstance(error, torch.cuda.OutOfMemoryError) and "ALLOC_FAILED" not in str(error):
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
             raise
         fits.clear()
     if not fits and device.type == "cuda":  # the error itself, which holds the tensors, is gone by now
@@ -253,7 +263,8 @@ def to_device(backbone: str | nn.Module, plan: Plan) -> nn.Module:
     """The model in evaluation mode on the device, in the dtype that the precision wants.
 
     Raises:
-        PaceError: it can't be loaded, is accelerated already, or does not fit into the device's memory.
+        PaceError: it can't be loaded, is accelerated already, can't run in that precision, or does not fit into the
+            device's memory.
     """
     if isinstance(backbone, str):
         if not runs_mini(backbone):
@@ -263,9 +274,15 @@ def to_device(backbone: str | nn.Module, plan: Plan) -> nn.Module:
         raise PaceError("this model is accelerated already: call pacevggt_patch.remove(model) first")
     else:
         model = backbone.eval()
-    if plan.precision == "bfloat16" and not find_host(model).narrow_weights:
+    host = find_host(model)
+    if plan.precision == "bfloat16" and not host.narrow_weights:
         raise PaceError(
             f"heads of {type(model).__name__} run in float32, so its weights can't be bfloat16: use "
+            "--precision autocast"
+        )
+    if plan.precision == "float32" and plan.device.type == "cuda" and host.own_autocast:
+        raise PaceError(
+            f"{type(model).__name__} switches autocast on by itself on a GPU, so it can't run in float32 there: use "
             "--precision autocast"
         )
     try:

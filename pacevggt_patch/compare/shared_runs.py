@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..patching.install import accelerate, state_of
 from ..runtime.ranks import Ranks, gather_outputs, split_frames
 from ..weights.pace import PaceWeights
 from .plan import Plan
-from .runs import Prediction, Runner, Side
+from .runs import Prediction, Runner, Side, is_out_of_memory
 
 # Frames that a model without weights calibrates itself on: no more are looked at.
 CALIBRATED_ON = 24
@@ -76,16 +77,24 @@ class SharedRunner(Runner):
     def images(self, clip: Clip) -> Tensor:
         """Those of the whole clip on rank 0, which runs stock, and those of its own frames on another."""
         part = slice(None) if self.leads else split_frames(len(clip), self.ranks.rank, self.ranks.world)
-        try:
+        with self.fitting(f"the images of {clip.name}"):
             return super().images(Clip(clip.name, clip.images[part]))
-        except torch.cuda.OutOfMemoryError as error:
-            raise self.out_of_memory(f"the images of {clip.name}") from error
 
-    def out_of_memory(self, what: str) -> PaceError:
-        """Others wait for this rank, so that is the end of all."""
-        return PaceError(
-            f"{what} did not fit into the memory of rank {self.ranks.rank}: give fewer --frames, or more GPUs"
-        )
+    @contextmanager
+    def fitting(self, what: str) -> Generator[None]:
+        """A part of a run of all ranks. Others wait for one that runs out of memory, so that is the end of all.
+
+        Raises:
+            PaceError: it did.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise PaceError(
+                f"{what} did not fit into the memory of rank {self.ranks.rank}: give fewer --frames, or more GPUs"
+            ) from error
 
     def run(self, clip: Clip, update: Callable[[], Any]) -> list[Side]:
         sides = super().run(clip, update)
@@ -108,23 +117,22 @@ class SharedRunner(Runner):
         if side.config is None:
             return super().outputs(side, images) if self.leads else {}
         here = images[split_frames(len(images), 0, self.ranks.world)] if self.leads else images
-        try:
+        with self.fitting(side.name):
             return self.forward(here)
-        except torch.cuda.OutOfMemoryError as error:
-            raise self.out_of_memory(side.name) from error
 
     def predict(self, side: Side, images: Tensor, clip: Clip) -> Prediction | None:
         if side.config is None:
             return super().predict(side, images, clip) if self.leads else None
         outputs = self.outputs(side, images)
         here = {name: outputs[name] for name in COMPARED if name in outputs}
-        joined = gather_outputs(here, self.ranks.group)
         found = None
 
         def described() -> tuple[None, dict[str, str]]:
             nonlocal found
             part = clip if self.leads else Clip(clip.name, clip.images[: images.shape[0]])
-            found = self.prediction(here if joined is None else joined, side, part)
+            with self.fitting(side.name):
+                joined = gather_outputs(here, self.ranks.group)
+                found = self.prediction(here if joined is None else joined, side, part)
             return None, {}
 
         self.ranks.agree(described)

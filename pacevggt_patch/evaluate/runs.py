@@ -160,6 +160,6 @@ class SceneRunner:
             "weights": side.weights or None,
             "full_heads": side.full_heads if config else None,
             "heads": self.runner.heads if config else None,
-            "kept_tokens": patches if side.kept is None else side.kept.shape[1],
+            "kept_tokens": patches if side.kept_count is None else side.kept_count,
             "patches": patches,
         }

@@ -46,11 +46,15 @@ class BackboneSpec:
         return asdict(self) | {"cached_layers": list(self.cached_layers)}
 
     def __str__(self) -> str:
+        return self.in_words(f"{self.depth}+{self.depth}")
+
+    def in_words(self, blocks: str) -> str:
+        """All of them, given the numbers of frame blocks and of blocks between frames."""
         family = "" if self.family == "vggt" else f"{self.family}, "
         layers = "/".join(map(str, self.cached_layers))
         return (
-            f"{family}C={self.embed_dim}, {self.depth}+{self.depth} blocks, {self.num_heads} heads, patch "
-            f"{self.patch_size}, {self.special_tokens} special tokens"
+            f"{family}C={self.embed_dim}, {blocks} blocks, {self.num_heads} heads, patch {self.patch_size}, "
+            f"{self.special_tokens} special tokens"
         ) + (f", cached layers {layers}" if layers else "")
 
 
@@ -147,10 +151,12 @@ class Host:
         dense_heads: by module name.
         cached_layers: layers whose output the trunk returns.
         narrow_weights: whether the whole model runs with weights in half precision.
+        own_autocast: whether the model's forward switches autocast on by itself on CUDA, and is never in float32 there.
+        reorders_frames: whether its blocks may be given the frames of a clip in another order than the caller gave.
     """
 
     family: str
-    narrow_weights = False
+    narrow_weights, own_autocast, reorders_frames = False, False, False
     image_argument = "images"
     image_values = "[0, 1]"
     image_limits = (-0.5, 1.5)
@@ -388,6 +394,11 @@ class Host:
             family=self.family,
         )
 
+    def __str__(self) -> str:
+        within = len(self.of_kind("frame"))
+        between = len(self.of_kind("global")) + len(self.of_kind("special"))
+        return self.spec().in_words(f"{within}+{between}")
+
     def fingerprint_tensors(self) -> list[Tensor]:
         """A few tensors that tell two checkpoints apart."""
         blocks = [self.of_kind("frame")[0], self.of_kind("global")[-1]]
@@ -448,6 +459,7 @@ class Package(NamedTuple):
         source: where its package is to be had.
         checkpoint: Hub id that is loaded where none is given, or None.
         part: name of the part of it that is called with images alone; empty where it is all of it.
+        prepare: what is done to a new model so that it takes images alone.
     """
 
     module: str
@@ -456,6 +468,7 @@ class Package(NamedTuple):
     source: str
     checkpoint: str | None = None
     part: str = ""
+    prepare: Callable[[Any], Any] = lambda model: None
 
 
 # By the names that commands take; those of VGGT need none.

@@ -42,7 +42,7 @@ class DepthAnything3(Host):
     image_argument, image_values = "x", "ImageNet's normalisation"
     image_limits, image_advice = (-4.5, 5.0), "let the package's input processor load them"
     embedding_name, rope_name = "pretrained.patch_embed", "pretrained.rope"
-    embedding_stage = "patch embedding"
+    embedding_stage, reorders_frames = "patch embedding", True
 
     def __init__(self, model: nn.Module, place: str):
         net: Any = model.get_submodule(place)

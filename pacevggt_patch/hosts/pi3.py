@@ -13,7 +13,9 @@ from .rope import static_rope
 
 SOURCE = "https://github.com/yyfz/Pi3"
 PACKAGES["pi3"] = Package("pi3.models.pi3", "Pi3", 14, SOURCE, "yyfz233/Pi3")
-PACKAGES["pi3x"] = Package("pi3.models.pi3x", "Pi3X", 14, SOURCE, "yyfz233/Pi3X")
+PACKAGES["pi3x"] = Package(
+    "pi3.models.pi3x", "Pi3X", 14, SOURCE, "yyfz233/Pi3X", prepare=lambda model: model.disable_multimodal()
+)
 # What makes a model look like one, and what else it needs.
 CLUES = ("encoder", "decoder", "register_token")
 PARTS = ("decode", "patch_start_idx", "patch_size")

@@ -31,7 +31,8 @@ class VGGTOmega(VGGT):
     Blocks of register attention are given the special tokens alone, and run as they are.
     """
 
-    family, by_tables, narrow_weights = "vggt-omega", True, False
+    family, by_tables = "vggt-omega", True
+    narrow_weights, own_autocast = False, True
 
     def __init__(self, model: nn.Module):
         aggregator: Any = model._modules["aggregator"]

@@ -408,7 +408,7 @@ def summary(model: nn.Module, images: Tensor | None = None) -> Summary:
             model(images)
     forwards = forwards_of(model)
     return Summary(
-        backbone=str(host.spec()),
+        backbone=str(host),
         config=state.config,
         weights=_weights_in_words(state),
         paused=state.paused,

@@ -84,8 +84,7 @@ def load_sibling(name: str, package: Package) -> Any:
             model = kind.from_pretrained(checkpoint)
     except Exception as error:  # of the Hub client, of safetensors, of pickle, of state dictionaries
         raise PaceError(f"backbone {name} can't be loaded: {first_line(error)}") from error
-    if hasattr(model, "disable_multimodal"):  # as Pi3X asks for where images are all that is given
-        model.disable_multimodal()
+    package.prepare(model)
     return model.get_submodule(package.part).eval()
 
 
