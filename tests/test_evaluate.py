@@ -8,6 +8,8 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +32,11 @@ from pacevggt_patch.compare.runs import Prediction, memory_kept
 from pacevggt_patch.evaluate import evaluate, protocols
 from pacevggt_patch.evaluate.picture import differences, save_changes
 from pacevggt_patch.evaluate.plan import Options, make_plan
-from pacevggt_patch.evaluate.protocols import METRICS, choose_frames, measure
+from pacevggt_patch.evaluate.protocols import METRICS, choose_frames, measure, published_points
 from pacevggt_patch.evaluate.runs import SceneRunner
 from pacevggt_patch.evaluate.summary import format_table, markdown, summarise
 from pacevggt_patch.evaluation import evaluate_predictions
+from pacevggt_patch.evaluation.clouds import sample
 from pacevggt_patch.evaluation.geometry import camera_to_world, thinned
 from pacevggt_patch.evaluation.intervals import change_of_mean
 from pacevggt_patch.mini import MiniConfig, build_mini, save_mini
@@ -596,24 +599,57 @@ def test_corrected_measures_agree_with_the_same_written_out(room):
     )
 
 
-def test_published_measures_agree_with_the_same_written_out(room):
-    prediction = prediction_for(room, 4, 0.08, 0.05)
-    true = world(room.depth, room.intrinsics, room.world_to_camera)[room.valid.numpy()]
-    mesh = true[::3] + np.array([0.01, 0, 0])
+def four_rows(poses):
+    """[S, 4, 4] float64 of [S, 3, 4]."""
+    last = np.broadcast_to([[[0.0, 0.0, 0.0, 1.0]]], (len(poses), 1, 4))
+    return np.concatenate([poses.double().numpy(), last], 1)
+
+
+def from_first(prediction):
+    """The same prediction in the frame of its first camera, as VGGT gives it."""
+    poses = four_rows(prediction.world_to_camera)
+    told = torch.from_numpy(poses @ np.linalg.inv(poses[0]))[:, :3].float()
+    return replace(prediction, world_to_camera=told)
+
+
+def script_errors(prediction, clip):
+    """ATE, ARE and RPE by the steps of the published script."""
+    # load_poses: from camera to world, moved into the first frame.
+    poses = np.linalg.inv(four_rows(clip.world_to_camera))
+    poses = np.linalg.inv(poses[0]) @ poses
+    # evaluate_scene_and_save: inverted, and compared with what the model gave.
+    estimate, reference = four_rows(prediction.world_to_camera), np.linalg.inv(poses)
+    # eval_trajectory: align, correct_scale and align_origin are all on.
+    return evo_errors(torch.from_numpy(estimate), torch.from_numpy(reference), align_origin=True)
+
+
+TRAJECTORY = ("ate", "are_deg", "rpe_translation", "rpe_rotation_deg")
+
+
+@pytest.mark.parametrize("own", [from_first, lambda prediction: prediction], ids=["first camera", "another"])
+def test_an_exact_prediction_has_no_published_error_in_any_world(own, room):
+    found = measure("published", own(prediction_for(room, 0, 0, 0)), room, mesh_of(room))
+    for key in TRAJECTORY:
+        assert found[key] == pytest.approx(0, abs=1e-3 if key.endswith("deg") else 1e-5), key
+
+
+def mesh_of(clip):
+    """Vertices near what a clip shows."""
+    return world(clip.depth, clip.intrinsics, clip.world_to_camera)[clip.valid.numpy()][::3] + [0.01, 0, 0]
+
+
+def test_published_measures_are_those_of_the_script(room):
+    mesh = mesh_of(room)
+    prediction = from_first(prediction_for(room, 4, 0.08, 0.05))
     found = measure("published", prediction, room, mesh)
-    # World-to-camera matrices as if they were poses: not what ATE is elsewhere.
-    last = torch.tensor([[[0.0, 0, 0, 1]]]).double().expand(5, 1, 4)
-    swapped = [
-        torch.cat([poses.double(), last], 1) for poses in (prediction.world_to_camera, room.world_to_camera)
-    ]
-    expected = evo_errors(*swapped)
-    assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-4)
+    expected = script_errors(prediction, room)
+    assert {key: found[key] for key in TRAJECTORY} == pytest.approx(expected, rel=1e-4)
     assert found["ate"] != pytest.approx(measure("corrected", prediction, room)["ate"], rel=0.05)
 
     confident = prediction.confidence.numpy() >= 3
     assert 0.2 < confident.mean() < 0.8
     own = world(prediction.depth, prediction.intrinsics, prediction.world_to_camera)[confident]
-    first = np.linalg.inv(np.concatenate([room.world_to_camera[0].double().numpy(), [[0, 0, 0, 1]]]))
+    first = np.linalg.inv(four_rows(room.world_to_camera)[0])
     moved = own @ first[:3, :3].T + first[:3, 3]
     ratio = np.linalg.norm(np.ptp(mesh, axis=0)) / np.linalg.norm(np.ptp(moved, axis=0))
     middle = (moved.min(0) + moved.max(0)) / 2
@@ -621,6 +657,37 @@ def test_published_measures_agree_with_the_same_written_out(room):
     assert found["chamfer_clipped"] == pytest.approx(sum(chamfer_by_hand(fitted, mesh, 0.5)), rel=1e-3)
     for key in ("accuracy", "completeness", "chamfer", "normal_consistency"):
         assert found[key] is None
+
+
+def test_published_measures_do_not_depend_on_the_world_of_a_prediction(room):
+    mesh, prediction = mesh_of(room), prediction_for(room, 4, 0.08, 0.05)
+    one, other = (measure("published", told, room, mesh) for told in (prediction, from_first(prediction)))
+    for key in (*TRAJECTORY, "chamfer_clipped"):
+        assert one[key] == pytest.approx(other[key], rel=2e-3), key
+
+
+def test_published_points_are_scaled_after_they_are_drawn(room, monkeypatch):
+    """The result is that of scaling all, without a copy of all in float64."""
+    monkeypatch.setattr(protocols, "PUBLISHED_POINTS", 400)
+    monkeypatch.setattr(protocols, "PUBLISHED_CONFIDENCE", 1.0)
+    prediction, mesh = from_first(prediction_for(room, 4, 0.08, 0.05)), mesh_of(room)
+    first = np.linalg.inv(four_rows(room.world_to_camera)[0])
+    own = world(prediction.depth, prediction.intrinsics, prediction.world_to_camera).reshape(-1, 3)
+    moved = own @ first[:3, :3].T + first[:3, 3]
+    ratio = np.linalg.norm(np.ptp(mesh, axis=0)) / np.linalg.norm(np.ptp(moved, axis=0))
+    middle = (moved.min(0) + moved.max(0)) / 2
+    fitted = (moved - middle) * ratio + (mesh.min(0) + mesh.max(0)) / 2
+    expected = sum(chamfer_by_hand(sample(fitted, 400), sample(mesh, 400), 0.5))
+    assert published_points(prediction, room, mesh)["chamfer_clipped"] == pytest.approx(expected, rel=1e-3)
+
+    larger = render_room(4, 2, 280, 420)
+    prediction = prediction_for(larger, 4, 0.08, 0.05)
+    published_points(prediction, larger, mesh)  # what is loaded at first is not counted
+    tracemalloc.start()
+    published_points(prediction, larger, mesh)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < larger.depth.numel() * 3 * 8
 
 
 def test_points_are_thinned_evenly(room, monkeypatch):
