@@ -11,7 +11,15 @@ from scipy.stats import bootstrap
 
 from pacevggt_patch.errors import PaceError
 from pacevggt_patch.evaluation import clouds
-from pacevggt_patch.evaluation.clouds import box_of, cloud_errors, fit_to_box, normals, sample, tree_of, voxel_means
+from pacevggt_patch.evaluation.clouds import (
+    box_of,
+    cloud_errors,
+    fit_to_box,
+    normals,
+    sample,
+    tree_of,
+    voxel_means,
+)
 from pacevggt_patch.evaluation.intervals import change_of_mean
 
 

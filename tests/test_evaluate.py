@@ -31,7 +31,7 @@ from pacevggt_patch.clips.seven_scenes import Calibration
 from pacevggt_patch.compare.runs import Prediction, memory_kept
 from pacevggt_patch.evaluate import evaluate, protocols
 from pacevggt_patch.evaluate.picture import differences, save_changes
-from pacevggt_patch.evaluate.plan import Options, make_plan
+from pacevggt_patch.evaluate.plan import Options, frame_size, make_plan
 from pacevggt_patch.evaluate.protocols import METRICS, choose_frames, measure, published_points
 from pacevggt_patch.evaluate.runs import SceneRunner
 from pacevggt_patch.evaluate.summary import format_table, markdown, summarise
@@ -43,6 +43,7 @@ from pacevggt_patch.mini import MiniConfig, build_mini, save_mini
 from pacevggt_patch.mini.scenes.rooms import render_room
 
 SMALL = MiniConfig(28, 14, 32, 2, 1, 4, (0, 1, 2, 3), 1, 2, 8, (8, 8, 8, 8))
+ROOT = Path(__file__).parents[1]
 NAMES = ("scene0000_00", "scene0001_00", "scene0002_01")
 
 
@@ -172,7 +173,9 @@ def test_test_sequences_of_7_scenes_are_scenes(backbone, tmp_path):
     assert found["absrel"] == pytest.approx(expected["absrel"], rel=1e-4)
 
 
-def test_folders_need_cameras_but_neither_depth_nor_metres(backbone, tmp_path, capsys):
+def test_folders_need_cameras_but_neither_depth_nor_metres(backbone, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("RANK", "1")  # left over from elsewhere: this process is the only one
     data = tmp_path / "data"
     room = render_room(3, 5, 56, 56)
     save_clip(Clip("a room", room.images, room.intrinsics, room.world_to_camera), data / "bare")
@@ -430,6 +433,18 @@ def test_lists_and_shares_of_scenes(scans, backbone, tmp_path):
     assert names_of(scans / NAMES[2], backbone) == [NAMES[2]]
 
 
+@pytest.mark.parametrize(
+    ("name", "width"), [("mini", 224), ("facebook/VGGT-1B", 518), ("pi3", 518), ("vggt-omega", 512)]
+)
+def test_the_width_of_frames_is_the_one_that_is_said(name, width, capsys):
+    assert frame_size(Options(".", "scannet", backbone=name, protocol="published")).width == width
+    page = (ROOT / "docs" / "evaluate.md").read_text()
+    row = next(line for line in page.splitlines() if line.startswith("| width"))
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--help"])
+    assert str(width) in row.split("|")[3] and str(width) in capsys.readouterr().out
+
+
 REFUSED = {
     "no such data set": ({"dataset": "kitti"}, ["dataset", "scannet, 7scenes, folder", "kitti"]),
     "no such protocol": ({"protocol": "mine"}, ["protocol", "corrected, published", "mine"]),
@@ -635,7 +650,8 @@ def test_an_exact_prediction_has_no_published_error_in_any_world(own, room):
 
 def mesh_of(clip):
     """Vertices near what a clip shows."""
-    return world(clip.depth, clip.intrinsics, clip.world_to_camera)[clip.valid.numpy()][::3] + [0.01, 0, 0]
+    points = world(clip.depth, clip.intrinsics, clip.world_to_camera)[clip.valid.numpy()]
+    return points[::3] + np.array([0.01, 0, 0])
 
 
 def test_published_measures_are_those_of_the_script(room):

@@ -200,9 +200,7 @@ def test_trajectory_error_where_alignment_is_not_determined():
     assert absolute_trajectory_error(collapsed, truth) == pytest.approx(expected)
 
 
-def evo_errors(
-    predicted: torch.Tensor, truth: torch.Tensor, align_origin: bool = False
-) -> dict[str, float]:
+def evo_errors(predicted: torch.Tensor, truth: torch.Tensor, align_origin: bool = False) -> dict[str, float]:
     """ATE, ARE and RPE of trajectories `[S, 4, 4]`, as evo's command line computes them.
 
     Both alignments in turn are what evo did until 1.31, and still does step by step.

@@ -18,10 +18,11 @@ from test_compare import SMALL
 from test_training_steps import fitting, stirred
 
 from pacevggt_patch import PaceError
+from pacevggt_patch.cli.main import main
 from pacevggt_patch.compare import compare
 from pacevggt_patch.mini import build_mini, save_mini
 from pacevggt_patch.patching.guest import guest
-from pacevggt_patch.runtime.ranks import processes_of_torchrun
+from pacevggt_patch.runtime.ranks import place_of_torchrun, processes_of_torchrun
 from pacevggt_patch.training.fit import Fit
 from pacevggt_patch.training.run import run_training
 
@@ -160,6 +161,39 @@ def test_one_process_is_no_group(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     with processes_of_torchrun(CPU) as ranks:
         assert ranks is None and not dist.is_initialized()
+
+
+def test_a_rank_without_its_world_counts_for_nothing(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("RANK", "1")  # left over from elsewhere
+    assert place_of_torchrun() == (0, 1)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert place_of_torchrun() == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("rank", "world", "words"),
+    [
+        ("0", "two", ("WORLD_SIZE", "two")),
+        ("0", "0", ("WORLD_SIZE", "0")),
+        ("0", "", ("WORLD_SIZE",)),
+        ("one", "2", ("RANK", "one")),
+        ("-1", "2", ("RANK", "-1")),
+        ("2", "2", ("RANK", "WORLD_SIZE", "2 of 2")),
+        (None, "2", ("RANK", "torchrun")),
+    ],
+)
+def test_a_place_that_is_none_is_refused(rank, world, words, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", world)
+    monkeypatch.delenv("RANK", raising=False) if rank is None else monkeypatch.setenv("RANK", rank)
+    with pytest.raises(PaceError) as refused:
+        place_of_torchrun()
+    assert all(word in str(refused.value) for word in words)
+    # What needs no place goes on, what needs one says it.
+    assert main(["cache"]) == 0 and main(["push", "none.safetensors", "user/repo"]) == 2
+    assert "none.safetensors" in capsys.readouterr().err
+    assert main(["compare", "--clip", "none", "--device", "cpu"]) == 2
+    assert words[0] in capsys.readouterr().err
 
 
 def test_processes_that_do_not_meet_are_said(monkeypatch):

@@ -27,6 +27,35 @@ DEVICE, MEETING = "pacevggt device", datetime.timedelta(minutes=10)
 GRACE = 2.0  # seconds by which ranks that wait for the same notice it apart
 
 
+def place_of_torchrun() -> tuple[int, int]:
+    """Number of this process and how many there are, as torchrun says by RANK and WORLD_SIZE; (0, 1) without.
+
+    Raises:
+        PaceError: they are no such numbers, or RANK is missing where WORLD_SIZE is above 1.
+    """
+    if "WORLD_SIZE" not in os.environ:  # then a RANK is left over from elsewhere
+        return 0, 1
+    world = number_of_torchrun("WORLD_SIZE", 1)
+    if world == 1 and "RANK" not in os.environ:
+        return 0, 1
+    rank = number_of_torchrun("RANK", 0)
+    if rank >= world:
+        raise PaceError(
+            f"RANK must be below WORLD_SIZE, and is {rank} of {world}: start processes by torchrun, or unset both"
+        )
+    return rank, world
+
+
+def number_of_torchrun(name: str, least: int) -> int:
+    """The whole number in an environment variable."""
+    text = os.environ.get(name, "")
+    if not (text.isascii() and text.isdigit() and int(text) >= least):
+        raise PaceError(
+            f"{name} must be a whole number of at least {least}, got {text!r}: start processes by torchrun, or unset it"
+        )
+    return int(text)
+
+
 def split_frames(total: int, rank: int, world: int) -> slice:
     """Which frames of a clip are those of a rank: as evenly as can be, in order.
 
@@ -61,7 +90,7 @@ def processes_of_torchrun(
     Raises:
         PaceError: the group can't be made, or processes are on devices of different types.
     """
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = place_of_torchrun()[1]
     if world == 1:
         yield None
         return
