@@ -39,6 +39,7 @@ from pacevggt_patch.evaluation import evaluate_predictions
 from pacevggt_patch.evaluation.clouds import sample
 from pacevggt_patch.evaluation.geometry import camera_to_world, thinned
 from pacevggt_patch.evaluation.intervals import change_of_mean
+from pacevggt_patch.hosts.base import find_host
 from pacevggt_patch.mini import MiniConfig, build_mini, save_mini
 from pacevggt_patch.mini.scenes.rooms import render_room
 
@@ -285,11 +286,60 @@ def test_results_that_are_damaged_or_of_other_weights_are_refused(evaluated, sca
     with pytest.raises(PaceError, match=f"{NAMES[1]}.json"):
         run(scans, out, backbone, keep_ratios=[0.5, 0.25])
     found = json.loads(whole)
-    found["sides"][1]["weights"] = "others"
+    found["sides"][1]["weights"] = "others"  # a name, which does not count
+    file.write_text(json.dumps(found))
+    run(scans, out, backbone, keep_ratios=[0.5, 0.25])
+    found["sides"][1]["weights_digest"] = "others"
     file.write_text(json.dumps(found))
     with pytest.raises(PaceError) as caught:
         run(scans, out, backbone, keep_ratios=[0.5, 0.25])
     assert all(word in str(caught.value) for word in (NAMES[0], NAMES[1], "weights"))
+
+
+def weights_of(backbone, file, *heads):
+    """Weights in which these heads see all tokens."""
+    pacevggt_patch.PaceWeights.of_heads(find_host(build_mini(backbone)), heads, {}).save(file)
+    return str(file)
+
+
+def test_files_are_told_by_what_they_hold(backbone, scans, tmp_path):
+    """A checkpoint and weights that change under their names, and other folders of the same names, are refused."""
+    out, checkpoint = tmp_path / "out", str(shutil.copy(backbone, tmp_path / "small.safetensors"))
+    weights = weights_of(backbone, tmp_path / "pace.safetensors", (0, 0))
+    given = dict(backbone=checkpoint, weights=weights, protocol="published", meshes=scans)
+
+    def refused(data=scans, **others):
+        before = {file: file.read_bytes() for file in out.rglob("*.*")}
+        with pytest.raises(PaceError) as caught:
+            run(data, out, **{**given, **others})
+        assert {file: file.read_bytes() for file in out.rglob("*.*")} == before
+        return str(caught.value)
+
+    one = list_of(tmp_path, NAMES[0], NAMES[1])
+    summary = run(scans, out, scenes=one, **given)
+    # What may be published tells no folder.
+    for file in out.rglob("*.json"):
+        assert str(tmp_path) not in file.read_text() and str(scans) not in file.read_text()
+    assert "pace.safetensors" in summary["sides"][1]["weights"]
+    assert (summary["settings"]["backbone"], summary["settings"]["weights"]) == (
+        "small.safetensors",
+        "pace.safetensors",
+    )
+    (out / "scenes" / f"{NAMES[1]}.json").unlink()
+
+    other = shutil.copytree(scans, tmp_path / "other" / scans.name)
+    assert "another data:" in refused(other, scenes=one)
+    assert "another meshes:" in refused(meshes=other, scenes=one)
+    weights_of(backbone, tmp_path / "pace.safetensors", (1, 0))
+    assert "another weights_digest:" in refused(scenes=one)
+    weights_of(backbone, tmp_path / "pace.safetensors", (0, 0))
+    head = build_mini(backbone)
+    with torch.no_grad():
+        next(head.depth_head.parameters()).add_(1)
+    save_mini(head, checkpoint)
+    assert "another checkpoint_digest:" in refused(scenes=one)
+    shutil.copy(backbone, checkpoint)
+    assert run(scans, out, scenes=one, **given)["settings"] == summary["settings"]
 
 
 def test_a_loaded_model_runs_and_is_given_back_but_not_gone_on_with(scans, tmp_path):
@@ -773,7 +823,16 @@ def result(scene, *sides, **given):
     table = [
         {
             **dict.fromkeys(
-                ["keep_ratio", "mode", "merge_budget", "weights", "full_heads", "heads", "kept_tokens"]
+                [
+                    "keep_ratio",
+                    "mode",
+                    "merge_budget",
+                    "weights",
+                    "weights_digest",
+                    "full_heads",
+                    "heads",
+                    "kept_tokens",
+                ]
             ),
             "name": f"side {number}",
             "fits": values is not None,

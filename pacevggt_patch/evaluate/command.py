@@ -123,7 +123,7 @@ class Evaluation:
         self.plan, self.ranks = plan, ranks
         self.rank, self.world = (0, 1) if ranks is None else (ranks.rank, ranks.world)
         self.runner = SceneRunner(model, plan)
-        self.results = Results(plan)
+        self.results = Results(plan, self.runner.digests())
 
     def meet(self, work: Callable[[], Any] = lambda: None) -> None:
         """Do some work in the first process, for which the others wait; where it fails all fail."""

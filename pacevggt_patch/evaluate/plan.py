@@ -201,6 +201,13 @@ def naming(scene: str) -> Generator[None]:
         raise
 
 
+def without_folder(name: str) -> str:
+    """What a user gave for a checkpoint or weights, of a file its name alone: results may be published."""
+    family, colon, file = name.rpartition(":")
+    path = Path(file).expanduser()
+    return f"{family}{colon}{path.name}" if path.is_file() else name
+
+
 def make_plan(options: Options) -> Plan:
     """Look at all that can be looked at before a model is loaded.
 
