@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
-import sys
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -367,62 +365,12 @@ def test_calibration_is_on_the_first_scene_and_kept(scans, tmp_path, backbone):
     assert again["sides"][1]["weights"] == words[NAMES[0]]
 
 
-def test_processes_share_the_scenes_and_merge_exactly(evaluated, scans, backbone, tmp_path):
-    """Two of torchrun's kind: one has two scenes, the other one."""
-    out = tmp_path / "out"
-    command = [
-        sys.executable,
-        "-m",
-        "pacevggt_patch",
-        "evaluate",
-        str(scans),
-        "--dataset",
-        "scannet",
-        "--frames",
-        "4",
-    ]
-    command += ["--backbone", backbone, "--weights", "none", "--keep-ratios", "0.5,0.25", "--device", "cpu"]
-    command += ["--width", "56"]
-    root = Path(pacevggt_patch.__file__).parents[1]
-    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    shared |= {"PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen(
-            [*command, "--out", str(out)],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        said = [process.communicate(timeout=300) for process in started]
-    finally:
-        for process in started:  # one that is left alone waits for days
-            process.kill()
-    assert [process.returncode for process in started] == [0, 0], said
-    assert "camera AUC@30" in said[0][0] and said[1][0] == ""
-    summary = json.loads((out / "summary.json").read_text())
-    assert summary["settings"] == evaluated[1]["settings"]
-    for side, other in zip(summary["sides"], evaluated[1]["sides"], strict=True):
-        assert side["metrics"] == other["metrics"]
-
-
 def test_processes_that_cannot_meet_say_so(scans, backbone, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(PaceError, match="torchrun"):
         run(scans, tmp_path / "out", backbone)
-
-
-def free_port() -> str:
-    import socket
-
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        return str(held.getsockname()[1])
 
 
 # ---- what does not fit

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..config import DEFAULT_KEEP_RATIO, GLOBAL, MODES
 from ..errors import PaceError
-from ..runtime.ranks import place_of_torchrun, processes_of_torchrun
+from ..runtime.ranks import place_of_torchrun, processes_of_torchrun, said_by_first
 from ..version import __version__
 
 
@@ -22,23 +22,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.run(arguments)
     except PaceError as error:
-        print(f"pacevggt{which_process()}: {error}", file=sys.stderr)
-        return 2
+        return failed(str(error))
     except ImportError as error:
-        print(f"pacevggt: {error}: pip install 'pacevggt-patch[{arguments.extra}]'", file=sys.stderr)
-        return 2
+        return failed(f"{error}: pip install 'pacevggt-patch[{arguments.extra}]'")
     except KeyboardInterrupt as stop:
         what = str(stop) or "interrupted; files already reported as written are whole"
         print(f"pacevggt: {what}", file=sys.stderr)
         return getattr(stop, "status", 130)
 
 
-def which_process() -> str:
-    """Of several processes the one that says what went wrong in it, in brackets."""
+def failed(text: str) -> int:
+    """Say what went wrong; of several processes each says its own, and the first one what went wrong in all.
+
+    Returns:
+        The exit status.
+    """
+    who = ""
     with suppress(PaceError):  # of torchrun's variables, which is said where they are needed
         rank, world = place_of_torchrun()
-        return f" (rank {rank})" if world > 1 else ""
-    return ""
+        who = f" (rank {rank})" if world > 1 else ""
+    if not said_by_first(text):
+        print(f"pacevggt{who}: {text}", file=sys.stderr)
+    return 2
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -370,23 +375,20 @@ def add_push(commands) -> None:
 
 
 def compare_command(arguments: argparse.Namespace) -> int:
-    from ..compare import compare
+    from ..compare.command import run_plan
+    from ..compare.plan import Options, make_plan
     from ..compare.report import format_table
-    from ..runtime.device import usable_device
 
     names = (
-        "out", "keep_ratios", "modes", "merge_budget", "frames", "device", "precision", "repeats", "compile", "colmap",
-        "ply",
+        "backbone", "out", "keep_ratios", "modes", "merge_budget", "frames", "device", "precision", "repeats",
+        "compile", "colmap", "ply",
     )  # fmt: skip
+    given = {name: getattr(arguments, name) for name in names}
+    # What does not fit is said before processes wait for each other.
+    plan = make_plan(Options(clips=tuple(arguments.clip), weights=weights_of(arguments), **given))
     # The others wait while stock runs.
-    with processes_of_torchrun(usable_device(arguments.device), timedelta(hours=4)) as ranks:
-        report = compare(
-            arguments.backbone,
-            arguments.clip,
-            weights=weights_of(arguments),
-            process_group=None if ranks is None else True,
-            **{name: getattr(arguments, name) for name in names},
-        )
+    with processes_of_torchrun(plan.device, timedelta(hours=4)) as ranks:
+        report = run_plan(plan, ranks)
     if ranks is not None and ranks.rank:
         return 0
     print(format_table(report))
