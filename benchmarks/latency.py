@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -34,6 +33,7 @@ from tqdm import tqdm
 from pacevggt_patch import PaceError
 from pacevggt_patch.planning.fit_budget import measure_costs
 from pacevggt_patch.runtime.files import environment, write_json
+from pacevggt_patch.runtime.ranks import place_of_torchrun
 
 BREAK_EVEN_CANDIDATES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 CARDS_GIB = (12, 16, 24, 40, 80)
@@ -41,7 +41,7 @@ RESERVE_GIB = 1.0  # of a card, for the CUDA context and the allocator's fragmen
 
 
 def main(argv: list[str] | None = None) -> int:
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # started by torchrun
+    if place_of_torchrun()[1] > 1:
         return scaling.main(argv)
     args = parse_arguments(argv)
     start = time.monotonic()

@@ -11,7 +11,15 @@ from scipy.stats import bootstrap
 
 from pacevggt_patch.errors import PaceError
 from pacevggt_patch.evaluation import clouds
-from pacevggt_patch.evaluation.clouds import cloud_errors, fit_to_box, normals, sample, tree_of, voxel_means
+from pacevggt_patch.evaluation.clouds import (
+    box_of,
+    cloud_errors,
+    fit_to_box,
+    normals,
+    sample,
+    tree_of,
+    voxel_means,
+)
 from pacevggt_patch.evaluation.intervals import change_of_mean
 
 
@@ -139,7 +147,7 @@ def test_scipy_is_asked_for_by_its_extra(monkeypatch):
 
 def test_boxes_are_fitted_by_diagonal_and_centre():
     points, target = surface(100), surface(100, seed=3) * 4 + [7, -2, 1]
-    found = fit_to_box(points, target)
+    found = fit_to_box(points, box_of(points), box_of(target))
     for ends in (found, target):
         assert ends.shape == (100, 3)
     np.testing.assert_allclose(found.min(0) + found.max(0), target.min(0) + target.max(0))
@@ -147,7 +155,10 @@ def test_boxes_are_fitted_by_diagonal_and_centre():
     assert lengths[0] == pytest.approx(lengths[1])
     scale = (found[1] - found[0]) / (points[1] - points[0])
     np.testing.assert_allclose(scale, scale[0])  # one for all axes
-    assert np.allclose(fit_to_box(np.ones((5, 3)), target), (target.min(0) + target.max(0)) / 2)
+    # Some of the points go where they would go among all.
+    assert np.array_equal(fit_to_box(points[::7], box_of(points), box_of(target)), found[::7])
+    one = np.ones((5, 3))
+    assert np.allclose(fit_to_box(one, box_of(one), box_of(target)), (target.min(0) + target.max(0)) / 2)
 
 
 def test_samples_are_the_same_every_time_and_without_repetition():

@@ -6,8 +6,8 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
-import sys
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,17 +29,20 @@ from pacevggt_patch.clips.seven_scenes import Calibration
 from pacevggt_patch.compare.runs import Prediction, memory_kept
 from pacevggt_patch.evaluate import evaluate, protocols
 from pacevggt_patch.evaluate.picture import differences, save_changes
-from pacevggt_patch.evaluate.plan import Options, make_plan
-from pacevggt_patch.evaluate.protocols import METRICS, choose_frames, measure
+from pacevggt_patch.evaluate.plan import Options, frame_size, make_plan
+from pacevggt_patch.evaluate.protocols import METRICS, choose_frames, measure, published_points
 from pacevggt_patch.evaluate.runs import SceneRunner
 from pacevggt_patch.evaluate.summary import format_table, markdown, summarise
 from pacevggt_patch.evaluation import evaluate_predictions
+from pacevggt_patch.evaluation.clouds import sample
 from pacevggt_patch.evaluation.geometry import camera_to_world, thinned
 from pacevggt_patch.evaluation.intervals import change_of_mean
+from pacevggt_patch.hosts.base import find_host
 from pacevggt_patch.mini import MiniConfig, build_mini, save_mini
 from pacevggt_patch.mini.scenes.rooms import render_room
 
 SMALL = MiniConfig(28, 14, 32, 2, 1, 4, (0, 1, 2, 3), 1, 2, 8, (8, 8, 8, 8))
+ROOT = Path(__file__).parents[1]
 NAMES = ("scene0000_00", "scene0001_00", "scene0002_01")
 
 
@@ -82,6 +85,12 @@ def evaluated(backbone, scans, tmp_path_factory):
     """What was written about the three scenes, and the summary."""
     out = tmp_path_factory.mktemp("evaluated")
     return out, run(scans, out, backbone, keep_ratios=[0.5, 0.25])
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Drawing takes most of the time of a tiny run: that of `evaluated`, which is there before, does it."""
+    monkeypatch.setattr("pacevggt_patch.evaluate.command.save_changes", lambda *_: None)
 
 
 # ---- what is written
@@ -169,7 +178,9 @@ def test_test_sequences_of_7_scenes_are_scenes(backbone, tmp_path):
     assert found["absrel"] == pytest.approx(expected["absrel"], rel=1e-4)
 
 
-def test_folders_need_cameras_but_neither_depth_nor_metres(backbone, tmp_path, capsys):
+def test_folders_need_cameras_but_neither_depth_nor_metres(backbone, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("RANK", "1")  # left over from elsewhere: this process is the only one
     data = tmp_path / "data"
     room = render_room(3, 5, 56, 56)
     save_clip(Clip("a room", room.images, room.intrinsics, room.world_to_camera), data / "bare")
@@ -279,11 +290,60 @@ def test_results_that_are_damaged_or_of_other_weights_are_refused(evaluated, sca
     with pytest.raises(PaceError, match=f"{NAMES[1]}.json"):
         run(scans, out, backbone, keep_ratios=[0.5, 0.25])
     found = json.loads(whole)
-    found["sides"][1]["weights"] = "others"
+    found["sides"][1]["weights"] = "others"  # a name, which does not count
+    file.write_text(json.dumps(found))
+    run(scans, out, backbone, keep_ratios=[0.5, 0.25])
+    found["sides"][1]["weights_digest"] = "others"
     file.write_text(json.dumps(found))
     with pytest.raises(PaceError) as caught:
         run(scans, out, backbone, keep_ratios=[0.5, 0.25])
     assert all(word in str(caught.value) for word in (NAMES[0], NAMES[1], "weights"))
+
+
+def weights_of(backbone, file, *heads):
+    """Weights in which these heads see all tokens."""
+    pacevggt_patch.PaceWeights.of_heads(find_host(build_mini(backbone)), heads, {}).save(file)
+    return str(file)
+
+
+def test_files_are_told_by_what_they_hold(backbone, scans, tmp_path):
+    """A checkpoint and weights that change under their names, and other folders of the same names, are refused."""
+    out, checkpoint = tmp_path / "out", str(shutil.copy(backbone, tmp_path / "small.safetensors"))
+    weights = weights_of(backbone, tmp_path / "pace.safetensors", (0, 0))
+    given = dict(backbone=checkpoint, weights=weights, protocol="published", meshes=scans)
+
+    def refused(data=scans, **others):
+        before = {file: file.read_bytes() for file in out.rglob("*.*")}
+        with pytest.raises(PaceError) as caught:
+            run(data, out, **{**given, **others})
+        assert {file: file.read_bytes() for file in out.rglob("*.*")} == before
+        return str(caught.value)
+
+    one = list_of(tmp_path, NAMES[0], NAMES[1])
+    summary = run(scans, out, scenes=one, **given)
+    # What may be published tells no folder.
+    for file in out.rglob("*.json"):
+        assert str(tmp_path) not in file.read_text() and str(scans) not in file.read_text()
+    assert "pace.safetensors" in summary["sides"][1]["weights"]
+    assert (summary["settings"]["backbone"], summary["settings"]["weights"]) == (
+        "small.safetensors",
+        "pace.safetensors",
+    )
+    (out / "scenes" / f"{NAMES[1]}.json").unlink()
+
+    other = shutil.copytree(scans, tmp_path / "other" / scans.name)
+    assert "another data:" in refused(other, scenes=one)
+    assert "another meshes:" in refused(meshes=other, scenes=one)
+    weights_of(backbone, tmp_path / "pace.safetensors", (1, 0))
+    assert "another weights_digest:" in refused(scenes=one)
+    weights_of(backbone, tmp_path / "pace.safetensors", (0, 0))
+    head = build_mini(backbone)
+    with torch.no_grad():
+        next(head.depth_head.parameters()).add_(1)
+    save_mini(head, checkpoint)
+    assert "another checkpoint_digest:" in refused(scenes=one)
+    shutil.copy(backbone, checkpoint)
+    assert run(scans, out, scenes=one, **given)["settings"] == summary["settings"]
 
 
 def test_a_loaded_model_runs_and_is_given_back_but_not_gone_on_with(scans, tmp_path):
@@ -311,62 +371,12 @@ def test_calibration_is_on_the_first_scene_and_kept(scans, tmp_path, backbone):
     assert again["sides"][1]["weights"] == words[NAMES[0]]
 
 
-def test_processes_share_the_scenes_and_merge_exactly(evaluated, scans, backbone, tmp_path):
-    """Two of torchrun's kind: one has two scenes, the other one."""
-    out = tmp_path / "out"
-    command = [
-        sys.executable,
-        "-m",
-        "pacevggt_patch",
-        "evaluate",
-        str(scans),
-        "--dataset",
-        "scannet",
-        "--frames",
-        "4",
-    ]
-    command += ["--backbone", backbone, "--weights", "none", "--keep-ratios", "0.5,0.25", "--device", "cpu"]
-    command += ["--width", "56"]
-    root = Path(pacevggt_patch.__file__).parents[1]
-    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    shared |= {"PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen(
-            [*command, "--out", str(out)],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        said = [process.communicate(timeout=300) for process in started]
-    finally:
-        for process in started:  # one that is left alone waits for days
-            process.kill()
-    assert [process.returncode for process in started] == [0, 0], said
-    assert "camera AUC@30" in said[0][0] and said[1][0] == ""
-    summary = json.loads((out / "summary.json").read_text())
-    assert summary["settings"] == evaluated[1]["settings"]
-    for side, other in zip(summary["sides"], evaluated[1]["sides"], strict=True):
-        assert side["metrics"] == other["metrics"]
-
-
 def test_processes_that_cannot_meet_say_so(scans, backbone, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(PaceError, match="torchrun"):
         run(scans, tmp_path / "out", backbone)
-
-
-def free_port() -> str:
-    import socket
-
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        return str(held.getsockname()[1])
 
 
 # ---- what does not fit
@@ -425,6 +435,18 @@ def test_lists_and_shares_of_scenes(scans, backbone, tmp_path):
     assert names_of(scans, backbone, most_scenes=2) == [NAMES[0], NAMES[1]]
     assert names_of(scans, backbone, most_scenes=1) == [NAMES[0]]
     assert names_of(scans / NAMES[2], backbone) == [NAMES[2]]
+
+
+@pytest.mark.parametrize(
+    ("name", "width"), [("mini", 224), ("facebook/VGGT-1B", 518), ("pi3", 518), ("vggt-omega", 512)]
+)
+def test_the_width_of_frames_is_the_one_that_is_said(name, width, capsys):
+    assert frame_size(Options(".", "scannet", backbone=name, protocol="published")).width == width
+    page = (ROOT / "docs" / "evaluate.md").read_text()
+    row = next(line for line in page.splitlines() if line.startswith("| width"))
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--help"])
+    assert str(width) in row.split("|")[3] and str(width) in capsys.readouterr().out
 
 
 REFUSED = {
@@ -596,24 +618,58 @@ def test_corrected_measures_agree_with_the_same_written_out(room):
     )
 
 
-def test_published_measures_agree_with_the_same_written_out(room):
-    prediction = prediction_for(room, 4, 0.08, 0.05)
-    true = world(room.depth, room.intrinsics, room.world_to_camera)[room.valid.numpy()]
-    mesh = true[::3] + np.array([0.01, 0, 0])
+def four_rows(poses):
+    """[S, 4, 4] float64 of [S, 3, 4]."""
+    last = np.broadcast_to([[[0.0, 0.0, 0.0, 1.0]]], (len(poses), 1, 4))
+    return np.concatenate([poses.double().numpy(), last], 1)
+
+
+def from_first(prediction):
+    """The same prediction in the frame of its first camera, as VGGT gives it."""
+    poses = four_rows(prediction.world_to_camera)
+    told = torch.from_numpy(poses @ np.linalg.inv(poses[0]))[:, :3].float()
+    return replace(prediction, world_to_camera=told)
+
+
+def script_errors(prediction, clip):
+    """ATE, ARE and RPE by the steps of the published script."""
+    # load_poses: from camera to world, moved into the first frame.
+    poses = np.linalg.inv(four_rows(clip.world_to_camera))
+    poses = np.linalg.inv(poses[0]) @ poses
+    # evaluate_scene_and_save: inverted, and compared with what the model gave.
+    estimate, reference = four_rows(prediction.world_to_camera), np.linalg.inv(poses)
+    # eval_trajectory: align, correct_scale and align_origin are all on.
+    return evo_errors(torch.from_numpy(estimate), torch.from_numpy(reference), align_origin=True)
+
+
+TRAJECTORY = ("ate", "are_deg", "rpe_translation", "rpe_rotation_deg")
+
+
+@pytest.mark.parametrize("own", [from_first, lambda prediction: prediction], ids=["first camera", "another"])
+def test_an_exact_prediction_has_no_published_error_in_any_world(own, room):
+    found = measure("published", own(prediction_for(room, 0, 0, 0)), room, mesh_of(room))
+    for key in TRAJECTORY:
+        assert found[key] == pytest.approx(0, abs=1e-3 if key.endswith("deg") else 1e-5), key
+
+
+def mesh_of(clip):
+    """Vertices near what a clip shows."""
+    points = world(clip.depth, clip.intrinsics, clip.world_to_camera)[clip.valid.numpy()]
+    return points[::3] + np.array([0.01, 0, 0])
+
+
+def test_published_measures_are_those_of_the_script(room):
+    mesh = mesh_of(room)
+    prediction = from_first(prediction_for(room, 4, 0.08, 0.05))
     found = measure("published", prediction, room, mesh)
-    # World-to-camera matrices as if they were poses: not what ATE is elsewhere.
-    last = torch.tensor([[[0.0, 0, 0, 1]]]).double().expand(5, 1, 4)
-    swapped = [
-        torch.cat([poses.double(), last], 1) for poses in (prediction.world_to_camera, room.world_to_camera)
-    ]
-    expected = evo_errors(*swapped)
-    assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-4)
+    expected = script_errors(prediction, room)
+    assert {key: found[key] for key in TRAJECTORY} == pytest.approx(expected, rel=1e-4)
     assert found["ate"] != pytest.approx(measure("corrected", prediction, room)["ate"], rel=0.05)
 
     confident = prediction.confidence.numpy() >= 3
     assert 0.2 < confident.mean() < 0.8
     own = world(prediction.depth, prediction.intrinsics, prediction.world_to_camera)[confident]
-    first = np.linalg.inv(np.concatenate([room.world_to_camera[0].double().numpy(), [[0, 0, 0, 1]]]))
+    first = np.linalg.inv(four_rows(room.world_to_camera)[0])
     moved = own @ first[:3, :3].T + first[:3, 3]
     ratio = np.linalg.norm(np.ptp(mesh, axis=0)) / np.linalg.norm(np.ptp(moved, axis=0))
     middle = (moved.min(0) + moved.max(0)) / 2
@@ -621,6 +677,37 @@ def test_published_measures_agree_with_the_same_written_out(room):
     assert found["chamfer_clipped"] == pytest.approx(sum(chamfer_by_hand(fitted, mesh, 0.5)), rel=1e-3)
     for key in ("accuracy", "completeness", "chamfer", "normal_consistency"):
         assert found[key] is None
+
+
+def test_published_measures_do_not_depend_on_the_world_of_a_prediction(room):
+    mesh, prediction = mesh_of(room), prediction_for(room, 4, 0.08, 0.05)
+    one, other = (measure("published", told, room, mesh) for told in (prediction, from_first(prediction)))
+    for key in (*TRAJECTORY, "chamfer_clipped"):
+        assert one[key] == pytest.approx(other[key], rel=2e-3), key
+
+
+def test_published_points_are_scaled_after_they_are_drawn(room, monkeypatch):
+    """The result is that of scaling all, without a copy of all in float64."""
+    monkeypatch.setattr(protocols, "PUBLISHED_POINTS", 400)
+    monkeypatch.setattr(protocols, "PUBLISHED_CONFIDENCE", 1.0)
+    prediction, mesh = from_first(prediction_for(room, 4, 0.08, 0.05)), mesh_of(room)
+    first = np.linalg.inv(four_rows(room.world_to_camera)[0])
+    own = world(prediction.depth, prediction.intrinsics, prediction.world_to_camera).reshape(-1, 3)
+    moved = own @ first[:3, :3].T + first[:3, 3]
+    ratio = np.linalg.norm(np.ptp(mesh, axis=0)) / np.linalg.norm(np.ptp(moved, axis=0))
+    middle = (moved.min(0) + moved.max(0)) / 2
+    fitted = (moved - middle) * ratio + (mesh.min(0) + mesh.max(0)) / 2
+    expected = sum(chamfer_by_hand(sample(fitted, 400), sample(mesh, 400), 0.5))
+    assert published_points(prediction, room, mesh)["chamfer_clipped"] == pytest.approx(expected, rel=1e-3)
+
+    larger = render_room(4, 2, 280, 420)
+    prediction = prediction_for(larger, 4, 0.08, 0.05)
+    published_points(prediction, larger, mesh)  # what is loaded at first is not counted
+    tracemalloc.start()
+    published_points(prediction, larger, mesh)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < larger.depth.numel() * 3 * 8
 
 
 def test_points_are_thinned_evenly(room, monkeypatch):
@@ -645,9 +732,9 @@ def test_the_published_protocol_counts_scenes_without_points(scans, backbone, tm
     assert summary["sides"][1]["metrics"]["chamfer_clipped"]["mean"] is None
     assert result_of(out, NAMES[2])["frame_numbers"] == [0, 1, 2, 3, 4]
     monkeypatch.setattr(protocols, "PUBLISHED_CONFIDENCE", 1.0)
-    summary = run(scans, tmp_path / "one", backbone, protocol="published", frames=5)
+    summary = run(scans / NAMES[0], tmp_path / "one", backbone, protocol="published", frames=5)
     assert summary["sides"][0]["without_points"] == []
-    assert summary["sides"][1]["metrics"]["chamfer_clipped"]["scenes"] == 3
+    assert summary["sides"][1]["metrics"]["chamfer_clipped"]["scenes"] == 1
 
 
 def test_meshes_may_lie_elsewhere_and_must_be_there(own_scans, backbone, tmp_path):
@@ -690,7 +777,16 @@ def result(scene, *sides, **given):
     table = [
         {
             **dict.fromkeys(
-                ["keep_ratio", "mode", "merge_budget", "weights", "full_heads", "heads", "kept_tokens"]
+                [
+                    "keep_ratio",
+                    "mode",
+                    "merge_budget",
+                    "weights",
+                    "weights_digest",
+                    "full_heads",
+                    "heads",
+                    "kept_tokens",
+                ]
             ),
             "name": f"side {number}",
             "fits": values is not None,

@@ -116,6 +116,16 @@ def test_process_groups_are_the_matter_of_one_module_and_of_training():
     assert {name for name in found if "training/" not in name} == {"runtime/ranks.py"}
 
 
+def test_variables_of_torchrun_are_read_by_one_module():
+    """Others ask `place_of_torchrun`; `machine.py` lists all variables that matter."""
+    found = set()
+    for file in ROOT.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and node.value in ("RANK", "WORLD_SIZE"):
+                found.add(file.relative_to(ROOT).as_posix())
+    assert found == {"runtime/machine.py", "runtime/ranks.py"}
+
+
 def test_training_imports_the_renderer_on_demand_alone():
     for node in ast.parse((ROOT / "training" / "run.py").read_text(encoding="utf-8")).body:
         assert not isinstance(node, ast.ImportFrom) or "mini" not in (node.module or "")

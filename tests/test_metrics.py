@@ -200,13 +200,18 @@ def test_trajectory_error_where_alignment_is_not_determined():
     assert absolute_trajectory_error(collapsed, truth) == pytest.approx(expected)
 
 
-def evo_errors(predicted: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
-    """ATE, ARE and RPE of trajectories `[S, 4, 4]`, as evo's command line computes them."""
+def evo_errors(predicted: torch.Tensor, truth: torch.Tensor, align_origin: bool = False) -> dict[str, float]:
+    """ATE, ARE and RPE of trajectories `[S, 4, 4]`, as evo's command line computes them.
+
+    Both alignments in turn are what evo did until 1.31, and still does step by step.
+    """
     from evo.core.metrics import APE, RPE, PoseRelation, Unit
     from evo.core.trajectory import PosePath3D
 
     reference, estimate = (PosePath3D(poses_se3=list(poses.numpy())) for poses in (truth, predicted))
     estimate.align(reference, correct_scale=True)
+    if align_origin:
+        estimate.align_origin(reference)
     found = {}
     for name, metric in {
         "ate": APE(PoseRelation.translation_part),
@@ -234,6 +239,9 @@ def test_trajectory_errors_agree_with_evo(seed):
         evo_errors(torch.linalg.inv(predicted), torch.linalg.inv(truth)), rel=1e-6
     )
     assert abs(swapped.ate - errors.ate) > 0.01
+    from_first = trajectory_errors(predicted, truth, align_origin=True)
+    assert from_first._asdict() == pytest.approx(evo_errors(predicted, truth, align_origin=True), rel=1e-6)
+    assert from_first.ate > errors.ate
 
 
 def test_a_trajectory_in_another_world_has_no_error():
@@ -247,6 +255,13 @@ def test_orientation_error_is_not_told_by_positions_on_a_line():
     predicted[:, :3, 3] = torch.arange(6.0)[:, None] * torch.tensor([1.0, 2.0, 0.0])
     errors = trajectory_errors(predicted, truth)
     assert errors is not None and errors.are_deg is None and errors.ate > 0
+    # The first pose tells it.
+    errors = trajectory_errors(predicted, truth, align_origin=True)
+    turns = [
+        Rotation.from_matrix((poses[0, :3, :3].T @ poses[:, :3, :3]).numpy()) for poses in (predicted, truth)
+    ]
+    angles = np.rad2deg((turns[0].inv() * turns[1]).magnitude())
+    assert errors is not None and errors.are_deg == pytest.approx(np.sqrt(np.mean(angles**2)), rel=1e-6)
 
 
 # Depth

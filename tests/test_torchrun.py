@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -14,15 +16,19 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from hosts import write_images
+from scannet import write_scene
 from test_compare import SMALL
 from test_training_steps import fitting, stirred
 
 from pacevggt_patch import PaceError
+from pacevggt_patch.cli.main import main
 from pacevggt_patch.compare import compare, shared_runs
+from pacevggt_patch.compare.shared_runs import SharedRunner
+from pacevggt_patch.evaluate import evaluate
 from pacevggt_patch.mini import build_mini, save_mini
 from pacevggt_patch.patching.guest import guest
 from pacevggt_patch.patching.install import state_of
-from pacevggt_patch.runtime.ranks import processes_of_torchrun
+from pacevggt_patch.runtime.ranks import place_of_torchrun, processes_of_torchrun
 from pacevggt_patch.training.fit import Fit
 from pacevggt_patch.training.run import run_training
 
@@ -30,14 +36,17 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built
 
 CPU = torch.device("cpu")
 COMPARED = {"frames": 5, "repeats": 2, "device": "cpu", "keep_ratios": [0.3]}
+SCENES = ("scene0000_00", "scene0001_00", "scene0002_01")
 
 
 def files_in(folder):
-    """A tiny checkpoint, and a clip."""
+    """A tiny checkpoint, and a clip; beside them scenes of ScanNet."""
     checkpoint, clip = folder / "small.safetensors", folder / "clip"
     if not checkpoint.exists():
         save_mini(build_mini(False, SMALL), checkpoint)
         write_images(clip, 5, (56, 56))
+        for name in SCENES:
+            write_scene(folder / "scans" / name, 4)
     return str(checkpoint), str(clip)
 
 
@@ -60,7 +69,7 @@ def caught(function):
     return None
 
 
-def work(rank, folder):
+def work(rank, folder, ports):
     os.environ |= {"PACEVGGT_CACHE": "off", "WORLD_SIZE": "2", "RANK": str(rank)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
@@ -82,7 +91,14 @@ def work(rank, folder):
         options = training.options(folder / "clip", folder / f"train{rank}", settings=settings)
         found["seeds"] = caught(lambda: run_training(options))
     found["joined"] = caught(lambda: joined_without_memory(rank, compares))
+    dist.destroy_process_group()
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}  # as torchrun has it
+    for (name, step), port in zip(STEPS.items(), ports, strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        with pytest.MonkeyPatch.context() as patch:
+            found[name] = step(folder, rank, patch)
     # The last one: the other process waits for what this one should have sent, until it is gone.
+    dist.init_process_group("gloo", init_method=f"file://{folder}/last", rank=rank, world_size=2)
     found["forward"] = caught(lambda: forward_without_memory(rank, compares))
     torch.save(found, folder / f"{rank}.pt")
 
@@ -117,6 +133,68 @@ def forward_without_memory(rank, compares):
         compares("no", weights=None)
 
 
+def said(*arguments):
+    """Exit status of a command, and what it printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        status = main(list(map(str, arguments)))
+    return status, out.getvalue(), err.getvalue()
+
+
+def compares_by_command(folder, out, *more):
+    checkpoint, clip = files_in(folder)
+    given = ("--backbone", checkpoint, "--clip", clip, "--device", "cpu", "--frames", "4", "--repeats", "1")
+    return said("compare", *given, "--out", folder / out, *more)
+
+
+def without_an_extra(folder, rank, patch):
+    patch.setitem(sys.modules, "plotly", None)  # what Python takes for one that can't be imported
+    patch.setattr(dist, "init_process_group", None)
+    return compares_by_command(folder, "none")
+
+
+def on_two_devices(folder, rank, patch):
+    def enter():
+        with processes_of_torchrun(torch.device("cuda", 0) if rank else CPU):
+            pass
+
+    return caught(enter)
+
+
+EVALUATED = {"frames": 4, "width": 56, "weights": None, "keep_ratios": (0.5,), "device": "cpu"}
+
+
+def evaluates(folder, rank, patch):
+    given = ("--frames", 4, "--width", 56, "--weights", "none", "--keep-ratios", "0.5", "--device", "cpu")
+    checkpoint, _ = files_in(folder)
+    where = ("--backbone", checkpoint, "--out", folder / "evaluated")
+    return said("evaluate", folder / "scans", "--dataset", "scannet", *given, *where)
+
+
+def one_fails(folder, rank, patch):
+    predict = SharedRunner.predict
+
+    def fails(self, side, *rest):
+        if side.config is not None and rank == 1:
+            raise PaceError("the disk is full")
+        return predict(self, side, *rest)
+
+    patch.setattr(SharedRunner, "predict", fails)
+    return compares_by_command(folder, "failed")
+
+
+# One after another in the same two processes, each with a store of its own, as torchrun gives it.
+STEPS = {
+    "without an extra": without_an_extra,
+    "printed": lambda folder, rank, patch: compares_by_command(folder, "printed"),
+    "without weights": lambda folder, rank, patch: compares_by_command(
+        folder, "none", "--weights", "no.safetensors"
+    ),
+    "evaluated": evaluates,
+    "devices": on_two_devices,
+    "one fails": one_fails,
+}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("torchrun")
@@ -127,7 +205,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def found(folder):
     """What each process found."""
-    mp.spawn(work, (folder,), nprocs=2)
+    stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in STEPS]
+    mp.spawn(work, (folder, [store.port for store in stores]), nprocs=2)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
@@ -204,6 +283,39 @@ def test_one_process_is_no_group(monkeypatch):
         assert ranks is None and not dist.is_initialized()
 
 
+def test_a_rank_without_its_world_counts_for_nothing(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("RANK", "1")  # left over from elsewhere
+    assert place_of_torchrun() == (0, 1)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert place_of_torchrun() == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("rank", "world", "words"),
+    [
+        ("0", "two", ("WORLD_SIZE", "two")),
+        ("0", "0", ("WORLD_SIZE", "0")),
+        ("0", "", ("WORLD_SIZE",)),
+        ("one", "2", ("RANK", "one")),
+        ("-1", "2", ("RANK", "-1")),
+        ("2", "2", ("RANK", "WORLD_SIZE", "2 of 2")),
+        (None, "2", ("RANK", "torchrun")),
+    ],
+)
+def test_a_place_that_is_none_is_refused(rank, world, words, folder, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", world)
+    monkeypatch.delenv("RANK", raising=False) if rank is None else monkeypatch.setenv("RANK", rank)
+    with pytest.raises(PaceError) as refused:
+        place_of_torchrun()
+    assert all(word in str(refused.value) for word in words)
+    # What needs no place goes on, what needs one says it.
+    assert main(["cache"]) == 0 and main(["push", "none.safetensors", "user/repo"]) == 2
+    assert "none.safetensors" in capsys.readouterr().err
+    status, _, err = compares_by_command(folder, "none")
+    assert status == 2 and words[0] in err
+
+
 def test_processes_that_do_not_meet_are_said(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
@@ -213,24 +325,47 @@ def test_processes_that_do_not_meet_are_said(monkeypatch):
     assert not dist.is_initialized()
 
 
-def meet(rank, port, folder):
-    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # as torchrun has it
-    device = torch.device("cuda", 0) if rank else CPU
-
-    def enter():
-        with processes_of_torchrun(device):
-            pass
-
-    (folder / f"{rank}.txt").write_text(str(caught(enter)))
-
-
-def test_processes_on_different_devices_are_refused(tmp_path):
+def test_processes_on_different_devices_are_refused(found):
     """Before the group is made, for which they would wait."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    mp.spawn(meet, (store.port, tmp_path), nprocs=2)
-    for rank in range(2):
-        assert "rank 0 runs on cpu and rank 1 on cuda" in (tmp_path / f"{rank}.txt").read_text()
+    for one in found:
+        assert "rank 0 runs on cpu and rank 1 on cuda" in one["devices"]
+
+
+def test_what_all_lack_is_said_by_the_first_process_before_there_is_a_group(found):
+    (status, out, err), (other_status, *other) = (one["without an extra"] for one in found)
+    assert (status, other_status) == (2, 2) and out == "" and other == ["", ""]
+    assert err.startswith("pacevggt (rank 0): ") and "plotly" in err
+
+
+def test_what_ends_all_is_said_by_the_first_process(found):
+    (status, _, err), (other_status, *other) = (one["without weights"] for one in found)
+    assert (status, other_status) == (2, 2)
+    assert "pacevggt (rank 0): " in err and "no.safetensors" in err and "pacevggt" not in "".join(other)
+
+
+def test_a_process_that_fails_alone_says_so(found, folder):
+    (status, out, err), (other_status, _, other) = (one["one fails"] for one in found)
+    assert (status, other_status) == (2, 2)
+    assert "pacevggt (rank 1): the disk is full" in other and "pacevggt (rank 0): " in err and "rank 1" in err
+    assert "speed-up" not in out and not (folder / "failed" / "report.json").exists()
+
+
+def test_the_command_prints_once(found):
+    (status, out, _), (other_status, other, _) = (one["printed"] for one in found)
+    assert (status, other_status, other) == (0, 0, "")
+    assert out.count("wrote") == 1 and out.count("speed-up") == 1 and "accelerated in 2" in out
+
+
+def test_processes_share_the_scenes_and_merge_exactly(found, folder, tmp_path):
+    """One has two scenes, the other one."""
+    (status, out, _), (other_status, other, _) = (one["evaluated"] for one in found)
+    assert (status, other_status, other) == (0, 0, "") and "camera AUC@30" in out
+    checkpoint, _ = files_in(folder)
+    alone = evaluate(folder / "scans", "scannet", out=tmp_path / "out", backbone=checkpoint, **EVALUATED)
+    summary = json.loads((folder / "evaluated" / "summary.json").read_text())
+    assert summary["settings"] == alone["settings"] and summary["scenes"] == len(SCENES)
+    for side, one in zip(summary["sides"], alone["sides"], strict=True):
+        assert side["metrics"] == one["metrics"]
 
 
 def torchrun(*arguments, **options):
@@ -242,48 +377,39 @@ def torchrun(*arguments, **options):
     )
 
 
-TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=TWO_GPUS)])
-def test_the_command_prints_once(folder, tmp_path, device):
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_the_command_prints_once_on_gpus(folder, tmp_path):
     checkpoint, clip = files_in(folder)
-    given = ("--backbone", checkpoint, "--clip", clip, "--device", device, "--frames", "4", "--repeats", "1")
+    given = ("--backbone", checkpoint, "--clip", clip, "--device", "cuda", "--frames", "4", "--repeats", "1")
     run = torchrun("-m", "pacevggt_patch", "compare", *given, "--out", str(tmp_path / "out"))
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("wrote") == 1 and run.stdout.count("speed-up") == 1
     assert "accelerated in 2" in run.stdout
 
 
-FAILS = """
-import os, signal, sys, time, torch
-from pacevggt_patch import PaceError
+KILLED = """
+import os, signal, sys
 from pacevggt_patch.cli import main as command
 from pacevggt_patch.compare import shared_runs
 
 predict = shared_runs.SharedRunner.predict
 
-def fails(self, side, *rest):
+def killed(self, side, *rest):
     if side.config is not None and os.environ["RANK"] == "1":
-        if sys.argv[1] == "raises":
-            raise PaceError("the disk is full")
         os.kill(os.getpid(), signal.SIGKILL)
     return predict(self, side, *rest)
 
-shared_runs.SharedRunner.predict = fails
-sys.exit(command.main(sys.argv[2:]))
+shared_runs.SharedRunner.predict = killed
+sys.exit(command.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize(
-    "how,said", [("raises", "pacevggt (rank 1): the disk is full"), ("is killed", "SIGKILL")]
-)
-def test_a_process_that_fails_ends_all_and_is_named(folder, tmp_path, how, said):
+def test_a_process_that_is_killed_ends_all_and_is_named(folder, tmp_path):
     checkpoint, clip = files_in(folder)
-    script = tmp_path / "fails.py"
-    script.write_text(FAILS)
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
     given = ("--backbone", checkpoint, "--clip", clip, "--device", "cpu", "--frames", "4", "--repeats", "1")
-    run = torchrun(str(script), how, "compare", *given, "--out", str(tmp_path / "out"))
-    assert run.returncode != 0 and said in run.stderr
+    run = torchrun(str(script), "compare", *given, "--out", str(tmp_path / "out"))
+    assert run.returncode != 0 and "SIGKILL" in run.stderr
     assert "rank      : 1" in run.stderr  # of torchrun, about the first that failed
     assert "speed-up" not in run.stdout and not (tmp_path / "out" / "report.json").exists()

@@ -4,34 +4,46 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
 from ..config import DEFAULT_KEEP_RATIO, GLOBAL, MODES
 from ..errors import PaceError
+from ..runtime.ranks import place_of_torchrun, processes_of_torchrun, said_by_first
 from ..version import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     arguments = make_parser().parse_args(argv)
-    # Of several processes each says what went wrong in it.
-    who = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
     try:
         return arguments.run(arguments)
     except PaceError as error:
-        print(f"pacevggt{who}: {error}", file=sys.stderr)
-        return 2
+        return failed(str(error))
     except ImportError as error:
-        print(f"pacevggt: {error}: pip install 'pacevggt-patch[{arguments.extra}]'", file=sys.stderr)
-        return 2
+        return failed(f"{error}: pip install 'pacevggt-patch[{arguments.extra}]'")
     except KeyboardInterrupt as stop:
         what = str(stop) or "interrupted; files already reported as written are whole"
         print(f"pacevggt: {what}", file=sys.stderr)
         return getattr(stop, "status", 130)
+
+
+def failed(text: str) -> int:
+    """Say what went wrong; of several processes each says its own, and the first one what went wrong in all.
+
+    Returns:
+        The exit status.
+    """
+    who = ""
+    with suppress(PaceError):  # of torchrun's variables, which is said where they are needed
+        rank, world = place_of_torchrun()
+        who = f" (rank {rank})" if world > 1 else ""
+    if not said_by_first(text):
+        print(f"pacevggt{who}: {text}", file=sys.stderr)
+    return 2
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -176,11 +188,11 @@ def add_compile(parser: argparse.ArgumentParser) -> None:
 def add_evaluate(commands) -> None:
     evaluate = commands.add_parser(
         "evaluate",
-        help="run a VGGT stock and accelerated on every scene of ScanNet, 7-Scenes or a folder, against the truth",
-        description="Run a VGGT stock and accelerated on every scene of a data set, and compare the cameras, depth and "
-        "points of both with its ground truth. Writes a JSON for each scene when it ends, and summary.json, summary.md "
-        "and changes.png. The same command goes on after an interruption. Several GPUs: torchrun --nproc-per-node N "
-        "--no-python pacevggt evaluate ...",
+        help="run a model stock and accelerated on every scene of ScanNet, 7-Scenes or a folder, against the truth",
+        description="Run a VGGT, or a model of another family, stock and accelerated on every scene of a data set, and "
+        "compare the cameras, depth and points of both with its ground truth. Writes a JSON for each scene when it "
+        "ends, and summary.json, summary.md and changes.png. The same command goes on after an interruption. Several "
+        "GPUs: torchrun --nproc-per-node N --no-python pacevggt evaluate ...",
     )
     evaluate.add_argument("data", type=Path, metavar="DATA", help="folder of scenes, or of one scene")
     evaluate.add_argument(
@@ -212,7 +224,10 @@ def add_evaluate(commands) -> None:
         help="of published: folder with SCENE/SCENE_vh_clean_2.ply (the folder of each scene)",
     )
     evaluate.add_argument(
-        "--width", type=int, metavar="PIXELS", help="of the frames (224 for VGGT-mini, else 518)"
+        "--width",
+        type=int,
+        metavar="PIXELS",
+        help="of the frames (224 for VGGT-mini, else 518, or 512 where patches have 16 pixels)",
     )
     add_compile(evaluate)
     evaluate.add_argument(
@@ -360,24 +375,20 @@ def add_push(commands) -> None:
 
 
 def compare_command(arguments: argparse.Namespace) -> int:
-    from ..compare import compare
+    from ..compare.command import run_plan
+    from ..compare.plan import Options, make_plan
     from ..compare.report import format_table
-    from ..runtime.device import usable_device
-    from ..runtime.ranks import processes_of_torchrun
 
     names = (
-        "out", "keep_ratios", "modes", "merge_budget", "frames", "device", "precision", "repeats", "compile", "colmap",
-        "ply",
+        "backbone", "out", "keep_ratios", "modes", "merge_budget", "frames", "device", "precision", "repeats",
+        "compile", "colmap", "ply",
     )  # fmt: skip
+    given = {name: getattr(arguments, name) for name in names}
+    # What does not fit is said before processes wait for each other.
+    plan = make_plan(Options(clips=tuple(arguments.clip), weights=weights_of(arguments), **given))
     # The others wait while stock runs.
-    with processes_of_torchrun(usable_device(arguments.device), timedelta(hours=4)) as ranks:
-        report = compare(
-            arguments.backbone,
-            arguments.clip,
-            weights=weights_of(arguments),
-            process_group=None if ranks is None else True,
-            **{name: getattr(arguments, name) for name in names},
-        )
+    with processes_of_torchrun(plan.device, timedelta(hours=4)) as ranks:
+        report = run_plan(plan, ranks)
     if ranks is not None and ranks.rank:
         return 0
     print(format_table(report))
@@ -401,7 +412,7 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
         weights=weights_of(arguments),
         **{name: getattr(arguments, name) for name in names},
     )
-    if os.environ.get("RANK", "0") == "0":
+    if place_of_torchrun()[0] == 0:
         print(format_table(summary))
         print(f"wrote {arguments.out}/: summary.md, summary.json, changes.png, scenes/")
     return 0
@@ -442,7 +453,7 @@ def train_command(arguments: argparse.Namespace) -> int:
     )
     names = ("out", "backbone", "images", "rooms", "textures", "width", "device", "start", "resume")
     report = run_training(Options(settings=settings, **{name: getattr(arguments, name) for name in names}))
-    if os.environ.get("RANK", "0") == "0":
+    if place_of_torchrun()[0] == 0:
         print(format_checks(report["checks"]))
         if report["mode"] == GLOBAL:
             heads = ", ".join(f"block {block} head {head}" for block, head in report["full_heads"])

@@ -48,7 +48,7 @@ def evaluate(
     precision: str | None = None,
     compile: bool = False,
 ) -> dict[str, Any]:
-    """Run a VGGT stock and accelerated on every scene of a data set, and compare both with its ground truth.
+    """Run a model stock and accelerated on every scene of a data set, and compare both with its ground truth.
 
     Writes a JSON for each scene when it ends. At the end come `summary.json`, `summary.md` and `changes.png`. The same
     call goes on where an interrupted one ended. Under torchrun each process takes every world-th scene.
@@ -66,7 +66,7 @@ def evaluate(
         scenes: file with the names of the scenes, one a line.
         most_scenes: evenly spaced ones, by name.
         meshes: folder with SCENE/SCENE_vh_clean_2.ply of "published"; None looks in the folder of each scene.
-        width: of the frames, pixels; None takes 224 for VGGT-mini, else 518.
+        width: of the frames, pixels; None takes 224 for VGGT-mini, else 518, or 512 where patches have 16 pixels.
         device: None takes CUDA where there is one.
         precision: "float32", "autocast" or "bfloat16"; None takes float32 on the CPU, else autocast.
 
@@ -123,7 +123,7 @@ class Evaluation:
         self.plan, self.ranks = plan, ranks
         self.rank, self.world = (0, 1) if ranks is None else (ranks.rank, ranks.world)
         self.runner = SceneRunner(model, plan)
-        self.results = Results(plan)
+        self.results = Results(plan, self.runner.digests())
 
     def meet(self, work: Callable[[], Any] = lambda: None) -> None:
         """Do some work in the first process, for which the others wait; where it fails all fail."""

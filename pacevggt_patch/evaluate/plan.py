@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from ..config import DEFAULT_KEEP_RATIO
 from ..errors import ClipError, PaceError
 from ..runtime.device import usable_device
 from ..runtime.plotting import load_extra
+from ..runtime.ranks import place_of_torchrun
 from .protocols import CORRECTED, PUBLISHED, choose_frames
 
 SCANNET, SEVEN_SCENES, FOLDER = "scannet", "7scenes", "folder"
@@ -116,7 +116,7 @@ class Options:
         scenes: file with the names of the scenes, one a line; None takes all.
         most_scenes: every floor(n / most_scenes)-th of n scenes, at most so many; None takes all.
         meshes: folder with SCENE/SCENE_vh_clean_2.ply of "published"; None looks in the folder of each scene.
-        width: of the frames, pixels; None takes 224 for VGGT-mini, else 518.
+        width: of the frames, pixels; None takes 224 for VGGT-mini, else 518, or 512 where patches have 16 pixels.
     """
 
     data: str | PathLike[str]
@@ -201,6 +201,13 @@ def naming(scene: str) -> Generator[None]:
         raise
 
 
+def without_folder(name: str) -> str:
+    """What a user gave for a checkpoint or weights, of a file its name alone: results may be published."""
+    family, colon, file = name.rpartition(":")
+    path = Path(file).expanduser()
+    return f"{family}{colon}{path.name}" if path.is_file() else name
+
+
 def make_plan(options: Options) -> Plan:
     """Look at all that can be looked at before a model is loaded.
 
@@ -227,7 +234,7 @@ def make_plan(options: Options) -> Plan:
     frame = frame_size(options)
     folders = find_scenes(options)
     jobs = []
-    hidden = os.environ.get("RANK", "0") != "0" or None  # None: shown where somebody looks
+    hidden = place_of_torchrun()[0] > 0 or None  # None: shown where somebody looks
     for folder in tqdm(folders, desc="looking through scenes", unit="scene", disable=hidden, leave=False):
         for scene in scenes_in(folder, options.dataset):
             jobs.append(make_job(scene, folder, options, frame))

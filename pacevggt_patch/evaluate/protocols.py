@@ -14,8 +14,8 @@ from ..compare.runs import Prediction
 from ..errors import PaceError, first_line
 from ..evaluation import cloud_errors, evaluate_predictions, similarity_alignment, trajectory_errors
 from ..evaluation.agreement import moved
-from ..evaluation.clouds import fit_to_box, sample
-from ..evaluation.geometry import camera_to_world, masked_points, thinned
+from ..evaluation.clouds import box_of, fit_to_box, sample
+from ..evaluation.geometry import camera_to_world, from_first_camera, masked_points, thinned
 from ..runtime.plotting import load_extra
 
 PUBLISHED, CORRECTED = "published", "corrected"
@@ -102,14 +102,23 @@ def measure(
 
 
 def trajectory(protocol: str, prediction: Prediction, clip: Clip) -> Values:
-    """ATE, ARE and RPE: of camera centres, or, as published, of the matrices from world to camera as they are."""
+    """ATE, ARE and RPE: of camera centres, or, as published, of the matrices from the first camera to each one."""
     assert clip.world_to_camera is not None
     both = prediction.world_to_camera, clip.world_to_camera
-    predicted, truth = (
-        camera_to_world(poses) if protocol == CORRECTED else in_four_rows(poses) for poses in both
-    )
-    errors = trajectory_errors(predicted, truth)
+    if protocol == CORRECTED:
+        predicted, truth = map(camera_to_world, both)
+    else:
+        predicted, truth = (in_four_rows(in_first_camera(poses)) for poses in both)
+    errors = trajectory_errors(predicted, truth, align_origin=protocol == PUBLISHED)
     return {} if errors is None else errors._asdict()
+
+
+def in_first_camera(world_to_camera: Tensor) -> Tensor:
+    """[S, 3, 4] float64, where the first camera is the world.
+
+    The published script moves true poses there, and takes models that predict there by themselves.
+    """
+    return from_first_camera(world_to_camera.cpu().double()[None])[0]
 
 
 def in_four_rows(poses: Tensor) -> Tensor:
@@ -143,12 +152,14 @@ def published_points(prediction: Prediction, clip: Clip, mesh: np.ndarray) -> Va
     confident = prediction.confidence >= PUBLISHED_CONFIDENCE  # [S, H, W]
     if not bool(confident.any()):
         return {}
-    predicted = masked_points(
-        prediction.depth, prediction.intrinsics, prediction.world_to_camera, confident
-    ).numpy()
+    cameras = in_first_camera(prediction.world_to_camera).float()
+    predicted = masked_points(prediction.depth, prediction.intrinsics, cameras, confident).numpy()  # [N, 3]
     first = camera_to_world(clip.world_to_camera[:1])[0].float().numpy()  # [4, 4]
-    fitted = fit_to_box(predicted @ first[:3, :3].T + first[:3, 3], mesh)
-    errors = cloud_errors(sample(fitted, PUBLISHED_POINTS), sample(mesh, PUBLISHED_POINTS))
+    predicted = predicted @ first[:3, :3].T
+    predicted += first[:3, 3]
+    # A thousand frames have 2e8 points: only those that are compared are scaled, in float64.
+    fitted = fit_to_box(sample(predicted, PUBLISHED_POINTS), box_of(predicted), box_of(mesh))
+    errors = cloud_errors(fitted, sample(mesh, PUBLISHED_POINTS))
     return {} if errors is None else {"chamfer_clipped": errors.chamfer_clipped}
 
 

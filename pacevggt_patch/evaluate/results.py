@@ -6,7 +6,9 @@ to put their results together.
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from ..errors import PaceError
 from ..runtime.files import environment, write_json
 from ..training.states import results_folder, writing
 from ..version import __version__
-from .plan import Job, Plan
+from .plan import Job, Plan, without_folder
 from .protocols import PUBLISHED, PUBLISHED_CONFIDENCE
 
 RUN, SUMMARY, TABLE, PICTURE = "run.json", "summary.json", "summary.md", "changes.png"
@@ -25,24 +27,32 @@ CALIBRATION = "calibration.safetensors"
 SCENES = "scenes"  # the folder of their JSONs
 
 
-def settings_of(plan: Plan) -> dict[str, Any]:
-    """All that results depend on, as JSON values."""
+def settings_of(plan: Plan, digests: Mapping[str, str | None]) -> dict[str, Any]:
+    """All that results depend on, as JSON values; they tell no folder of this machine.
+
+    Args:
+        plan: what is run.
+        digests: of what files hold, by what they are of; see `SceneRunner.digests`.
+    """
     options = plan.options
     where = environment(plan.runs.device)
     given = options.weights
     return {
         "pacevggt_patch": __version__,
         "dataset": options.dataset,
+        "data": folder_name(options.data),
+        "meshes": None if options.meshes is None else folder_name(options.meshes),
         "protocol": options.protocol,
         "confidence": PUBLISHED_CONFIDENCE if options.protocol == PUBLISHED else None,
         "frames": options.frames,
         "stride": options.stride,
         "pictures": f"{plan.frame.width} pixels wide, {plan.frame.mode}, patches of {plan.frame.patch}",
-        "backbone": backbone_name(plan.runs.options),
+        "backbone": without_folder(backbone_name(plan.runs.options)),
         "keep_ratios": [config.keep_ratio for config in plan.runs.configs],
         "modes": [config.mode for config in plan.runs.configs],
         "merge_budget": options.merge_budget,
-        "weights": None if given is None else str(given),
+        "weights": None if given is None else without_folder(str(given)),
+        **digests,
         "compile": options.compile,
         "precision": plan.runs.precision,
         "device": where["device"],
@@ -51,17 +61,24 @@ def settings_of(plan: Plan) -> dict[str, Any]:
     }
 
 
+def folder_name(folder: str | PathLike[str]) -> str:
+    """The name of a folder, and a digest that tells where it is to who knows that already."""
+    place = file_path("folder", folder).resolve()
+    return f"{place.name} ({hashlib.sha256(str(place).encode()).hexdigest()[:12]})"
+
+
 class Results:
     """The folder of a run.
 
     Args:
         plan: what is run.
+        digests: as in `settings_of`.
     """
 
-    def __init__(self, plan: Plan):
+    def __init__(self, plan: Plan, digests: Mapping[str, str | None]):
         self.folder = file_path("out", plan.options.out)
         self.files = [job.file for job in plan.jobs]
-        self.settings = settings_of(plan)
+        self.settings = settings_of(plan, digests)
         self.calibration = self.folder / CALIBRATION
         given = plan.options.backbone, plan.options.weights
         # Of an object nobody can tell whether it is that of an earlier run.

@@ -17,8 +17,9 @@ from ..errors import PaceError
 from ..evaluation.timing import time_interleaved
 from ..patching.install import state_of
 from ..runtime.files import environment
+from ..weights.fingerprint import checkpoint_digest
 from ..weights.pace import PaceWeights
-from .plan import Job, Plan
+from .plan import Job, Plan, without_folder
 from .protocols import choose_frames, measure, read_mesh
 
 CALIBRATION_FRAMES = 24
@@ -40,6 +41,12 @@ class SceneRunner:
         self.runner = Runner(model, plan.runs)
         self.device = plan.runs.device
         self.sides = 1 + len(self.runner.configs)
+
+    def digests(self) -> dict[str, str | None]:
+        """What tells the checkpoint and the weights that were given, whatever their files are called."""
+        given, found = self.plan.options.weights, state_of(self.runner.model).weights
+        weights = None if given in (None, "auto") or found is None else found.digest()
+        return {"checkpoint_digest": checkpoint_digest(self.runner.model), "weights_digest": weights}
 
     def calibrate(self, file: Path) -> None:
         """Let every setting that would calibrate on its first clip have one calibration, on the first scene of all.
@@ -152,12 +159,14 @@ class SceneRunner:
 
     def setting(self, side: Side, patches: int) -> dict[str, Any]:
         """What a side is run with; null for stock."""
-        config = side.config
+        config, given = side.config, str(self.plan.options.weights)
+        found = config and self.runner.weights[config]
         return {
             "keep_ratio": config and config.keep_ratio,
             "mode": config and config.mode,
             "merge_budget": config and config.merge_budget,
-            "weights": side.weights or None,
+            "weights": side.weights.replace(given, without_folder(given)) or None,
+            "weights_digest": found.digest() if isinstance(found, PaceWeights) else None,
             "full_heads": side.full_heads if config else None,
             "heads": self.runner.heads if config else None,
             "kept_tokens": patches if side.kept_count is None else side.kept_count,

@@ -40,7 +40,7 @@ def summarise(settings: dict[str, Any], results: Sequence[Result]) -> dict[str, 
                 **{key: of_side[0][key] for key in ("name", "keep_ratio", "mode", "merge_budget")},
                 **{
                     key: first_known(of_side, key)
-                    for key in ("weights", "full_heads", "heads", "kept_tokens")
+                    for key in ("weights", "weights_digest", "full_heads", "heads", "kept_tokens")
                 },
                 "seconds": seconds,
                 "speedup": stock_seconds / seconds if seconds and stock_seconds else None,
@@ -65,7 +65,7 @@ def summarise(settings: dict[str, Any], results: Sequence[Result]) -> dict[str, 
 
 def check_alike(results: Sequence[Result]) -> None:
     """Raise `PaceError` if two scenes did not run with the same."""
-    for key in ("name", "weights"):
+    for key, what in (("name", "settings"), ("weights_digest", "weights")):
         for number, side in enumerate(results[0]["sides"]):
             for result in results:
                 sides = result["sides"]
@@ -73,7 +73,7 @@ def check_alike(results: Sequence[Result]) -> None:
                     side["fits"] and sides[number]["fits"] and sides[number][key] != side[key]
                 ):
                     raise PaceError(
-                        f"scenes {results[0]['scene']} and {result['scene']} did not run with the same {key}: "
+                        f"scenes {results[0]['scene']} and {result['scene']} did not run with the same {what}: "
                         "delete the results of one of them, and it runs again"
                     )
 

@@ -107,10 +107,23 @@ def sample(points: np.ndarray, most: int, seed: int = 0) -> np.ndarray:
     return points[np.random.default_rng(seed).choice(len(points), most, replace=False, shuffle=False)]
 
 
-def fit_to_box(points: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Points scaled and moved so that the diagonal and the centre of their box are those of the target's box."""
-    low, high = points.min(0), points.max(0)
-    target_low, target_high = target.min(0), target.max(0)
+Box = tuple[np.ndarray, np.ndarray]  # [3] least and [3] largest coordinates
+
+
+def box_of(points: np.ndarray) -> Box:
+    """The box around points `[N, 3]`."""
+    return points.min(0), points.max(0)
+
+
+def fit_to_box(points: np.ndarray, box: Box, target: Box) -> np.ndarray:
+    """Points scaled and moved as takes the diagonal and the centre of a box to those of another one.
+
+    Args:
+        points: `[N, 3]`, any of those in the box.
+        box: around all of them.
+        target: what the box becomes.
+    """
+    (low, high), (target_low, target_high) = box, target
     diagonal = np.linalg.norm(high - low)
     scale = np.linalg.norm(target_high - target_low) / diagonal if diagonal > 0 else 1.0
     return (points - (low + high) / 2) * scale + (target_low + target_high) / 2

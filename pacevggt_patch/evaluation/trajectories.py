@@ -12,12 +12,12 @@ from .metrics import check_poses, rotation_angle
 
 
 class TrajectoryErrors(NamedTuple):
-    """Root mean squares over a trajectory, after the Sim(3) that aligns its positions in the least-squares sense.
+    """Root mean squares over a trajectory, aligned as `trajectory_errors` says.
 
     Attributes:
         ate: distance of positions, in the unit of the truth.
         are_deg: angle between orientations, degrees. None where predicted positions lie on one line, so that any turn
-            about it aligns them.
+            about it aligns them, and the first pose does not settle it.
         rpe_translation: distance between the motions from each frame to the next, in the unit of the truth.
         rpe_rotation_deg: angle between their rotations, degrees.
     """
@@ -28,12 +28,17 @@ class TrajectoryErrors(NamedTuple):
     rpe_rotation_deg: float
 
 
-def trajectory_errors(predicted: Tensor, truth: Tensor) -> TrajectoryErrors | None:
+def trajectory_errors(
+    predicted: Tensor, truth: Tensor, align_origin: bool = False
+) -> TrajectoryErrors | None:
     """Compare two trajectories of poses, whatever they take to what.
+
+    The Sim(3) that aligns positions in the least-squares sense is applied to the prediction.
 
     Args:
         predicted: `[S, 4, 4]` rigid motions, in a frame and at a scale of their own.
         truth: `[S, 4, 4]` rigid motions.
+        align_origin: whether a rigid motion then lays the first predicted pose on the first true one.
 
     Returns:
         None for fewer than three poses or true positions on one line, to which anything aligns too well. Predicted
@@ -47,11 +52,16 @@ def trajectory_errors(predicted: Tensor, truth: Tensor) -> TrajectoryErrors | No
     turned = rotation @ predicted[:, :3, :3]  # [S, 3, 3]
     moved = scale * places @ rotation.T + translation  # [S, 3]
     true_turned = truth[:, :3, :3]
+    if align_origin:
+        turn = true_turned[0] @ turned[0].mT
+        turned, moved = turn @ turned, (moved - moved[0]) @ turn.T + true_places[0]
     step, step_turn = motions(turned, moved)
     true_step, true_step_turn = motions(true_turned, true_places)
     return TrajectoryErrors(
         root_mean_square((moved - true_places).norm(dim=1)),
-        root_mean_square(rotation_angle(turned.mT @ true_turned)) if spans_plane(places) else None,
+        root_mean_square(rotation_angle(turned.mT @ true_turned))
+        if align_origin or spans_plane(places)
+        else None,
         root_mean_square((step - true_step).norm(dim=1)),
         root_mean_square(rotation_angle(step_turn.mT @ true_step_turn)),
     )

@@ -25,6 +25,63 @@ FAILED, WAITS = "pacevggt failed", "pacevggt waits"
 # By which processes that torchrun started tell each other their type of device, and how long they wait for each other.
 DEVICE, MEETING = "pacevggt device", datetime.timedelta(minutes=10)
 GRACE = 2.0  # seconds by which ranks that wait for the same notice it apart
+# The error of the first process, and seconds for which others wait for it: in a group less than GRACE, and before.
+SAID, SHORTLY, STARTING = "pacevggt said", 0.5, 20.0
+
+
+def place_of_torchrun() -> tuple[int, int]:
+    """Number of this process and how many there are, as torchrun says by RANK and WORLD_SIZE; (0, 1) without.
+
+    Raises:
+        PaceError: they are no such numbers, or RANK is missing where WORLD_SIZE is above 1.
+    """
+    if "WORLD_SIZE" not in os.environ:  # then a RANK is left over from elsewhere
+        return 0, 1
+    world = number_of_torchrun("WORLD_SIZE", 1)
+    if world == 1 and "RANK" not in os.environ:
+        return 0, 1
+    rank = number_of_torchrun("RANK", 0)
+    if rank >= world:
+        raise PaceError(
+            f"RANK must be below WORLD_SIZE, and is {rank} of {world}: start processes by torchrun, or unset both"
+        )
+    return rank, world
+
+
+def number_of_torchrun(name: str, least: int) -> int:
+    """The whole number in an environment variable."""
+    text = os.environ.get(name, "")
+    if not (text.isascii() and text.isdigit() and int(text) >= least):
+        raise PaceError(
+            f"{name} must be a whole number of at least {least}, got {text!r}: start processes by torchrun, or unset it"
+        )
+    return int(text)
+
+
+def said_by_first(text: str) -> bool:
+    """Whether an error that ends this process of torchrun is the one that ends the first process.
+
+    The first one leaves its own with the store of torchrun. Others wait for it a little: longer before there is a
+    group, as processes don't start at the same moment. Where they can't meet the answer is no.
+
+    Args:
+        text: of the error.
+    """
+    with suppress(Exception):
+        rank, world = place_of_torchrun()
+        if world == 1:
+            return False
+        store = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=GRACE)))[0]
+        if rank == 0:
+            store.set(SAID, text)
+            return False
+        start = time.monotonic()
+        while not store.check([SAID]):
+            if time.monotonic() - start > (SHORTLY if store.check([f"{DEVICE} 0"]) else STARTING):
+                return False
+            time.sleep(0.05)
+        return store.get(SAID).decode() in text
+    return False
 
 
 def split_frames(total: int, rank: int, world: int) -> slice:
@@ -61,7 +118,7 @@ def processes_of_torchrun(
     Raises:
         PaceError: the group can't be made, or processes are on devices of different types.
     """
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = place_of_torchrun()[1]
     if world == 1:
         yield None
         return

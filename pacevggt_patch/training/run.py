@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from collections import deque
@@ -26,7 +25,7 @@ from ..hosts.base import find_host
 from ..patching.guest import guest
 from ..runtime.device import usable_device
 from ..runtime.files import environment, write_json
-from ..runtime.ranks import Ranks, processes_of_torchrun
+from ..runtime.ranks import Ranks, place_of_torchrun, processes_of_torchrun
 from ..version import __version__
 from ..weights.hub import HUB_FILE
 from ..weights.pace import PaceWeights
@@ -95,7 +94,7 @@ def run_training(options: Options) -> dict[str, Any]:
         PaceError: images, backbone, device or settings do not fit, the loss is not finite, or a file can't be written.
         Stopped: by a signal, when the step was done and its state written.
     """
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    rank, world = place_of_torchrun()
     settings = options.settings
     check_options(options)
     device = usable_device(options.device)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from ..hosts.base import Host
 
@@ -24,12 +26,26 @@ def fingerprints(host: Host) -> dict[str, str]:
     for name, dtype in wanted.items():
         digest = hashlib.sha256()
         for tensor in host.fingerprint_tensors():
-            # A few thousand values of each tensor tell two trainings apart; hashing gigabytes would take seconds.
-            values = tensor.detach().reshape(-1)[:4096].to("cpu", dtype)
-            digest.update(str(tuple(tensor.shape)).encode())
-            digest.update(values.contiguous().view(torch.uint8).numpy().tobytes())
+            update(digest, tensor, dtype)
         result[name] = digest.hexdigest()
     return result
+
+
+def checkpoint_digest(model: nn.Module) -> str:
+    """SHA-256 over all parameters and buffers of a model, of large ones over their beginning."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        update(digest, tensor, tensor.dtype)
+    return digest.hexdigest()
+
+
+def update(digest: Any, tensor: Tensor, dtype: torch.dtype) -> None:
+    """Add a tensor, cast to a dtype, to a digest of hashlib."""
+    # A few thousand values of each tensor tell two trainings apart; hashing gigabytes would take seconds.
+    values = tensor.detach().reshape(-1)[:4096].to("cpu", dtype)
+    digest.update(str(tuple(tensor.shape)).encode())
+    digest.update(values.contiguous().view(torch.uint8).numpy().tobytes())
 
 
 def agree(mine: dict[str, str], theirs: dict[str, str]) -> bool:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from collections import deque
@@ -36,6 +35,7 @@ from torch import Tensor
 from ...arguments import number, whole
 from ...errors import PaceError
 from ...runtime.device import usable_device
+from ...runtime.ranks import place_of_torchrun
 from ...training.seeds import mixed_seed
 from ...training.signals import Signals, Stopped
 from ...training.states import STATE_FILE, loaded_state, result_file, results_folder, save_state
@@ -285,7 +285,7 @@ def architecture(changes: dict[str, Any], size: int) -> MiniConfig:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    rank, world = place_of_torchrun()
     args.views = tuple(args.views)
     settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
     config = architecture(args.config, args.size)
