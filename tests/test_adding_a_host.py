@@ -110,3 +110,31 @@ def test_the_family_is_named_where_models_are_not_known(scene):
 def test_the_document_counts_the_checks():
     (count,) = re.findall(r"There are (\d+) of them", TEXT)
     assert int(count) == len(CHECKS)
+
+
+# Each block under the kind of the other, and by its right name.
+SWAPPED = ADAPTER.replace('("frame", "global"), pair', '("global", "frame"), pair')
+OTHER = {"frame": "global", "global": "frame"}
+
+
+def test_blocks_named_the_wrong_way_round_are_noticed(scene):
+    names = {}
+    exec(SWAPPED, names)
+    names["Scene"].block_name = lambda self, kind, index: f"{OTHER[kind]}_blocks.{index}"
+    with pytest.raises(UnsupportedModelError, match=r"SceneModel.encoder.*`blocks`.*wrong way round"):
+        accelerate(scene.model(), weights=None)
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("frame_blocks.{1}", r"global block 0 .* frame_blocks.0, which is another block"),
+        ("blocks.{1}", r"frame block 0 .* blocks.0, which it has not: override block_name"),
+    ],
+)
+def test_a_name_that_is_not_the_blocks_own_is_refused(scene, name, problem):
+    names = {}
+    exec(ADAPTER, names)
+    names["Scene"].block_name = lambda self, kind, index: name.format(kind, index)
+    with pytest.raises(UnsupportedModelError, match=problem):
+        accelerate(scene.model(), weights=None)
