@@ -183,3 +183,22 @@ def test_a_block_of_other_names_needs_the_two_that_the_document_names(scene):
     conformance.heads_that_all_see_everything_are_stock(other)
     with pytest.raises(UnsupportedModelError, match="compile=True"):
         accelerate(other.model(), weights=None, compile=True)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "cause"),
+    [
+        (
+            "_, self.special_tokens, self.embed_dim",
+            "self.special_tokens, _, self.embed_dim",
+            "special_tokens",
+        ),
+        ('(("frame", "global"), pair)', '(("global", "frame"), pair[::-1])', "order of blocks"),
+    ],
+)
+def test_a_trial_says_what_to_check_in_the_adapter(scene, right, wrong, cause):
+    assert right in ADAPTER
+    exec(ADAPTER.replace(right, wrong), {})
+    with pytest.raises(UnsupportedModelError, match=f"check .*{cause} of its adapter") as caught:
+        accelerate(scene.model(), weights=None)
+    assert "paused" not in str(caught.value)

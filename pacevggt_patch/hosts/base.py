@@ -409,8 +409,8 @@ class Host:
         ):
             raise UnsupportedModelError(
                 f"global block {index} has no matrix attn.proj.weight in floating point on its device, so what its "
-                "heads add to the tokens can't be told: load the model whole and unquantised, or let its adapter override "
-                "attention_output"
+                "heads add to the tokens can't be told: load the model whole and unquantised, or let its "
+                "adapter override attention_output"
             )
         scale = getattr(getattr(module, "ls1", None), "gamma", None)
         return matrix if scale is None else matrix * scale[:, None]

@@ -95,7 +95,8 @@ class Summary:
         config: the settings in force.
         weights: the weights in force and where they came from, in words.
         paused: whether the stock forward runs at the moment.
-        patched: names of the submodules whose forward is replaced, compiled blocks left out.
+        patched: names of the submodules whose forward is replaced, compiled blocks left out. An empty name is the
+            model's own.
         attention: who computes attention, in words.
         compiled: what runs compiled, in words.
         processes: which of the processes that share each clip this is, in words; None without such.
@@ -121,7 +122,7 @@ class Summary:
             f"keep ratio    {self.config.keep_ratio:g}",
             f"mode          {self._mode()}",
             f"weights       {self.weights}",
-            f"patched       {', '.join(self.patched)}"
+            f"patched       {', '.join(name or 'the model itself' for name in self.patched)}"
             + (" (paused: the stock forward runs)" if self.paused else ""),
             f"attention     {self.attention}",
             f"compiled      {self.compiled}",

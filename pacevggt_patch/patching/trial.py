@@ -48,12 +48,7 @@ def run(model: nn.Module, host: Host, config: PaceConfig, heads: Heads = ()) -> 
         return Outcome()  # nothing to try it on: it is offloaded, or will be loaded later
     kind = type(model).__name__
     if config.mode == PRE_AA:
-        missing = host.missing_stock_parts()
-        if missing:
-            raise UnsupportedModelError(
-                f"{host.label} lacks {', '.join(missing)}, which pre-AA pruning needs: use global pruning, "
-                'mode="global"'
-            )
+        check_stock_parts(host)
         theirs = host.trunk.__dict__.get("forward")
         theirs = getattr(theirs, "previous", theirs)  # what ours stands in for
         if theirs is not None:
@@ -66,6 +61,16 @@ def run(model: nn.Module, host: Host, config: PaceConfig, heads: Heads = ()) -> 
     random = torch.random.fork_rng([device] if device.type == "cuda" else [])
     with torch.no_grad(), outside_modes(), random:
         return Outcome(key(model, host, config.mode, heads), *_try(kind, bare_copy(model), config, heads))
+
+
+def check_stock_parts(host: Host) -> None:
+    """Raise UnsupportedModelError for a host that can't be pruned before alternating attention."""
+    missing = host.missing_stock_parts()
+    if missing:
+        raise UnsupportedModelError(
+            f"{host.label} lacks {', '.join(missing)}, which pre-AA pruning needs: use global pruning, "
+            'mode="global"'
+        )
 
 
 def _try(kind: str, bare: Any, config: PaceConfig, heads: Heads) -> tuple[bool, str | None]:
@@ -85,7 +90,7 @@ def _try(kind: str, bare: Any, config: PaceConfig, heads: Heads) -> tuple[bool, 
     problem = None
     on_device = images.is_cuda and _alike_on(images.device, host, images, stock)
     whole = PaceConfig(1.0, mode=config.mode)
-    state = State(whole, host, forced=True)
+    state = State(whole, host, forced=True, tried=True)
     place(state, trunk_alone=True)  # no head is called here
     advice = 'use mode="global"' if config.mode == PRE_AA else "it can't be accelerated as it is"
     try:
