@@ -445,7 +445,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         raise PaceError("--gpus must be numbers of GPUs such as 1,2")
     few = [frames for frames in args.frames + args.once_frames if frames < max(args.gpus or [1])]
     if few:
-        raise PaceError(f"{few[0]} frames are too few for {max(args.gpus)} GPUs: each needs one at least")
+        frames = "1 frame is" if few[0] == 1 else f"{few[0]} frames are"
+        raise PaceError(f"{frames} too few for {max(args.gpus)} GPUs: each needs one at least")
     return args
 
 

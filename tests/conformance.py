@@ -7,6 +7,7 @@ it returns, and look at attention from outside. They do not ask the adapter.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -38,7 +39,7 @@ from pacevggt_patch import (
 )
 from pacevggt_patch.calibration import full_heads as by_call
 from pacevggt_patch.hosts import blocks
-from pacevggt_patch.hosts.base import Host
+from pacevggt_patch.hosts.base import Host, find_host
 from pacevggt_patch.method.full_heads import choose_full_heads
 from pacevggt_patch.patching import first_clip as by_blocks
 from pacevggt_patch.runtime import compiling
@@ -503,6 +504,10 @@ def pre_aa_pruning_is_refused(subject: Subject) -> None:
     model = subject.model()
     with pytest.raises(UnsupportedModelError, match="global"):
         prune(model, mode="pre-aa")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # that there are no weights for it is no matter then
+        with pytest.raises(UnsupportedModelError, match="global"):
+            prune(model, mode="pre-aa", weights="auto")
     assert not is_accelerated(model)
 
 
@@ -546,6 +551,9 @@ def a_summary_tells_the_stages(subject: Subject) -> None:
     words = str(summary(prune(model), subject.images()[0]))
     assert "global blocks" in words and f"{subject.special} special tokens" in words
     assert (subject.family in words) == (subject.family != "vggt")
+    patched = next(line.split(maxsplit=1)[1] for line in words.splitlines() if line.startswith("patched"))
+    trunk = find_host(model).trunk_name or "the model itself"
+    assert trunk in patched.split(", ") and "" not in patched.split(", ")
 
 
 CHECKS = (

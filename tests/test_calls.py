@@ -1,6 +1,7 @@
 """Calls of an accelerated model: whole and part by part, in all dtypes, with gradients, compiled."""
 
 import copy
+import re
 import threading
 from functools import partial
 
@@ -519,7 +520,11 @@ def test_the_summary_of_global_pruning(model):
         "aggregator", "aggregator.patch_embed", "aggregator.rope", "point_head", "depth_head",
     }  # fmt: skip
     assert report.kept.shape == (1, 3, 6)
+    # Five special tokens of each frame, and six of 20 patch tokens in global blocks.
+    assert stages["frame blocks"].attend == stages["global blocks"].tokens_in == 3 * (5 + 20)
+    assert stages["global blocks"].attend == 3 * (5 + 6) and stages["depth_head"].attend is None
     text = str(report)
+    assert re.search(r"^global blocks +75 +33 +75 ", text, re.M)
     assert "training-free" in text and "C=32, 4+4 blocks" in text and "global pruning" in text
     run(model, random_images(2))
     assert all(stage.seconds is None for stage in summary(model).stages)

@@ -111,6 +111,13 @@ def test_a_clip_that_is_too_short_waits_and_says_so_once(caplog):
     assert len(state_of(model).weights.full_heads) == 1
 
 
+def test_a_model_without_such_heads_is_told_of_none(monkeypatch, caplog):
+    monkeypatch.setattr(full_heads, "LEAST_ERROR", float("inf"))
+    run(accelerate(tiny_vggt(), 0.4), random_images(4))
+    (line,) = said(caplog)
+    assert "0 of 8 heads" in line and "none" not in line and "(" not in line
+
+
 @pytest.mark.usefixtures("found")
 def test_it_finds_what_calibrate_finds(caplog):
     for frames, group in ((4, 1), (6, 2)):

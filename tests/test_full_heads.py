@@ -432,7 +432,7 @@ def test_calibration_takes_clips_in_all_shapes(monkeypatch):
     ("clips", "message"),
     [
         ([], "at least one clip"),
-        ([random_images(1)], "a clip of one frame"),
+        ([random_images(1)], "a clip of one frame: give two or more"),
         ([torch.rand(3, 56, 70)], "clips must be images"),
         (["clip"], "clips must be images"),
         ([random_images(2, height=50)], "multiples of 14"),

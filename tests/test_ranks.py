@@ -471,7 +471,13 @@ def test_each_frame_has_one_rank(total, world):
 
 @pytest.mark.parametrize(
     "arguments,named",
-    [((3, 0, 4), "3 frames"), ((3, 3, 3), "rank 3"), ((3, -1, 3), "rank"), ((0, 0, 1), "total")],
+    [
+        ((3, 0, 4), "3 frames are"),
+        ((1, 0, 4), "1 frame is"),
+        ((3, 3, 3), "rank 3"),
+        ((3, -1, 3), "rank"),
+        ((0, 0, 1), "total"),
+    ],
 )
 def test_frames_that_can_not_be_split_are_refused(arguments, named):
     with pytest.raises(PaceError, match=named):

@@ -43,7 +43,9 @@ def find_full_heads(
     blocks = host.indices("global")
     for images in clips:
         if images.shape[1] < 2:
-            raise PaceError("which heads find matches between frames can't be told from a clip of one frame")
+            raise PaceError(
+                "which heads find matches between frames can't be told from a clip of one frame: give two or more"
+            )
         errors: dict[int, Tensor] = {}
 
         def observer(index: int, call: BlockCall, own: Callable, clip: Clip, errors=errors) -> Any:

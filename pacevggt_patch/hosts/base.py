@@ -420,7 +420,8 @@ class Host:
         ):
             raise UnsupportedModelError(
                 f"global block {index} has no matrix attn.proj.weight in floating point on its device, so what its "
-                "heads add to the tokens can't be told: load the model whole and unquantised"
+                "heads add to the tokens can't be told: load the model whole and unquantised, or let its "
+                "adapter override attention_output"
             )
         scale = getattr(getattr(module, "ls1", None), "gamma", None)
         return matrix if scale is None else matrix * scale[:, None]
@@ -503,6 +504,7 @@ def find_host(model: Any) -> Host:
         found = finder(model)
         if isinstance(found, Host):
             _check_parameters(kind, found)
+            _check_names(kind, found)
             return found
         reasons += [found] if found else []
     for name, inner in model.named_modules():
@@ -527,3 +529,19 @@ def _check_parameters(kind: str, host: Host) -> None:
         raise UnsupportedModelError(
             f"{kind} is sharded ({empty} holds no values here): call accelerate before wrapping it"
         )
+
+
+def _check_names(kind: str, host: Host) -> None:
+    """Raise UnsupportedModelError where a block is not found by the name that the host gives it."""
+    for which, index, block in host.blocks:
+        name = host.block_name(which, index)
+        try:
+            found = host.trunk.get_submodule(name)
+        except AttributeError:
+            found = None
+        if found is not block:
+            has = "which it has not" if found is None else "which is another block"
+            raise UnsupportedModelError(
+                f"the adapter of {kind} calls {which} block {index} of {host.label} {name}, {has}: override "
+                "block_name, or mend blocks"
+            )

@@ -64,11 +64,12 @@ def calibrate_on(state: State, clip: Clip, call: BlockCall) -> None:
     clip.weights = weights
     state.check_values(warn=False)
     where = cache.store(weights)
-    names = ", ".join(f"block {block} head {head}" for block, head in heads) or "none"
+    names = ", ".join(f"block {block} head {head}" for block, head in heads)
+    listed = f" ({names})" if heads else ""
     kept = "" if where is None else f"; kept in {where}"
     LOGGER.warning(
         f"pacevggt-patch calibrated this model on {used} frames in {seconds:.1f} s: {len(heads)} of "
-        f"{errors.numel()} heads of global attention match points between frames ({names}){kept}"
+        f"{errors.numel()} heads of global attention match points between frames{listed}{kept}"
     )
 
 

@@ -391,7 +391,8 @@ class BlockForward(Forward):
         clip.crossed = clip.crossed or self.kind == "global"
         if self.kind == "global" and state.threads.observer is not None:
             return state.threads.observer(self.index, call, self.own, clip)
-        with state.timer.stage(f"{self.kind} blocks", tokens, tokens, add=True):
+        attend = self.attend(clip, tokens)
+        with state.timer.stage(f"{self.kind} blocks", tokens, tokens, add=True, attend=attend):
             if not clip.prunes or clip.config.mode == PRE_AA:
                 out = self.run(call, clip)
             elif self.kind == "global":
@@ -403,6 +404,14 @@ class BlockForward(Forward):
         if self.last and clip.loose and state.threads.clip is clip:
             state.threads.clip = None
         return out
+
+    def attend(self, clip: Clip, tokens: int) -> int:
+        """How many of `tokens` that enter attend to each other, in heads that are no full-attention heads."""
+        grid, special = self.state.threads.grid, self.state.host.special_tokens
+        if self.kind != "global" or not clip.prunes or clip.config.mode == PRE_AA or grid is None:
+            return tokens
+        patches = grid[0] * grid[1]
+        return tokens // (special + patches) * (special + clip.config.kept_tokens(patches))
 
     def in_frames(self, clip: Clip, call: BlockCall) -> Any:
         """A frame block on a part of the frames at a time, which bounds the memory of its hidden layer."""

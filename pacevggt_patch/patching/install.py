@@ -193,6 +193,8 @@ def _check_settings(host: Host, config: PaceConfig) -> None:
         value = getattr(config, name)
         if value is not None and value is not False:
             raise UnsupportedModelError(f"{why}, so {name}={value} can't be followed: leave it out")
+    if config.mode == PRE_AA or config.merge_budget is not None:
+        trial.check_stock_parts(host)
 
 
 def _still_fits(weights: PaceWeights | None, host: Host) -> bool:

@@ -168,6 +168,7 @@ class State:
         foreign: whether other values were warned of.
         rope: the host's rotary embedding for `hosts.rope.rotation`, or None.
         forced: prune even where all tokens are kept; for the trial.
+        tried: whether this is the model of a trial, which nobody else calls.
         given: what global blocks are given beside tokens and positions, by name.
         kept: [B, S, K] indices of the patch tokens that the last forward pass kept, or None.
         checkpointing: compute blocks once more for the backward pass instead of keeping what is in them.
@@ -187,6 +188,7 @@ class State:
     foreign: bool = False
     rope: Any = None
     forced: bool = False
+    tried: bool = False
     given: set[str] = field(default_factory=set)
     kept: Tensor | None = None
     checkpointing: bool = False
@@ -201,6 +203,12 @@ class State:
     @property
     def paused(self) -> bool:
         return bool(self.threads.pauses)
+
+    def advice(self, attributes: str) -> str:
+        """What to do about a call that can't be pruned; `attributes` of its adapter may be the cause."""
+        return (
+            f"check {attributes} of its adapter" if self.tried else "use `with paused(model):` for such calls"
+        )
 
     def check_values(self, warn: bool = True) -> None:
         """Warn where the model was given other parameters since its weights were last found to fit them."""
@@ -299,8 +307,8 @@ class State:
         if grid is None or grid[0] * grid[1] != patches:
             raise UnsupportedModelError(
                 f"the blocks of this model are given {tokens.shape[1]} tokens a frame, not {self.host.special_tokens} "
-                f"special and {'no' if grid is None else grid[0] * grid[1]} patch tokens: only models with one token "
-                "for each patch can be pruned, use `with paused(model):` here"
+                f"special and {'no' if grid is None else grid[0] * grid[1]} patch tokens, and only models with one "
+                f"token for each patch can be pruned: {self.advice('special_tokens')}"
             )
         if self.rope is not None and max(grid) >= ROPE_TABLE:
             raise UnsupportedModelError(f"images of {ROPE_TABLE} patches on a side or more are not supported")
@@ -337,7 +345,7 @@ class State:
         if not parts:
             raise UnsupportedModelError(
                 f"a global block of this model was given {batch} x {tokens} tokens, which are not those of the frames "
-                "before it: use `with paused(model):` for such calls"
+                f"before it: {self.advice('the order of blocks')}"
             )
         clip.parts = parts
         return joined([plan for _, plan in parts if plan is not None], batch, clip.exchange)

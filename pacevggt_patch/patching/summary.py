@@ -21,12 +21,14 @@ class Stage:
         name: what it does.
         tokens_in, tokens_out: tokens of one clip that enter and leave it.
         seconds: wall time, None unless asked for.
+        attend: tokens that attend to each other, of blocks; full-attention heads have all. None of other stages.
     """
 
     name: str
     tokens_in: int
     tokens_out: int
     seconds: float | None = None
+    attend: int | None = None
 
 
 class StageTimer:
@@ -50,7 +52,9 @@ class StageTimer:
             self.timing = before
 
     @contextmanager
-    def stage(self, name: str, tokens_in: int, tokens_out: int, add: bool = False) -> Generator[None]:
+    def stage(
+        self, name: str, tokens_in: int, tokens_out: int, add: bool = False, attend: int | None = None
+    ) -> Generator[None]:
         """A stage, or with `add` one more part of a stage of that name."""
         if torch.compiler.is_compiling():
             yield
@@ -65,8 +69,9 @@ class StageTimer:
             if seconds is not None:
                 seconds += same.seconds or 0.0
             tokens_in, tokens_out = max(tokens_in, same.tokens_in), max(tokens_out, same.tokens_out)
+            attend = None if attend is None else max(attend, same.attend or 0)
         # A head that is called again on the same tokens replaces what it said before.
-        self.stages = [*others, Stage(name, tokens_in, tokens_out, seconds)]
+        self.stages = [*others, Stage(name, tokens_in, tokens_out, seconds, attend)]
 
 
 def device_time() -> float:
@@ -90,7 +95,8 @@ class Summary:
         config: the settings in force.
         weights: the weights in force and where they came from, in words.
         paused: whether the stock forward runs at the moment.
-        patched: names of the submodules whose forward is replaced, compiled blocks left out.
+        patched: names of the submodules whose forward is replaced, compiled blocks left out. An empty name is the
+            model's own.
         attention: who computes attention, in words.
         compiled: what runs compiled, in words.
         processes: which of the processes that share each clip this is, in words; None without such.
@@ -116,7 +122,7 @@ class Summary:
             f"keep ratio    {self.config.keep_ratio:g}",
             f"mode          {self._mode()}",
             f"weights       {self.weights}",
-            f"patched       {', '.join(self.patched)}"
+            f"patched       {', '.join(name or 'the model itself' for name in self.patched)}"
             + (" (paused: the stock forward runs)" if self.paused else ""),
             f"attention     {self.attention}",
             f"compiled      {self.compiled}",
@@ -125,10 +131,13 @@ class Summary:
             lines.append(f"processes     {self.processes}")
         if not self.stages:
             return "\n".join([*lines, "stages        none yet: run the model, or pass images to summary()"])
-        lines.append(f"{'stage':34s}{'tokens in':>12s}{'tokens out':>12s}{'seconds':>10s}")
+        lines.append(f"{'stage':34s}{'tokens in':>12s}{'attend':>12s}{'tokens out':>12s}{'seconds':>10s}")
         for stage in self.stages:
             seconds = "-" if stage.seconds is None else f"{stage.seconds:.3f}"
-            lines.append(f"{stage.name:34s}{stage.tokens_in:>12,d}{stage.tokens_out:>12,d}{seconds:>10s}")
+            attend = "-" if stage.attend is None else f"{stage.attend:,d}"
+            lines.append(
+                f"{stage.name:34s}{stage.tokens_in:>12,d}{attend:>12s}{stage.tokens_out:>12,d}{seconds:>10s}"
+            )
         return "\n".join(lines)
 
     def _mode(self) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,12 +48,7 @@ def run(model: nn.Module, host: Host, config: PaceConfig, heads: Heads = ()) -> 
         return Outcome()  # nothing to try it on: it is offloaded, or will be loaded later
     kind = type(model).__name__
     if config.mode == PRE_AA:
-        missing = host.missing_stock_parts()
-        if missing:
-            raise UnsupportedModelError(
-                f"{host.label} lacks {', '.join(missing)}, which pre-AA pruning needs: use global pruning, "
-                'mode="global"'
-            )
+        check_stock_parts(host)
         theirs = host.trunk.__dict__.get("forward")
         theirs = getattr(theirs, "previous", theirs)  # what ours stands in for
         if theirs is not None:
@@ -65,11 +63,22 @@ def run(model: nn.Module, host: Host, config: PaceConfig, heads: Heads = ()) -> 
         return Outcome(key(model, host, config.mode, heads), *_try(kind, bare_copy(model), config, heads))
 
 
+def check_stock_parts(host: Host) -> None:
+    """Raise UnsupportedModelError for a host that can't be pruned before alternating attention."""
+    missing = host.missing_stock_parts()
+    if missing:
+        raise UnsupportedModelError(
+            f"{host.label} lacks {', '.join(missing)}, which pre-AA pruning needs: use global pruning, "
+            'mode="global"'
+        )
+
+
 def _try(kind: str, bare: Any, config: PaceConfig, heads: Heads) -> tuple[bool, str | None]:
     from .install import place, remove
 
     host = find_host(bare)
-    images, stock = _stock(kind, host)
+    with _lengths(host) as lengths:
+        images, stock = _stock(kind, host)
     if images is None and config.mode == PRE_AA:
         raise UnsupportedModelError(
             f"{host.label} does not take images alone, as pre-AA pruning needs it: use global pruning, "
@@ -77,10 +86,11 @@ def _try(kind: str, bare: Any, config: PaceConfig, heads: Heads) -> tuple[bool, 
         )
     if images is None:
         return False, None  # it is called with more than images, or by another entrance: its calls will show
+    _check_kinds(host, lengths, images)
     problem = None
     on_device = images.is_cuda and _alike_on(images.device, host, images, stock)
     whole = PaceConfig(1.0, mode=config.mode)
-    state = State(whole, host, forced=True)
+    state = State(whole, host, forced=True, tried=True)
     place(state, trunk_alone=True)  # no head is called here
     advice = 'use mode="global"' if config.mode == PRE_AA else "it can't be accelerated as it is"
     try:
@@ -161,6 +171,41 @@ def _stock(kind: str, host: Host) -> tuple[Tensor | None, Any]:
         f"{host.label} fails by itself on a tiny clip ({reason}), so pruning can't be tried: turn off "
         "what ties it to one size of images or one grid of tokens"
     )
+
+
+@contextmanager
+def _lengths(host: Host) -> Generator[dict[tuple[str, int], int]]:
+    """The most tokens of a sequence that each frame and global block is given inside the `with` block."""
+    found: dict[tuple[str, int], int] = {}
+
+    def look(at: tuple[str, int], module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        call = host.block_call(args, kwargs)
+        if call is not None:
+            found[at] = max(call.x.shape[1], found.get(at, 0))
+
+    hooks = [
+        module.register_forward_pre_hook(partial(look, (kind, index)), with_kwargs=True)
+        for kind, index, module in host.blocks
+        if kind in ("frame", "global")
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _check_kinds(host: Host, lengths: dict[tuple[str, int], int], images: Tensor) -> None:
+    """Raise UnsupportedModelError where frame blocks were given several frames, and global blocks one."""
+    frame = host.special_tokens + images.shape[-2] * images.shape[-1] // host.patch_size**2
+    within, across = (
+        [n for (kind, _), n in lengths.items() if kind == which] for which in ("frame", "global")
+    )
+    if within and across and max(within) >= 2 * frame and max(across) <= frame:
+        raise UnsupportedModelError(
+            f"the frame blocks of {host.label} are given the tokens of several frames, and its global blocks those of "
+            "one: `blocks` of its adapter names them the wrong way round"
+        )
 
 
 def _alike_on(device: torch.device, host: Host, images: Tensor, stock: Any) -> bool:

@@ -99,7 +99,8 @@ def split_frames(total: int, rank: int, world: int) -> slice:
     if rank >= world:
         raise PaceError(f"rank must be below world, got rank {rank} of {world}")
     if total < world:
-        raise PaceError(f"{total} frames are too few for {world} processes: each needs one at least")
+        frames = "1 frame is" if total == 1 else f"{total} frames are"
+        raise PaceError(f"{frames} too few for {world} processes: each needs one at least")
     return slice(rank * total // world, (rank + 1) * total // world)
 
 
