@@ -338,7 +338,7 @@ def test_a_missing_library_is_named_before_anything_runs(
     monkeypatch.setattr("pacevggt_patch.compare.runs.load_backbone", out_of_memory)
     assert main(["compare", "--out", str(tmp_path / "out"), *given]) == 2
     error = capsys.readouterr().err
-    assert library in error and f"pacevggt-patch[{extra}]" in error and error.count("\n") == 1
+    assert library in error and f"pip install '.[{extra}]'" in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -901,7 +901,30 @@ def test_what_the_viewer_lacks_is_named(viser, monkeypatch, capsys):
     assert "port" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "viser", None)
     assert main(["view"]) == 2
-    assert "pacevggt-patch[view]" in capsys.readouterr().err
+    assert "pip install '.[view]'" in capsys.readouterr().err
+
+
+# What is no name, an address of documents that no machine has, and a label longer than names may have.
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "192.0.2.1", "x" * 70])
+def test_the_viewer_listens_at_addresses_of_this_machine_alone(viser, host, monkeypatch, capsys):
+    monkeypatch.setattr("pacevggt_patch.compare.view.make_plan", out_of_memory)
+    assert main(["view", "--host", host]) == 2
+    error = capsys.readouterr().err
+    assert f"can't listen at {host}: " in error and "address of this machine" in error
+
+
+def test_addresses_of_this_machine_are_taken(viser):
+    from pacevggt_patch.compare.view import check_host
+
+    for host in ("127.0.0.1", "localhost", "0.0.0.0"):
+        check_host(host)
+
+
+def test_the_viewer_is_refused_under_torchrun(viser, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert main(["view"]) == 2
+    assert "torchrun" in capsys.readouterr().err
 
 
 def test_paths_stay_as_they_were_passed(backbone, room, tmp_path, monkeypatch):
