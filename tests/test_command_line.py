@@ -149,7 +149,9 @@ def test_stages_are_named_as_in_the_guide(capsys):
 def test_a_library_that_the_demo_lacks_is_named_before_work_starts(tmp_path, monkeypatch, capsys, library):
     monkeypatch.setitem(sys.modules, library, None)
     refused(
-        capsys, ["demo", "--out", str(tmp_path / "out")], f"{library}: pip install 'pacevggt-patch[compare]'"
+        capsys,
+        ["demo", "--out", str(tmp_path / "out")],
+        f"{library}; in the folder of the checkout: pip install '.[compare]'",
     )
     assert not (tmp_path / "out").exists()
 

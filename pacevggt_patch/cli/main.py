@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..config import DEFAULT_KEEP_RATIO, GLOBAL, MODES
 from ..errors import PaceError
+from ..runtime.plotting import install_hint
 from ..version import __version__
 
 
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"pacevggt{who}: {error}", file=sys.stderr)
         return 2
     except ImportError as error:
-        print(f"pacevggt: {error}: pip install 'pacevggt-patch[{arguments.extra}]'", file=sys.stderr)
+        print(f"pacevggt: {error}; {install_hint(arguments.extra)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         what = str(stop) or "interrupted; files already reported as written are whole"
