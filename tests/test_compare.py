@@ -353,6 +353,12 @@ def test_values_that_are_of_another_kind_are_named(given, named, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_more_frames_than_a_clip_has_are_refused_with_their_number(backbone, photos, tmp_path):
+    total = len(list(photos.iterdir()))
+    with pytest.raises(PaceError, match=rf"{photos.name} has {total} frames.*--frames {total}\b"):
+        quick(backbone, [photos], tmp_path / "out", frames=total + 1)
+
+
 def test_weights_of_another_checkpoint_are_refused(backbone, photos, tmp_path):
     with pytest.raises(PaceError, match="pace-vggt-mini-global"):
         quick(backbone, [photos], tmp_path / "out", weights="weights/pace-vggt-mini-global.safetensors")

@@ -105,8 +105,8 @@ def add_backbone(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backbone",
         default="mini",
-        help='"mini" (default), a checkpoint file, a Hub id such as facebook/VGGT-1B, or another family and its '
-        "checkpoint, such as pi3:yyfz233/Pi3",
+        help='"mini" (default), a checkpoint file, a Hub id such as facebook/VGGT-1B, or another family (pi3, '
+        "pi3x, vggt-omega, depth-anything-3), after a colon with a checkpoint: pi3:yyfz233/Pi3",
     )
 
 
