@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -255,7 +256,7 @@ def test_an_interrupted_run_goes_on(evaluated, backbone, scans, tmp_path, monkey
 @pytest.mark.parametrize(
     ("given", "word"),
     [
-        ({"frames": 5}, "frames"),
+        ({"frames": 5}, "--frames 4, not 5"),
         ({"keep_ratios": [0.5]}, "keep_ratios"),
         ({"protocol": "published"}, "protocol"),
         ({"most_scenes": 2}, "scenes"),
@@ -470,6 +471,20 @@ def test_scenes_that_are_missing_are_named(scans, backbone, tmp_path):
         run(tmp_path / "empty", tmp_path / "out", backbone)
     with pytest.raises(PaceError, match="does not exist"):
         run(tmp_path / "nowhere", tmp_path / "out", backbone)
+
+
+def test_folders_with_a_clip_json_are_told_from_other_data_sets(scans, backbone, tmp_path):
+    clip = tmp_path / "clips" / "mine"
+    clip.mkdir(parents=True)
+    (clip / "clip.json").write_text("{}")
+    for data, dataset in itertools.product((clip, clip.parent), ("scannet", "7scenes")):
+        with pytest.raises(PaceError, match="mine.*clip.json.*--dataset folder"):
+            run(data, tmp_path / "out", backbone, dataset)
+    (scans / NAMES[0] / "clip.json").write_text("{}")  # beside frames of ScanNet it is nothing but a file
+    try:
+        assert names_of(scans / NAMES[0], backbone) == [NAMES[0]]
+    finally:
+        (scans / NAMES[0] / "clip.json").unlink()
 
 
 def test_a_side_that_does_not_fit_is_told_and_the_other_stands(scans, backbone, tmp_path, monkeypatch):
