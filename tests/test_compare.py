@@ -649,6 +649,13 @@ def test_the_page_in_a_browser(compared):
         page.wait_for_function("document.querySelectorAll('.plot')[1].querySelector('canvas')")
         picture = np.asarray(Image.open(io.BytesIO(page.locator(".plot").first.screenshot())).convert("L"))
         assert (picture < 250).mean() > 0.01
+        # As wide as a telephone: tables scroll by themselves, and all pictures of a row are as wide.
+        page.set_viewport_size({"width": 390, "height": 844})
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        box = "document.querySelector('.wide')"
+        assert page.evaluate(f"{box}.scrollWidth > {box}.clientWidth && {box}.querySelector('table') != null")
+        widths = page.evaluate("[...document.querySelectorAll('.grid')[0].children].map(c => c.clientWidth)")
+        assert max(widths) - min(widths) <= 1
         browser.close()
     assert problems == []
 

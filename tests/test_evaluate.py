@@ -767,3 +767,18 @@ def test_the_picture_shows_differences_from_stock(tmp_path):
     save_changes(tmp_path / "changes.png", results)
     save_changes(tmp_path / "none.png", [result("a", None, None)])
     assert {path.read_bytes()[:4] for path in tmp_path.iterdir()} == {b"\x89PNG"}
+
+
+def test_the_legend_shows_means_as_they_are_drawn(tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr("pacevggt_patch.evaluate.picture.save_figure", lambda figure, _: kept.append(figure))
+    save_changes(tmp_path / "changes.png", [result("a", {"ate": 1.0}, {"ate": 3.0}, {"ate": 0.5})])
+    (figure,) = kept
+    (legend,) = figure.legends
+    explained = [line.get_color() for line in legend.get_lines() if line.get_linestyle() == "--"]
+    drawn = [line.get_color() for line in figure.axes[0].lines if line.get_linestyle() == "--"]
+    assert explained == drawn and len(set(drawn)) == 2
+    # Nothing that is drawn is cut off by the edges of the picture.
+    figure.canvas.draw()
+    inner, outer = figure.get_tightbbox(), figure.bbox_inches
+    assert outer.x0 < inner.x0 and inner.x1 < outer.x1 and outer.y0 < inner.y0 and inner.y1 < outer.y1
