@@ -138,6 +138,14 @@ def test_cuda_is_the_gpu_of_this_process(monkeypatch):
         usable_device("cuda")
 
 
+def test_without_a_command_the_help_is_printed(capsys):
+    assert main([]) == 2
+    shown = capsys.readouterr().err
+    assert all(
+        name in shown for name in ("compare", "demo", "evaluate", "view", "train", "push", "cache", "env")
+    )
+
+
 def test_stages_are_named_as_in_the_guide(capsys):
     with pytest.raises(SystemExit):
         make_parser().parse_args(["train", "--help"])
@@ -149,7 +157,9 @@ def test_stages_are_named_as_in_the_guide(capsys):
 def test_a_library_that_the_demo_lacks_is_named_before_work_starts(tmp_path, monkeypatch, capsys, library):
     monkeypatch.setitem(sys.modules, library, None)
     refused(
-        capsys, ["demo", "--out", str(tmp_path / "out")], f"{library}: pip install 'pacevggt-patch[compare]'"
+        capsys,
+        ["demo", "--out", str(tmp_path / "out")],
+        f"{library}; in the folder of the checkout: pip install '.[compare]'",
     )
     assert not (tmp_path / "out").exists()
 

@@ -338,7 +338,7 @@ def test_a_missing_library_is_named_before_anything_runs(
     monkeypatch.setattr("pacevggt_patch.compare.runs.load_backbone", out_of_memory)
     assert main(["compare", "--out", str(tmp_path / "out"), *given]) == 2
     error = capsys.readouterr().err
-    assert library in error and f"pacevggt-patch[{extra}]" in error and error.count("\n") == 1
+    assert library in error and f"pip install '.[{extra}]'" in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -351,6 +351,12 @@ def test_values_that_are_of_another_kind_are_named(given, named, tmp_path):
     with pytest.raises(PaceError, match=named):
         compare(**{"out": tmp_path / "out", "device": "cpu", "frames": 1, **given})
     assert not (tmp_path / "out").exists()
+
+
+def test_more_frames_than_a_clip_has_are_refused_with_their_number(backbone, photos, tmp_path):
+    total = len(list(photos.iterdir()))
+    with pytest.raises(PaceError, match=rf"{photos.name} has {total} frames.*--frames {total}\b"):
+        quick(backbone, [photos], tmp_path / "out", frames=total + 1)
 
 
 def test_weights_of_another_checkpoint_are_refused(backbone, photos, tmp_path):
@@ -643,6 +649,13 @@ def test_the_page_in_a_browser(compared):
         page.wait_for_function("document.querySelectorAll('.plot')[1].querySelector('canvas')")
         picture = np.asarray(Image.open(io.BytesIO(page.locator(".plot").first.screenshot())).convert("L"))
         assert (picture < 250).mean() > 0.01
+        # As wide as a telephone: tables scroll by themselves, and all pictures of a row are as wide.
+        page.set_viewport_size({"width": 390, "height": 844})
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        box = "document.querySelector('.wide')"
+        assert page.evaluate(f"{box}.scrollWidth > {box}.clientWidth && {box}.querySelector('table') != null")
+        widths = page.evaluate("[...document.querySelectorAll('.grid')[0].children].map(c => c.clientWidth)")
+        assert max(widths) - min(widths) <= 1
         browser.close()
     assert problems == []
 
@@ -901,7 +914,30 @@ def test_what_the_viewer_lacks_is_named(viser, monkeypatch, capsys):
     assert "port" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "viser", None)
     assert main(["view"]) == 2
-    assert "pacevggt-patch[view]" in capsys.readouterr().err
+    assert "pip install '.[view]'" in capsys.readouterr().err
+
+
+# What is no name, an address of documents that no machine has, and a label longer than names may have.
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "192.0.2.1", "x" * 70])
+def test_the_viewer_listens_at_addresses_of_this_machine_alone(viser, host, monkeypatch, capsys):
+    monkeypatch.setattr("pacevggt_patch.compare.view.make_plan", out_of_memory)
+    assert main(["view", "--host", host]) == 2
+    error = capsys.readouterr().err
+    assert f"can't listen at {host}: " in error and "address of this machine" in error
+
+
+def test_addresses_of_this_machine_are_taken(viser):
+    from pacevggt_patch.compare.view import check_host
+
+    for host in ("127.0.0.1", "localhost", "0.0.0.0"):
+        check_host(host)
+
+
+def test_the_viewer_is_refused_under_torchrun(viser, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert main(["view"]) == 2
+    assert "torchrun" in capsys.readouterr().err
 
 
 def test_paths_stay_as_they_were_passed(backbone, room, tmp_path, monkeypatch):

@@ -101,9 +101,9 @@ def test_libraries_that_are_missing_come_with_the_command_that_brings_them(capsy
         importlib.metadata, "requires", lambda _: [*lines, "gone", "pacevggt-patch[video]; extra == 'demo'"]
     )
     assert told_as_json(capsys)["libraries"] == {
-        "gone": "missing: pip install 'pacevggt-patch'",
-        "nothing": "missing: pip install 'pacevggt-patch[video]'",
-        "nowhere": "missing: pip install 'pacevggt-patch[demo]'",
+        "gone": "missing; in the folder of the checkout: pip install .",
+        "nothing": "missing; in the folder of the checkout: pip install '.[video]'",
+        "nowhere": "missing; in the folder of the checkout: pip install '.[demo]'",
         "numpy": np.__version__,
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -266,7 +267,7 @@ def test_an_interrupted_run_goes_on(evaluated, backbone, scans, tmp_path, monkey
 @pytest.mark.parametrize(
     ("given", "word"),
     [
-        ({"frames": 5}, "frames"),
+        ({"frames": 5}, "--frames 4, not 5"),
         ({"keep_ratios": [0.5]}, "keep_ratios"),
         ({"protocol": "published"}, "protocol"),
         ({"most_scenes": 2}, "scenes"),
@@ -492,6 +493,20 @@ def test_scenes_that_are_missing_are_named(scans, backbone, tmp_path):
         run(tmp_path / "empty", tmp_path / "out", backbone)
     with pytest.raises(PaceError, match="does not exist"):
         run(tmp_path / "nowhere", tmp_path / "out", backbone)
+
+
+def test_folders_with_a_clip_json_are_told_from_other_data_sets(scans, backbone, tmp_path):
+    clip = tmp_path / "clips" / "mine"
+    clip.mkdir(parents=True)
+    (clip / "clip.json").write_text("{}")
+    for data, dataset in itertools.product((clip, clip.parent), ("scannet", "7scenes")):
+        with pytest.raises(PaceError, match="mine.*clip.json.*--dataset folder"):
+            run(data, tmp_path / "out", backbone, dataset)
+    (scans / NAMES[0] / "clip.json").write_text("{}")  # beside frames of ScanNet it is nothing but a file
+    try:
+        assert names_of(scans / NAMES[0], backbone) == [NAMES[0]]
+    finally:
+        (scans / NAMES[0] / "clip.json").unlink()
 
 
 def test_a_side_that_does_not_fit_is_told_and_the_other_stands(scans, backbone, tmp_path, monkeypatch):
@@ -848,3 +863,18 @@ def test_the_picture_shows_differences_from_stock(tmp_path):
     save_changes(tmp_path / "changes.png", results)
     save_changes(tmp_path / "none.png", [result("a", None, None)])
     assert {path.read_bytes()[:4] for path in tmp_path.iterdir()} == {b"\x89PNG"}
+
+
+def test_the_legend_shows_means_as_they_are_drawn(tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr("pacevggt_patch.evaluate.picture.save_figure", lambda figure, _: kept.append(figure))
+    save_changes(tmp_path / "changes.png", [result("a", {"ate": 1.0}, {"ate": 3.0}, {"ate": 0.5})])
+    (figure,) = kept
+    (legend,) = figure.legends
+    explained = [line.get_color() for line in legend.get_lines() if line.get_linestyle() == "--"]
+    drawn = [line.get_color() for line in figure.axes[0].lines if line.get_linestyle() == "--"]
+    assert explained == drawn and len(set(drawn)) == 2
+    # Nothing that is drawn is cut off by the edges of the picture.
+    figure.canvas.draw()
+    inner, outer = figure.get_tightbbox(), figure.bbox_inches
+    assert outer.x0 < inner.x0 and inner.x1 < outer.x1 and outer.y0 < inner.y0 and inner.y1 < outer.y1

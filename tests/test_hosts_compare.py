@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 
 import depth_anything_double
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pacevggt_patch import PaceError
+from pacevggt_patch.cli.main import make_parser
 from pacevggt_patch.clips import Clip
 from pacevggt_patch.compare import compare, page, plan
 from pacevggt_patch.compare.runs import prediction_of, to_device
@@ -215,6 +217,15 @@ def test_what_is_missing_is_said(package, tmp_path):
     sys.modules["a_package_of_models"].__dict__.clear()
     with pytest.raises(PaceError, match="github.com/facebookresearch/vggt-omega"):
         load_backbone("vggt-omega")
+
+
+def test_help_and_guide_list_every_family(capsys):
+    with pytest.raises(SystemExit):
+        make_parser().parse_args(["compare", "--help"])
+    shown = "".join(capsys.readouterr().out.split())  # whose lines may end within a name
+    guide = (Path(__file__).parents[1] / "docs" / "compare.md").read_text(encoding="utf-8")
+    for family in PACKAGES:
+        assert family in shown and f"`{family}" in guide
 
 
 def test_training_refuses_other_families(tmp_path):

@@ -217,7 +217,9 @@ def test_a_comparison_finds_what_one_process_finds(found, folder, monkeypatch):
     alone = compare(checkpoint, [clip], out=folder / "alone", **COMPARED)["clips"][0]
     report = found[0]["report"]
     together = report["clips"][0]
-    assert report["processes"] == 2 and report["command"].startswith("torchrun --nproc-per-node 2 ")
+    assert report["processes"] == 2 and report["command"].startswith(
+        "torchrun --nproc-per-node 2 -m pacevggt_patch compare "
+    )
     assert len(together["settings"]) == len(alone["settings"]) == 1
     for one, other in zip(together["settings"], alone["settings"], strict=True):
         assert (one["name"], one["full_heads"], one["kept_tokens"]) == (

@@ -30,11 +30,12 @@ from pacevggt_patch.mini.training.train import main as train_mini
 from pacevggt_patch.mini.training.trainer import Trainer
 from pacevggt_patch.training import curve
 from pacevggt_patch.training import run as command
-from pacevggt_patch.training.backbones import load_backbone
+from pacevggt_patch.training.backbones import check_backbone, load_backbone
 from pacevggt_patch.training.fit import Fit, Settings
 from pacevggt_patch.training.run import run_training
 from pacevggt_patch.training.signals import Signals, Stopped
 from pacevggt_patch.training.states import save_state
+from pacevggt_patch.weights import tensorfile
 
 MODES = ["global", "pre-aa"]
 SETTINGS = Settings(
@@ -767,11 +768,36 @@ def test_a_large_model_wants_a_gpu(folder, tmp_path, monkeypatch, capsys):
 # ---- backbones
 
 
-@pytest.mark.parametrize("name", ["no-such-file.pt", "a/b/c", "mine"])
-def test_a_backbone_that_is_nothing(name):
-    with pytest.raises(PaceError, match="backbone") as caught:
+@pytest.mark.parametrize(
+    "name", ["no-such-file.pt", "runs/no-such-file.pt", "a/b/c", "/a/b", "pi3:nowhere.pt"]
+)
+def test_a_checkpoint_that_is_not_there(name):
+    with pytest.raises(PaceError, match=r"backbone.* does not exist") as caught:
         load_backbone(name)
     assert repr(name) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["mine", "Pi3", "foo:bar", "da3:depth-anything/DA3-LARGE"])
+def test_a_backbone_that_names_no_family(name):
+    with pytest.raises(PaceError, match="names no family") as caught:
+        load_backbone(name)
+    assert repr(name) in str(caught.value)
+    assert all(family in str(caught.value) for family in ("pi3", "pi3x", "vggt-omega", "depth-anything-3"))
+
+
+@pytest.mark.parametrize("name", ["mini", "facebook/VGGT-1B", "user/vggt-1.1", "pi3", "pi3:yyfz233/Pi3"])
+def test_names_of_backbones_pass(name):
+    check_backbone(name)
+
+
+def test_pace_weights_are_no_checkpoint(tmp_path, monkeypatch):
+    from vggt.models import vggt
+
+    monkeypatch.setattr(vggt, "VGGT", lambda: pytest.fail("a model is built"))
+    tensorfile.write(tmp_path / "pace.safetensors", {"any": torch.ones(1)}, "pace weights", 1, {})
+    for name in (str(tmp_path / "pace.safetensors"), f"pi3:{tmp_path / 'pace.safetensors'}"):
+        with pytest.raises(PaceError, match=r"pace\.safetensors holds pace weights.*--weights"):
+            load_backbone(name)
 
 
 def test_backbones_are_loaded_by_name_and_file(tmp_path):
@@ -794,5 +820,7 @@ def test_a_checkpoint_that_does_not_fit_is_named(tmp_path, monkeypatch):
     (tmp_path / "torn.pt").write_bytes(b"torn")
     torch.save({"other": torch.ones(1)}, tmp_path / "other.pt")
     for name in ("torn.pt", "other.pt"):
-        with pytest.raises(PaceError, match=name):
+        with pytest.raises(PaceError, match=name) as caught:
             load_backbone(str(tmp_path / name))
+        assert not str(caught.value).endswith(":")
+    assert "missing" in str(caught.value)

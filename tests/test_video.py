@@ -270,4 +270,6 @@ def test_a_library_that_is_missing_is_named(tmp_path, monkeypatch, library):
     file = write_video(tmp_path / "a.mkv", pictures(2))
     monkeypatch.setitem(sys.modules, library, None)
     for call in (load_clip, count_frames):
-        assert f"{library}: pip install 'pacevggt-patch[video]'" in refusal(call, file, error=PaceError)
+        assert f"{library}; in the folder of the checkout: pip install '.[video]'" in refusal(
+            call, file, error=PaceError
+        )

@@ -273,7 +273,7 @@ def test_files_of_another_kind_say_what_they_hold(tmp_path):
 @pytest.mark.parametrize("version", [FORMAT + 1, 99])
 def test_newer_formats_ask_for_an_upgrade(file, version):
     rewrite(file, metadata={"format": version})
-    refused(file, f"format {version}", "pip install -U")
+    refused(file, f"format {version}", "newer checkout")
 
 
 @pytest.mark.parametrize("version", range(FORMAT))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..config import DEFAULT_KEEP_RATIO, GLOBAL, MODES
 from ..errors import PaceError
+from ..runtime.plotting import install_hint
 from ..runtime.ranks import place_of_torchrun, processes_of_torchrun, said_by_first
 from ..version import __version__
 
@@ -24,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PaceError as error:
         return failed(str(error))
     except ImportError as error:
-        return failed(f"{error}: pip install 'pacevggt-patch[{arguments.extra}]'")
+        return failed(f"{error}; {install_hint(arguments.extra)}")
     except KeyboardInterrupt as stop:
         what = str(stop) or "interrupted; files already reported as written are whole"
         print(f"pacevggt: {what}", file=sys.stderr)
@@ -51,7 +52,8 @@ def make_parser() -> argparse.ArgumentParser:
         prog="pacevggt", description="Accelerate VGGT and its siblings by pruning patch tokens."
     )
     parser.add_argument("--version", action="version", version=f"pacevggt-patch {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(metavar="COMMAND")
+    parser.set_defaults(run=help_command, parser=parser)
 
     add_compare(commands)
     add_demo(commands)
@@ -85,7 +87,7 @@ def add_compare(commands) -> None:
         description="Run a model stock and accelerated, in turn, on your own clips. Tells how much faster it is, how "
         "much memory it takes, how far cameras, depth and points are from stock, and from the truth where a clip has "
         "it. Prints a table and writes report.json and report.html, a page to look at in a browser. Several GPUs: "
-        "torchrun --nproc-per-node N --no-python pacevggt compare ...",
+        "torchrun --nproc-per-node N -m pacevggt_patch compare ...",
     )
     add_backbone(compare)
     compare.add_argument(
@@ -116,8 +118,8 @@ def add_backbone(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backbone",
         default="mini",
-        help='"mini" (default), a checkpoint file, a Hub id such as facebook/VGGT-1B, or another family and its '
-        "checkpoint, such as pi3:yyfz233/Pi3",
+        help='"mini" (default), a checkpoint file, a Hub id such as facebook/VGGT-1B, or another family (pi3, '
+        "pi3x, vggt-omega, depth-anything-3), after a colon with a checkpoint: pi3:yyfz233/Pi3",
     )
 
 
@@ -192,7 +194,7 @@ def add_evaluate(commands) -> None:
         description="Run a VGGT, or a model of another family, stock and accelerated on every scene of a data set, and "
         "compare the cameras, depth and points of both with its ground truth. Writes a JSON for each scene when it "
         "ends, and summary.json, summary.md and changes.png. The same command goes on after an interruption. Several "
-        "GPUs: torchrun --nproc-per-node N --no-python pacevggt evaluate ...",
+        "GPUs: torchrun --nproc-per-node N -m pacevggt_patch evaluate ...",
     )
     evaluate.add_argument("data", type=Path, metavar="DATA", help="folder of scenes, or of one scene")
     evaluate.add_argument(
@@ -283,8 +285,8 @@ def add_train(commands) -> None:
         help="train pace weights for a VGGT on your own images",
         description="Train scorer, merge, block deltas and restoration for a VGGT on your own images, without labels. "
         "Calibrates, distils, refines. Writes pace.safetensors, report.json, curve.png and state.pt. --resume goes on "
-        "from state.pt, after Ctrl-C or SIGTERM, too. Several GPUs: torchrun --nproc-per-node N --no-python "
-        "pacevggt train ...",
+        "from state.pt, after Ctrl-C or SIGTERM, too. Several GPUs: torchrun --nproc-per-node N -m "
+        "pacevggt_patch train ...",
     )
     train.add_argument(
         "--backbone",
@@ -372,6 +374,12 @@ def add_push(commands) -> None:
     push.add_argument("--revision", help="branch (main if not given)")
     push.add_argument("--private", action="store_true", help="make a repository that others can't see")
     push.set_defaults(run=push_command, extra="train")
+
+
+def help_command(arguments: argparse.Namespace) -> int:
+    """What there is, for who names no command."""
+    arguments.parser.print_help(sys.stderr)
+    return 2
 
 
 def compare_command(arguments: argparse.Namespace) -> int:

@@ -30,6 +30,8 @@ h3 { font-size: 16px; margin: 26px 0 8px; }
 p { margin: 6px 0; max-width: 900px; overflow-wrap: anywhere; }
 header p { max-width: none; }
 .quiet, figcaption { color: #5a5a5a; font-size: 13px; }
+.wide { overflow-x: auto; }
+.wide table, .wide img { min-width: 860px; }
 table { border-collapse: collapse; width: 100%; margin: 14px 0 6px; font-size: 13.5px; }
 th, td { padding: 6px 7px; text-align: right; vertical-align: top; border-bottom: 1px solid #e6e6e6; }
 th { font-weight: 600; background: #f6f6f6; }
@@ -41,7 +43,7 @@ figure img { width: 100%; height: auto; display: block; background: #f2f2f2; }
 .grid { display: grid; gap: 8px; }
 .grid figcaption { padding: 2px 0 4px; }
 .head { font-size: 13px; font-weight: 600; }
-.two { display: grid; grid-template-columns: 1fr 1fr; gap: 14px; }
+.two { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 14px; }
 .two img { border: 1px solid #e2e2e2; }
 .scale { display: grid; grid-template-columns: auto 220px auto 1fr; gap: 8px; align-items: center;
   font-size: 13px; margin: 8px 0; }
@@ -55,6 +57,12 @@ dl.facts dt { color: #5a5a5a; }
 dl.facts dd { margin: 0; overflow-wrap: anywhere; }
 dl.words dt { font-weight: 600; }
 dl.words dd { margin: 0 0 8px; max-width: 900px; }
+@media (max-width: 600px) {
+  .grid { gap: 4px; }
+  .head { font-size: 10px; overflow-wrap: anywhere; }
+  .scale { grid-template-columns: auto minmax(0, 220px) auto; margin-bottom: 14px; }
+  .scale span:last-child { grid-column: 1 / -1; }
+}
 """
 SCRIPT = """
 function draw(box) {
@@ -307,8 +315,9 @@ def overview(report: dict[str, Any]) -> str:
                 f'<td class="name">{escape(name)}</td>{"".join(f"<td>{value}</td>" for value in values)}</tr>'
             )
     return (
-        '<table><thead><tr><th scope=col class="name">clip</th><th scope=col class="name">model</th>'
-        f"{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+        '<div class="wide" tabindex=0><table>'
+        '<thead><tr><th scope=col class="name">clip</th><th scope=col class="name">model</th>'
+        f"{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
     )
 
 
@@ -354,7 +363,7 @@ def frame_grid(
         what = '<p class="quiet">Kept patch tokens are not shown: inside the model the frames have another order.</p>'
     return (
         f"<h3>Frames, kept tokens and depth</h3>{what}"
-        f'<div class="grid" style="grid-template-columns:repeat({len(titles)},1fr)">{"".join(cells)}</div>'
+        f'<div class="grid" style="grid-template-columns:repeat({len(titles)},minmax(0,1fr))">{"".join(cells)}</div>'
         f"{''.join(scales)}"
     )
 
@@ -382,8 +391,8 @@ def curve_part(found: Difference) -> str:
     if not panels:
         return ""
     return (
-        f'<h3>Frame by frame</h3><figure><img src="{pictures.curves(panels)}" '
-        f'alt="{escape("; ".join(panels))}, by frame"><figcaption>'
+        f'<h3>Frame by frame</h3><figure><div class="wide" tabindex=0><img src="{pictures.curves(panels)}" '
+        f'alt="{escape("; ".join(panels))}, by frame"></div><figcaption>'
         "Medians: of rotation and direction over the pairs that a frame is in, of depth and points over its pixels."
         "</figcaption></figure>"
     )

@@ -19,7 +19,7 @@ from ..errors import PaceError
 from ..hosts.base import find_host
 from ..runtime.device import usable_device
 from ..runtime.plotting import load_extra
-from ..training.backbones import is_mini, package_of
+from ..training.backbones import check_backbone, is_mini, package_of
 
 PRECISIONS = {
     "float32": "float32 weights, no autocast",
@@ -174,13 +174,18 @@ def load_sources(options: Options, device: torch.device) -> list[Source]:
 
 
 def runs_mini(backbone: str | nn.Module) -> bool:
-    """Whether a backbone is a VGGT-mini, told without loading it."""
+    """Whether a backbone is a VGGT-mini, told without loading it.
+
+    Raises:
+        PaceError: it is none, as far as can be told by its name and its file.
+    """
     if isinstance(backbone, nn.Module):
         return hasattr(backbone, "mini_config")
     if not isinstance(backbone, str):
         raise PaceError(
             f'backbone must be "mini", a checkpoint file, a Hub id or a model, got {shown(backbone)}'
         )
+    check_backbone(backbone)
     return backbone == "mini" or is_mini(Path(backbone).expanduser())
 
 
@@ -214,6 +219,8 @@ def load_evenly(
         raise PaceError(
             f"cameras are compared in pairs, and of {shown(path)} one frame would be taken: give two or more"
         )
+    if frames is not None and frames > total:
+        raise PaceError(f"{folder} has {total} frames, not {frames}: give --frames {total} or fewer")
     if frames is None:
         frames = min(MOST_FRAMES.get(device.type, MOST_FRAMES["cuda"]), total)
     stride = max(1, (total - 1) // max(1, frames - 1))

@@ -20,7 +20,9 @@ def new_report(plan: Plan, processes: int = 1) -> dict[str, Any]:
     options = plan.options
     command = options.command
     if command is not None and processes > 1:
-        command = f"torchrun --nproc-per-node {processes} --no-python {command}"
+        command = (
+            f"torchrun --nproc-per-node {processes} -m {command.replace('pacevggt', 'pacevggt_patch', 1)}"
+        )
     return {
         "pacevggt_patch": __version__,
         "command": command,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import sys
 import time
 from dataclasses import dataclass, field
@@ -14,7 +16,7 @@ from tqdm import tqdm
 
 from ..arguments import whole
 from ..config import DEFAULT_KEEP_RATIO
-from ..errors import PaceError
+from ..errors import PaceError, first_line
 from ..evaluation.agreement import cloud_size
 from ..evaluation.geometry import camera_to_world, quaternions
 from ..patching.install import remove
@@ -159,11 +161,16 @@ def view(
     The arguments are those of `compare`, with one clip and one setting. Accelerated points are aligned with stock's.
 
     Raises:
-        PaceError: the extra `view` is missing, or a setting, clip, model or port does not fit.
+        PaceError: the extra `view` is missing, there are several processes, or a setting, clip, model, host or port
+            does not fit.
     """
     load_extra("viser", "points in a browser", "view")
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if processes > 1:
+        raise PaceError(f"view runs in one process, and {processes} were started: leave torchrun out")
     if whole("port", port) > PORTS:
         raise PaceError(f"port must be at most {PORTS}, got {port}")
+    check_host(host)
     options = Options(
         backbone=backbone, clips=() if clip is None else (clip,), keep_ratios=(keep_ratio,), modes=(mode,),
         weights=weights, frames=frames, device=device, precision=precision,
@@ -177,6 +184,19 @@ def view(
         print(file=sys.stderr)
     finally:
         viewer.stop()
+
+
+def check_host(host: str) -> None:
+    """Raise `PaceError` for what is no address of this machine: viser's server waits for such a one without end."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as trial:
+            trial.bind(address)  # at port 0, which is any free one
+    except (OSError, UnicodeError) as error:  # of names that are too long, too
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise PaceError(f"can't listen at {host}: {reason}; give an address of this machine") from error
 
 
 def start(options: Options, host: str, port: int) -> Viewer:

@@ -34,6 +34,9 @@ def save_changes(path: Path, results: Sequence[dict[str, Any]]) -> None:
     figure, axes = plt.subplots(
         max(1, len(panels)), 1, figsize=(width, height), sharex=True, squeeze=False, layout="constrained"
     )
+    figure.get_layout_engine().set(
+        w_pad=0.15, h_pad=0.08
+    )  # inches; long names of scenes reach beyond the axes
     for axis, (key, rows) in zip(axes[:, 0], panels.items(), strict=False):
         for number, (name, values) in enumerate(zip(names, rows, strict=True)):
             colour, places = f"C{number}", np.arange(len(scenes)) + 0.12 * (number - (len(names) - 1) / 2)
@@ -55,9 +58,18 @@ def save_changes(path: Path, results: Sequence[dict[str, Any]]) -> None:
     else:
         last.set_xlabel("number of the scene, sorted by name", fontsize=8)
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    handles.append(plt.Line2D([], [], color="0.3", linewidth=1, linestyle="--"))
+    entries: list[tuple[Any, str]] = []
+    for number, (handle, label) in enumerate(zip(handles, labels, strict=True)):
+        mean = plt.Line2D([], [], color=f"C{number}", linewidth=1, linestyle="--")
+        entries += [(handle, label), (mean, "its mean" if len(labels) > 1 else "mean")]
+    # Columns are filled from above: of several settings each has its mean below it.
     figure.legend(
-        handles, [*labels, "mean"], loc="outside upper right", ncols=len(handles), fontsize=8, frameon=False
+        [handle for handle, _ in entries],
+        [label for _, label in entries],
+        loc="outside upper right",
+        ncols=max(2, len(labels)),
+        fontsize=8,
+        frameon=False,
     )
     save_figure(figure, path)
 

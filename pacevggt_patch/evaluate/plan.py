@@ -299,6 +299,7 @@ def find_scenes(options: Options) -> list[Path]:
     if options.scenes is None:
         if is_scene(folder, options.dataset):
             return [folder]
+        check_layout(folder, options.dataset)
         names = listed(folder)[1]
         if not names:
             raise PaceError(f"{folder} has no folders of scenes")
@@ -330,6 +331,12 @@ def is_scene(folder: Path, dataset: str) -> bool:
     return "color" in folders or "sensor_data" in folders or any(".color." in name for name in files)
 
 
+def check_layout(folder: Path, dataset: str) -> None:
+    """Raise `PaceError` for a scene that is one of `folder`, and of no other data set."""
+    if dataset != FOLDER and is_scene(folder, FOLDER) and not is_scene(folder, dataset):
+        raise PaceError(f"{folder} is no scene of {dataset}, and has a clip.json: take --dataset {FOLDER}")
+
+
 def scenes_in(folder: Path, dataset: str) -> Iterator[Scene]:
     """What is evaluated in the folder of a scene: of 7-Scenes each test sequence.
 
@@ -337,6 +344,7 @@ def scenes_in(folder: Path, dataset: str) -> Iterator[Scene]:
         PaceError: a file is missing or broken; the message names the scene.
     """
     with naming(folder.name):
+        check_layout(folder, dataset)
         if dataset == SCANNET:
             yield ScanNetScene(folder)
         elif dataset == FOLDER:

@@ -100,9 +100,8 @@ class Results:
         keys = dict.fromkeys((*self.settings, *earlier))
         other = [key for key in keys if earlier.get(key) != self.settings.get(key)]
         if other:
-            raise PaceError(
-                f"{self.folder} holds a run with another {', '.join(other)}: choose another --out"
-            )
+            what = ", ".join(in_words(key, earlier.get(key), self.settings.get(key)) for key in other)
+            raise PaceError(f"{self.folder} holds a run with {what}: choose another --out")
         if not self.can_go_on:
             raise PaceError(
                 f"{self.folder} holds a run, and whether it is of this model can't be told: choose another out"
@@ -132,6 +131,14 @@ class Results:
         """Write JSON; an error of the disk is a PaceError that names the file."""
         with writing(file):
             write_json(file, value)
+
+
+def in_words(key: str, earlier: Any, now: Any) -> str:
+    """A setting in which a run differs from an earlier one: of numbers of frames both, for they are short."""
+    if key not in ("frames", "stride"):
+        return f"another {key}"
+    before, after = ("none" if value is None else value for value in (earlier, now))
+    return f"--{key} {before}, not {after}"
 
 
 def read_json(file: Path) -> dict[str, Any]:

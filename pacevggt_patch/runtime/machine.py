@@ -17,6 +17,7 @@ import torch
 from ..errors import first_line
 from .attention import HOPPER, LIBRARIES, library
 from .files import environment
+from .plotting import install_hint
 
 DISTRIBUTION = "pacevggt-patch"
 FOR_DEVELOPERS = ("test", "dev")  # extras that no user needs
@@ -143,7 +144,7 @@ def libraries() -> dict[str, str]:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found.setdefault(name, f"missing: pip install '{DISTRIBUTION}{f'[{extra}]' * bool(extra)}'")
+            found.setdefault(name, f"missing; {install_hint(extra)}")
     return dict(sorted(found.items()))
 
 

@@ -10,6 +10,11 @@ from ..errors import PaceError
 from .files import whole_file
 
 
+def install_hint(extra: str = "") -> str:
+    """How to install this package with one of its extras; it is on no index."""
+    return "in the folder of the checkout: pip install " + (f"'.[{extra}]'" if extra else ".")
+
+
 def load_extra(name: str, what: str, extra: str = "compare") -> Any:
     """A module that is not always installed.
 
@@ -24,7 +29,7 @@ def load_extra(name: str, what: str, extra: str = "compare") -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise PaceError(f"{what} need {name}: pip install 'pacevggt-patch[{extra}]'") from error
+        raise PaceError(f"{what} need {name}; {install_hint(extra)}") from error
 
 
 def load_pyplot() -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..mini import build_mini
 from ..mini.model import FORMAT as MINI_FORMAT
 from ..mini.model import GET_VGGT, KIND
 from ..weights import tensorfile
+from ..weights.pace import KIND as PACE_KIND
 
 
 def load_backbone(name: str) -> Any:
@@ -26,28 +28,53 @@ def load_backbone(name: str) -> Any:
     Raises:
         PaceError: it can't be loaded, with the reason.
     """
+    check_backbone(name)
     if (package := package_of(name)) is not None:
         return load_sibling(name, package)
     path = Path(name).expanduser()
     if name == "mini" or (path.suffix == ".safetensors" and path.is_file() and is_mini(path)):
         return build_mini(True if name == "mini" else path)
-    if not path.is_file() and (path.suffix or name.count("/") != 1):
-        raise PaceError(
-            f'backbone must be "mini", a checkpoint file or a Hub id "user/repo", and {name!r} is neither'
-        )
     try:
         from vggt.models.vggt import VGGT
     except ImportError as error:
         raise PaceError(f"{GET_VGGT} ({error})") from error
     try:
         if not path.is_file():
-            return VGGT.from_pretrained(name).eval()
-        model = VGGT()
-        model.load_state_dict(read_state(path))
-        return model.eval()
+            return VGGT.from_pretrained(str(path)).eval()
+        return filled(VGGT(), path).eval()
+    except WeightsError:
+        raise
     except Exception as error:  # of the Hub client, of safetensors, of pickle, of state dictionaries
         reason = first_line(error)
         raise PaceError(f"backbone {name} can't be loaded: {reason}") from error
+
+
+def check_backbone(name: str) -> None:
+    """Look at the name of a backbone, and at the head of its file, without loading it; `load_backbone` tells of names.
+
+    Raises:
+        PaceError: it names no family, its file does not exist, or holds pace weights.
+    """
+    sibling = package_of(name) is not None
+    checkpoint = name.partition(":")[2] if sibling else name
+    path = Path(checkpoint).expanduser()
+    if path.is_file():
+        if holds_pace_weights(path):
+            raise PaceError(f"{path} holds pace weights, not a checkpoint: pass it as --weights")
+    elif checkpoint in ("", "mini"):
+        return
+    elif not sibling and (":" in name or not (names_a_file(name) or "/" in name)):
+        raise PaceError(
+            f'backbone {name!r} names no family: {", ".join(PACKAGES)}; of a VGGT give "mini", a checkpoint file or a '
+            'Hub id "user/repo"'
+        )
+    elif not path.exists() and (names_a_file(checkpoint) or checkpoint.count("/") != 1):
+        raise PaceError(f"backbone {name!r} can't be loaded: {path} does not exist")
+
+
+def names_a_file(name: str) -> bool:
+    """Whether a name ends as files do; Hub ids may have a point before a number."""
+    return Path(name).suffix[1:].isalpha()
 
 
 def package_of(name: str) -> Package | None:
@@ -77,11 +104,9 @@ def load_sibling(name: str, package: Package) -> Any:
     if checkpoint is None or not (path.is_file() or hasattr(kind, "from_pretrained")):
         raise PaceError(f"backbone {name} needs a checkpoint file: name it as {name.partition(':')[0]}:FILE")
     try:
-        if path.is_file():
-            model = kind()
-            model.load_state_dict(read_state(path))
-        else:
-            model = kind.from_pretrained(checkpoint)
+        model = filled(kind(), path) if path.is_file() else kind.from_pretrained(checkpoint)
+    except WeightsError:
+        raise
     except Exception as error:  # of the Hub client, of safetensors, of pickle, of state dictionaries
         raise PaceError(f"backbone {name} can't be loaded: {first_line(error)}") from error
     package.prepare(model)
@@ -95,6 +120,29 @@ def is_mini(path: Path) -> bool:
     except WeightsError:
         return False
     return True
+
+
+def holds_pace_weights(path: Path) -> bool:
+    """Whether a file says that it holds pace weights, of whatever format."""
+    try:
+        return tensorfile.WeightFile(path, PACE_KIND).metadata.get("kind") == json.dumps(PACE_KIND)
+    except WeightsError:
+        return False
+
+
+def filled(model: Any, path: Path) -> Any:
+    """A model with the tensors of a checkpoint in it.
+
+    Raises:
+        WeightsError: names some that are missing, unknown or of another shape.
+    """
+    state = read_state(path)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError:  # torch says which over many lines
+        tensorfile.check_tensors(path, state, model.state_dict())
+        raise
+    return model
 
 
 def read_state(path: Path) -> dict[str, torch.Tensor]:

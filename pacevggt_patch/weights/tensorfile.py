@@ -131,7 +131,10 @@ class WeightFile:
             )
             raise WeightsError(f"{self.path} does not hold {self.kind}: {says}")
         if not oldest <= version <= newest:
-            reads, cure = f"up to {newest}", "upgrade with `pip install -U pacevggt-patch`"
+            reads, cure = (
+                f"up to {newest}",
+                "take a newer checkout of pacevggt-patch and `pip install .` in it",
+            )
             if version < oldest:
                 reads, cure = f"{oldest} and later", "make the file anew with this version"
             raise WeightsError(
