@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import sys
 import time
@@ -21,6 +20,7 @@ from ..evaluation.agreement import cloud_size
 from ..evaluation.geometry import camera_to_world, quaternions
 from ..patching.install import remove
 from ..runtime.plotting import load_extra
+from ..runtime.ranks import place_of_torchrun
 from .clouds import CAMERA_COLOURS, Cloud, camera_length, make_cloud, view_of
 from .differences import difference
 from .plan import Options, make_plan
@@ -165,7 +165,7 @@ def view(
             does not fit.
     """
     load_extra("viser", "points in a browser", "view")
-    processes = int(os.environ.get("WORLD_SIZE", 1))
+    _, processes = place_of_torchrun()
     if processes > 1:
         raise PaceError(f"view runs in one process, and {processes} were started: leave torchrun out")
     if whole("port", port) > PORTS:
