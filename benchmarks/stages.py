@@ -108,10 +108,10 @@ def watched(model: Any, watch: Stopwatch) -> Generator[None]:
     ]
 
     @contextmanager
-    def stage(timer: StageTimer, name: str, *tokens: int, add: bool = False) -> Generator[None]:
+    def stage(timer: StageTimer, name: str, *tokens: int, **more: Any) -> Generator[None]:
         # All but these are modules, which hooks tell apart.
         inside = name in ("selection", "merging")
-        with watch.region(name) if inside else nullcontext(), named(timer, name, *tokens, add=add):
+        with watch.region(name) if inside else nullcontext(), named(timer, name, *tokens, **more):
             yield
 
     def timed(function: Callable, name: str) -> Callable:

@@ -171,5 +171,6 @@ def test_a_process_that_fails_is_named(benchmarks):
 def test_under_torchrun_the_benchmark_of_one_process_is_that_of_several(benchmarks, monkeypatch):
     latency, taken = benchmarks("latency"), []
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(latency.scaling, "main", lambda argv: taken.append(argv) or 0)
     assert latency.main(["--frames", "8"]) == 0 and taken == [["--frames", "8"]]
