@@ -97,7 +97,7 @@ def watched(model: Any, watch: Stopwatch) -> Generator[None]:
     modules += [(block, "frame blocks") for block in model.aggregator.frame_blocks]
     modules += [(block, "global blocks") for block in model.aggregator.global_blocks]
     modules += [(getattr(model, name), name) for name in HEADS if getattr(model, name, None) is not None]
-    named = StageTimer.stage
+    named: Any = StageTimer.stage
     functions = [
         (RestoredTokens, "patches", "restoration"),
         (Propagation, "gather", "propagation"),
