@@ -12,7 +12,6 @@ from torch import nn
 
 from ..arguments import file_path, several
 from ..config import DEFAULT_KEEP_RATIO
-from ..patching.install import remove
 from ..runtime.files import write_json
 from ..runtime.ranks import Ranks
 from ..training.states import result_file, results_folder, writing
@@ -22,7 +21,7 @@ from .exports import COLMAP_POINTS, save_colmap, save_ply
 from .page import Page, as_bytes
 from .plan import Options, Plan, Source, make_plan
 from .report import clip_report, new_report
-from .runs import STOCK, Runner, Side, quiet, to_device
+from .runs import STOCK, Runner, Side, borrowed
 from .shared_runs import SharedRunner
 
 REPORT, PAGE = "report.json", "report.html"
@@ -98,14 +97,8 @@ def compare(
 
 def run_plan(plan: Plan, ranks: Ranks | None = None) -> dict[str, Any]:
     """Run what was planned, here or in the processes of a group; see `compare`."""
-    given = plan.options.backbone
-    training = isinstance(given, nn.Module) and given.training
-    model = to_device(given, plan)
-    try:
-        with quiet():
-            return Comparison(plan, model, ranks).run()
-    finally:
-        remove(model).train(training)
+    with borrowed(plan.options.backbone, plan) as model:
+        return Comparison(plan, model, ranks).run()
 
 
 class Comparison:

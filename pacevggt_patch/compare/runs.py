@@ -22,7 +22,7 @@ from ..evaluation import decode_pose_encoding
 from ..evaluation.geometry import encode_cameras
 from ..evaluation.timing import Timing, time_interleaved
 from ..hosts.base import find_host
-from ..patching.install import accelerate, is_accelerated, paused, state_of, summary
+from ..patching.install import accelerate, is_accelerated, paused, remove, state_of, summary
 from ..planning.fit_budget import non_negative_least_squares
 from ..training.backbones import load_backbone
 from ..weights import cache
@@ -97,15 +97,14 @@ class Runner:
     """
 
     def __init__(self, model: nn.Module, plan: Plan):
-        self.model, self.plan = model, plan
+        self.model, self.plan, self.host = model, plan, find_host(model)
         self.weights: dict[PaceConfig, Any] = dict.fromkeys(plan.configs, plan.options.weights)
         self.in_force: PaceConfig | None = None
         # A setting without a mode now has that of the weights.
         self.configs = tuple(dict.fromkeys(self.install(config) for config in plan.configs))
         self.weights = dict.fromkeys(self.configs, plan.options.weights)
-        host = find_host(model)
-        self.heads = host.spec().num_heads * len(host.of_kind("global"))
-        self.patch_size, self.host = host.patch_size, host
+        self.heads = self.host.spec().num_heads * len(self.host.of_kind("global"))
+        self.patch_size = self.host.patch_size
 
     def install(self, config: PaceConfig) -> PaceConfig:
         """Put a setting in force; returns it as it is in force."""
@@ -335,6 +334,18 @@ def without_paths(words: str) -> str:
     """Weights in words, without the folder on the user's machine that calibrations are kept in."""
     folder = cache.folder()
     return words if folder is None else words.replace(f"{folder}/", "")
+
+
+@contextmanager
+def borrowed(backbone: str | nn.Module, plan: Plan) -> Generator[nn.Module]:
+    """A backbone as `to_device` gives it, run quietly inside the `with` block; after it stock, and as it was given."""
+    training = isinstance(backbone, nn.Module) and backbone.training
+    model = to_device(backbone, plan)
+    try:
+        with quiet():
+            yield model
+    finally:
+        remove(model).train(training)
 
 
 @contextmanager

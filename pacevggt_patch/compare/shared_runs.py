@@ -13,15 +13,13 @@ from torch import Tensor, nn
 from ..clips import Clip
 from ..config import PaceConfig
 from ..errors import PaceError
-from ..hosts.base import find_host
+from ..patching.first_clip import MOST_FRAMES
 from ..patching.install import accelerate, state_of
 from ..runtime.ranks import Ranks, gather_outputs, split_frames
 from ..weights.pace import PaceWeights
 from .plan import Plan
 from .runs import Prediction, Runner, Side, is_out_of_memory
 
-# Frames that a model without weights calibrates itself on: no more are looked at.
-CALIBRATED_ON = 24
 # What is compared of what a model of VGGT's family gives: no other runs over several processes.
 COMPARED = ("pose_enc", "depth", "depth_conf")
 
@@ -42,7 +40,6 @@ class SharedRunner(Runner):
     def __init__(self, model: nn.Module, plan: Plan, ranks: Ranks):
         self.ranks, self.leads = ranks, ranks.rank == 0
         self.resolved: dict[PaceConfig, PaceWeights | None] = {}
-        self.host = find_host(model)  # for a pass that calibrates
         for source in plan.sources:
             split_frames(len(source.clip), ranks.rank, ranks.world)
         super().__init__(model, plan)
@@ -66,7 +63,7 @@ class SharedRunner(Runner):
         state = state_of(self.model)
         if state.pending:
             images = self.images(self.plan.sources[0].clip)
-            count = min(len(images), CALIBRATED_ON)
+            count = min(len(images), MOST_FRAMES)  # calibration looks at no more
             self.forward(images[torch.linspace(0, len(images) - 1, count).long()])
         weights = state_of(self.model).weights
         return None if weights is None else weights.copy_for(self.host).to("cpu")

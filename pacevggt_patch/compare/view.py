@@ -18,13 +18,12 @@ from ..config import DEFAULT_KEEP_RATIO
 from ..errors import PaceError, first_line
 from ..evaluation.agreement import cloud_size
 from ..evaluation.geometry import camera_to_world, quaternions
-from ..patching.install import remove
 from ..runtime.plotting import load_extra
 from ..runtime.ranks import place_of_torchrun
 from .clouds import CAMERA_COLOURS, Cloud, camera_length, make_cloud, view_of
 from .differences import difference
 from .plan import Options, make_plan
-from .runs import Prediction, Runner, Side, in_words, memory_kept, quiet, to_device
+from .runs import Prediction, Runner, Side, borrowed, in_words, memory_kept
 
 VIEWED_POINTS = 400_000
 ACCELERATED = "accelerated"
@@ -203,18 +202,14 @@ def start(options: Options, host: str, port: int) -> Viewer:
     """Run what is asked for, and serve it."""
     plan = make_plan(options, page=False)
     (source,) = plan.sources
-    model = to_device(options.backbone, plan)
-    try:
-        with quiet():
-            runner = Runner(model, plan)
-            (config,) = runner.configs
-            sides = [Side("stock"), Side(in_words(config), config)]
-            images = runner.images(source.clip)
-            for side in tqdm(sides, desc=f"{source.clip.name}, {len(source.clip)} frames", unit="run"):
-                with memory_kept(plan.device):
-                    side.prediction = runner.predict(side, images, source.clip)
-    finally:
-        remove(model)
+    with borrowed(options.backbone, plan) as model:
+        runner = Runner(model, plan)
+        (config,) = runner.configs
+        sides = [Side("stock"), Side(in_words(config), config)]
+        images = runner.images(source.clip)
+        for side in tqdm(sides, desc=f"{source.clip.name}, {len(source.clip)} frames", unit="run"):
+            with memory_kept(plan.device):
+                side.prediction = runner.predict(side, images, source.clip)
     stock, accelerated = (side.prediction for side in sides)
     if accelerated is None:
         raise PaceError(f"{len(source.clip)} frames do not fit into memory: pass fewer with --frames")

@@ -12,9 +12,8 @@ from typing import Any
 from torch import nn
 
 from ..arguments import several
-from ..compare.runs import quiet, to_device
+from ..compare.runs import borrowed
 from ..config import DEFAULT_KEEP_RATIO
-from ..patching.install import remove
 from ..runtime.ranks import Ranks, processes_of_torchrun
 from ..training.states import result_file, writing
 from .picture import save_changes
@@ -105,15 +104,11 @@ def evaluate(
 
 def run_plan(plan: Plan) -> dict[str, Any]:
     """Run what was planned; see `evaluate`."""
-    given = plan.options.backbone
-    training = isinstance(given, nn.Module) and given.training
-    with processes_of_torchrun(plan.runs.device, PATIENCE) as ranks:
-        model = to_device(given, plan.runs)
-        try:
-            with quiet():
-                return Evaluation(plan, model, ranks).run()
-        finally:
-            remove(model).train(training)
+    with (
+        processes_of_torchrun(plan.runs.device, PATIENCE) as ranks,
+        borrowed(plan.options.backbone, plan.runs) as model,
+    ):
+        return Evaluation(plan, model, ranks).run()
 
 
 class Evaluation:

@@ -15,14 +15,13 @@ from ..compare.runs import STOCK, Runner, Side, memory_kept
 from ..config import GLOBAL
 from ..errors import PaceError
 from ..evaluation.timing import time_interleaved
+from ..patching.first_clip import MOST_FRAMES
 from ..patching.install import state_of
 from ..runtime.files import environment
 from ..weights.fingerprint import checkpoint_digest
 from ..weights.pace import PaceWeights
 from .plan import Job, Plan, without_folder
 from .protocols import choose_frames, measure, read_mesh
-
-CALIBRATION_FRAMES = 24
 
 
 class SceneRunner:
@@ -65,7 +64,7 @@ class SceneRunner:
             if not state_of(self.runner.model).pending and not file.is_file():
                 continue  # weights of this checkpoint are known
             if not file.is_file():
-                few = choose_frames("corrected", len(first.numbers), CALIBRATION_FRAMES)
+                few = choose_frames("corrected", len(first.numbers), MOST_FRAMES)
                 clip = self.plan.load(replace(first, numbers=[first.numbers[i] for i in few]))
                 self.runner.outputs(Side(in_words(config), config), self.runner.images(clip))
                 found = state_of(self.runner.model).weights
