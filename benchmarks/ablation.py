@@ -29,7 +29,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from quality import add_clip_arguments, header, load, make_row, measure, parse
+from quality import add_clip_arguments, header, make_row, measure, model_and_clips, parse
 from torch import Tensor
 from tqdm import tqdm
 
@@ -38,13 +38,12 @@ from pacevggt_patch.calibration.full_heads import find_full_heads
 from pacevggt_patch.config import GLOBAL, PRE_AA, PaceConfig
 from pacevggt_patch.hosts.base import find_host
 from pacevggt_patch.method import few_keys, global_pruning, propagation, scoring, selection
-from pacevggt_patch.method.full_heads import LEAST_ERROR, choose_full_heads
-from pacevggt_patch.mini import build_mini
+from pacevggt_patch.method.full_heads import LEAST_ERROR
 from pacevggt_patch.patching import state
+from pacevggt_patch.patching.first_clip import MOST_FRAMES
 from pacevggt_patch.patching.install import state_of
 from pacevggt_patch.runtime.files import write_json
 
-CALIBRATED_ON = 24  # frames of the first clip, at most
 RANDOM_DRAWS = 3
 HEAD_COUNTS = (0, 1, 2, 3, 4, 5, 6, 8, 12, 32)
 
@@ -102,8 +101,7 @@ class Subject:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    model = build_mini(args.checkpoint or True).to(args.device)
-    clips = [clip.to(args.device) for clip in tqdm(load(args), desc="clips", total=args.count, disable=None)]
+    model, clips = model_and_clips(args)
     ratio, rows = args.keep_ratios[0], []
     subject = make_subject(model, clips[0].images, ratio, args)
     tried = STUDIES[args.study](subject)
@@ -148,13 +146,18 @@ def make_subject(model: Any, images: Tensor, ratio: float, args: argparse.Namesp
     spec, side = host.spec(), int(model.aggregator.patch_size)
     patches = (images.shape[-2] // side) * (images.shape[-1] // side)
     if args.weights is None:
-        weights = calibrate(model, images[:: -(-len(images) // CALIBRATED_ON)])
+        weights = calibrate(model, few_of(images))
     else:
         weights = state_of(accelerate(model, ratio, weights=args.weights)).weights
         remove(model)
     kept = PaceConfig(ratio).kept_tokens(patches)
     heads = spec.depth * spec.num_heads
     return Subject(model, images, len(images), host.special_tokens, patches, kept, heads, weights)
+
+
+def few_of(images: Tensor) -> Tensor:
+    """Evenly spread frames of a clip [S, 3, H, W], as many as the first clip of a model is calibrated on at most."""
+    return images[:: -(-len(images) // MOST_FRAMES)]
 
 
 @contextlib.contextmanager
@@ -306,7 +309,7 @@ def propagation_study(subject: Subject) -> list[Variant]:
 def heads_study(subject: Subject) -> list[Variant]:
     model = subject.model
     accelerate(model, weights=None, min_frames=1)
-    chosen, errors = find_full_heads(model, [subject.images[None][:, :: -(-subject.frames // CALIBRATED_ON)]])
+    chosen, errors = find_full_heads(model, [few_of(subject.images)[None]])
     remove(model)
     host, width, order = find_host(model), errors.shape[1], errors.flatten().argsort(descending=True).tolist()
     found = []
@@ -326,7 +329,7 @@ def heads_study(subject: Subject) -> list[Variant]:
         )
     if not any(variant.says["chosen"] for variant in found):
         says = {"pairs": subject.pairs(len(chosen)), "least_error": LEAST_ERROR, "chosen": True}
-        weights = PaceWeights.of_heads(host, choose_full_heads(errors), {})
+        weights = PaceWeights.of_heads(host, chosen, {})
         found.append(Variant(f"{len(chosen)} heads (shipped)", more={"weights": weights}, says=says))
     return found
 

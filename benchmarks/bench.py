@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +26,7 @@ from pacevggt_patch.runtime.device import usable_device
 
 # A forward takes about so many times its floor; used until the first size is measured.
 TIMES_FLOOR = 2.5
+RESERVE_GIB = 1.0  # of a card, for the CUDA context and the allocator's fragments
 IN_FLOAT32 = ("selection", "merging")
 HEADS = ("camera_head", "depth_head", "point_head")
 
@@ -155,6 +158,20 @@ def device_peaks(device: torch.device) -> dict[str, float]:
     source = torch.zeros(count, device=device)
     peaks["bytes"] = 2 * 4 * count / fastest(partial(torch.empty_like(source).copy_, source))
     return peaks
+
+
+def frames_that_fit(peaks: dict[int, float], card: float) -> int | None:
+    """The largest number of frames for a card of so many GiB, by the line a + b N through peaks of memory.
+
+    Args:
+        peaks: GiB by number of frames, two at least.
+        card: GiB.
+
+    Returns:
+        None where memory does not grow with the number of frames.
+    """
+    slope, start = statistics.linear_regression(list(peaks), list(peaks.values()))
+    return max(0, math.floor((card - RESERVE_GIB - start) / slope)) if slope > 0 else None
 
 
 def free(device: torch.device) -> None:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ablation import pairs_share
+from ablation import few_of, pairs_share
 from arithmetic import Dimensions, stage_work, total
 from peers import AVGGT, RULES, BlockSparse, FastVGGT, GoodTokens, LiteVGGT, Spark3R
 from peers.runner import applied
@@ -42,7 +42,6 @@ from pacevggt_patch.runtime.files import environment, write_json
 from pacevggt_patch.runtime.plotting import load_pyplot, save_figure
 
 SEED = 3_000_000  # of the first room: neither training nor the choice of any constant has seen these
-CALIBRATED_ON = 24  # frames of the first clip, at most
 UNPRUNED = "unpruned"
 OURS = {"training-free": None, "calibrated": "calibrated", "bundled weights": "auto"}  # line -> weights
 RATIOS = (0.75, 0.5, 0.3, 0.15)
@@ -287,7 +286,7 @@ def measure_length(
 
 def calibrated(model: Any, images: torch.Tensor) -> PaceWeights:
     """Weights by evenly spread frames of a clip [S, 3, H, W], as the first clip of a model gives them."""
-    return calibrate(model, images[:: math.ceil(len(images) / CALIBRATED_ON)])
+    return calibrate(model, few_of(images))
 
 
 @contextlib.contextmanager

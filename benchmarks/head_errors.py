@@ -17,24 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality import add_clip_arguments, header, load, parse
+from quality import add_clip_arguments, header, model_and_clips, parse
 from tqdm import tqdm
 
 from pacevggt_patch import PaceError, PaceWeights, accelerate, remove
 from pacevggt_patch.calibration.full_heads import find_full_heads
 from pacevggt_patch.evaluation import decode_pose_encoding, pairwise_pose_errors
 from pacevggt_patch.method.full_heads import KEEP_RATIO, LEAST_ERROR, Heads
-from pacevggt_patch.mini import build_mini
 from pacevggt_patch.runtime.files import write_json
 from pacevggt_patch.runtime.plotting import load_pyplot, save_figure
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    model = build_mini(args.checkpoint or True).to(args.device)
-    clips = [
-        clip.to(args.device).images for clip in tqdm(load(args), desc="clips", total=args.count, disable=None)
-    ]
+    model, found = model_and_clips(args)
+    clips = [clip.images for clip in found]
     accelerate(model, weights=None, min_frames=1)
     heads, errors = find_full_heads(model, (images[None] for images in clips))
     remove(model)

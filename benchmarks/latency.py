@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import scaling
-from bench import Bench, Job, free, measure, with_speedup
+from bench import Bench, Job, frames_that_fit, free, measure, with_speedup
 from models import PRECISIONS, SEED, add_mode_arguments, other_rows
 from plots import save_plots
 from tables import print_report
@@ -37,7 +37,6 @@ from pacevggt_patch.runtime.ranks import place_of_torchrun
 
 BREAK_EVEN_CANDIDATES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 CARDS_GIB = (12, 16, 24, 40, 80)
-RESERVE_GIB = 1.0  # of a card, for the CUDA context and the allocator's fragments
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -204,12 +203,8 @@ def largest_frames(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         }
         if len(points) < 2:
             continue
-        mean = sum(points) / len(points), sum(points.values()) / len(points)
-        slope = sum((n - mean[0]) * (gib - mean[1]) for n, gib in points.items())
-        slope /= sum((n - mean[0]) ** 2 for n in points)
-        start = mean[1] - slope * mean[0]
         for card in CARDS_GIB:
-            frames = max(0, math.floor((card - RESERVE_GIB - start) / slope)) if slope > 0 else None
+            frames = frames_that_fit(points, card)
             found.append(
                 {
                     "variant": variant,

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from ablation import atypical_scores, distinct_scores, random_scores, swapped
-from quality import add_clip_arguments, header, load, parse
+from quality import add_clip_arguments, header, model_and_clips, parse
 from torch import Tensor
 from tqdm import tqdm
 
@@ -33,7 +33,6 @@ from pacevggt_patch import PaceError, accelerate, remove
 from pacevggt_patch.evaluation import decode_pose_encoding, pairwise_pose_errors
 from pacevggt_patch.hosts.base import find_host
 from pacevggt_patch.method.scoring import token_scores
-from pacevggt_patch.mini import build_mini
 from pacevggt_patch.patching import state
 from pacevggt_patch.runtime.files import write_json
 from pacevggt_patch.runtime.plotting import load_extra, load_pyplot, save_figure
@@ -47,8 +46,7 @@ MEASURES = {"depth": "depth moves by, percent", "camera": "cameras move by, degr
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     spearman = load_extra("scipy.stats", "correlations", "eval").spearmanr
-    model = build_mini(args.checkpoint or True).to(args.device)
-    clips = [clip.to(args.device) for clip in tqdm(load(args), desc="clips", total=args.count, disable=None)]
+    model, clips = model_and_clips(args)
     report: dict[str, Any] = {
         **header(args, len(clips)),
         "cell": SIDE,
@@ -92,8 +90,8 @@ def measured(model: Any, images: Tensor, spearman: Callable[..., Any]) -> dict[s
         unpruned = model(images)
     hook.remove()
     scores = scores_of(features[0], grid)
-    worth = worth_of_cells(model, images, cells_of(grid, images.device), unpruned)
     cells = cells_of(grid, images.device)
+    worth = worth_of_cells(model, images, cells, unpruned)
     correlations = {
         name: {
             measure: float(spearman(by_cells(of, cells).flatten().cpu(), worth[measure].flatten().cpu())[0])

@@ -16,13 +16,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from quality import METRICS, add_clip_arguments, header, known_values, load, measure, parse
+from quality import METRICS, add_clip_arguments, header, known_values, measure, model_and_clips, parse
 from tqdm import tqdm
 
 from pacevggt_patch import PaceError, accelerate, remove
 from pacevggt_patch.clips import Clip
 from pacevggt_patch.config import GLOBAL, MODES
-from pacevggt_patch.mini import build_mini
 from pacevggt_patch.runtime.files import write_json
 from pacevggt_patch.runtime.plotting import load_pyplot, save_figure
 
@@ -31,8 +30,7 @@ STAGES = {"calibrated": "calibrated", "distilled": "distilled", "refined": "pace
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    model = build_mini(args.checkpoint or True).to(args.device)
-    clips = [clip.to(args.device) for clip in tqdm(load(args), desc="clips", total=args.count, disable=None)]
+    model, clips = model_and_clips(args)
     report: dict[str, Any] = {
         **header(args, len(clips)),
         "runs": [str(run) for run in args.runs],

@@ -42,9 +42,8 @@ Metrics = dict[str, float | None]  # of one clip
 @mock.patch.dict(os.environ, {VARIABLE: "off"})
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    model = build_mini(args.checkpoint or True).to(args.device)
+    model, clips = model_and_clips(args)
     scale_weights(model, args.scale_weights)
-    clips = [clip.to(args.device) for clip in tqdm(load(args), desc="clips", total=args.count, disable=None)]
     report = {**header(args, len(clips)), "scale_weights": args.scale_weights, "rows": []}
     with tqdm(total=(1 + len(args.keep_ratios)) * len(clips), unit="clip", disable=None) as bar:
         unpruned = measure(model, clips, bar)
@@ -122,6 +121,14 @@ def load(args: argparse.Namespace):
             yield load_clip(
                 args.clips, frames=args.frames, start=start, stride=args.stride, width=224, mode="square"
             )
+
+
+def model_and_clips(args: argparse.Namespace) -> tuple[Any, list[Clip]]:
+    """VGGT-mini and all clips, on the device."""
+    model = build_mini(args.checkpoint or True).to(args.device)
+    return model, [
+        clip.to(args.device) for clip in tqdm(load(args), desc="clips", total=args.count, disable=None)
+    ]
 
 
 def header(args: argparse.Namespace, count: int) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from bench import free
+from bench import frames_that_fit, free
 from exchange_model import Shape, predicted
 from models import PRECISIONS, SEED, add_mode_arguments, build, check_values, forward, heads_of, random_clip
 from tqdm import tqdm
@@ -45,7 +45,6 @@ from pacevggt_patch.runtime.ranks import Ranks
 TIMEOUT = datetime.timedelta(minutes=10)
 ON_PAPER = (1, 2, 4, 8)  # GPUs
 CARDS_GIB = (24, 40, 80)
-RESERVE_GIB = 1.0  # of a card, for the CUDA context and the allocator's fragments
 WARM_UP_FRAMES = (30, 49)  # of clips whose keys are samples, of some heads and of all
 
 
@@ -370,9 +369,10 @@ def largest_frames(rows: list[dict[str, Any]], device: torch.device) -> list[dic
         points = {r["frames"]: r["peak_gib"] for r in rows if r["gpus"] == gpus and r["seconds_median"]}
         if len(points) < 2 or None in points.values():
             continue
-        slope, start = statistics.linear_regression(list(points), list(points.values()))
-        for card in [*CARDS_GIB, *own] if slope > 0 else ():
-            frames = max(0, math.floor((card - RESERVE_GIB - start) / slope))
+        for card in [*CARDS_GIB, *own]:
+            frames = frames_that_fit(points, card)
+            if frames is None:
+                continue
             within = min(points) <= frames <= max(points)
             found.append({"gpus": gpus, "card_gib": card, "frames": frames, "measured": within})
     return found

@@ -49,6 +49,7 @@ from pacevggt_patch.config import GLOBAL
 from pacevggt_patch.evaluation import evaluate_predictions
 from pacevggt_patch.hosts.base import find_host
 from pacevggt_patch.method.full_heads import Heads
+from pacevggt_patch.patching.first_clip import MOST_FRAMES
 from pacevggt_patch.patching.guest import guest
 from pacevggt_patch.runtime.device import usable_device
 from pacevggt_patch.runtime.files import environment, write_json
@@ -56,7 +57,6 @@ from pacevggt_patch.training.backbones import load_backbone
 from pacevggt_patch.training.states import results_folder, writing
 
 REPORT, HEADS = "report.json", "heads.safetensors"
-CALIBRATION_FRAMES = 24
 NAMES = {"stock": "stock", "pace": "accelerated"}  # variants, as in other reports -> what they are called
 SceneClip = tuple[str, int, int]  # scene, sequence, number of frames
 QUICK = {"frames": [24], "clip_frames": 24, "most_clips": 1, "repeats": 1}
@@ -154,7 +154,7 @@ def find_source(args: argparse.Namespace) -> SceneClip:
     """
     scene = scenes_of(args.scenes)[0]
     sequence = split_sequences(args.scenes / scene, "train")[0]
-    clip = scene, sequence, frames_there(args, scene, sequence, CALIBRATION_FRAMES)
+    clip = scene, sequence, frames_there(args, scene, sequence, MOST_FRAMES)
     check_clip(args, clip, "train")
     return clip
 

@@ -436,12 +436,13 @@ def own_code_table() -> str:
         cells = [names.get(variant, f"{variant}, its own code")]
         for count in frames:
             some = [row for row in rows if (row["variant"], row["frames"]) == (variant, count)]
-            cells.append(own_code_cell(some[0]) if some else "not run")
+            cells.append(timed_cell(some[0]) if some else "not run")
         lines.append(cells)
     return table(["", *(f"{count} frames" for count in frames)], lines)
 
 
-def own_code_cell(row: dict[str, Any]) -> str:
+def timed_cell(row: dict[str, Any]) -> str:
+    """Median seconds with the least and the largest, and peak memory."""
     if row.get("seconds_median") is None:
         return row.get("error", "out of memory")
     spread = f"{row['seconds_min']:.3g} to {row['seconds_max']:.3g}"
@@ -461,7 +462,7 @@ def siblings_table() -> str:
                 next(row for row in found["rows"] if (row["variant"], row["frames"]) == (variant, frames))
                 for variant in ("stock", "pace")
             )
-            cells = [own_code_cell(row) for row in (stock, ours)]
+            cells = [timed_cell(row) for row in (stock, ours)]
             lines.append([name, ours["pixels"], str(frames), *cells, f"{ours['speedup']:.1f}x"])
     return table(["model", "pixels", "frames", "stock", "accelerated", "speed-up"], lines)
 

@@ -23,6 +23,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 ablation = importlib.import_module("ablation")
 gallery = importlib.import_module("gallery")
 occlusion = importlib.import_module("occlusion")
+quality = importlib.import_module("quality")
 
 GRID, KEEP = (6, 5), 9
 
@@ -104,7 +105,7 @@ def test_every_variant_of_a_study_runs_another_model(study, subject):
 
 def test_a_study_is_measured_and_written(tmp_path, monkeypatch, capsys):
     model = tiny_vggt()
-    monkeypatch.setattr(ablation, "build_mini", lambda checkpoint: model)
+    monkeypatch.setattr(quality, "build_mini", lambda checkpoint: model)
     monkeypatch.setattr(ablation, "calibrate", lambda model, images: with_heads(model, (1, 0)))
     file = tmp_path / "ablation.json"
     arguments = ["--study", "propagation", "--frames", "2", "--count", "2", "--json", str(file)]
